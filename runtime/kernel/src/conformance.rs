@@ -1,0 +1,319 @@
+//! One suite for every backend: does it return what [`portable`](crate::portable) and [`float`] return, bit for bit?
+//!
+//! `no_std`, without a heap, and in a fraction of a second, so it runs on the board and at the start of a program too. The
+//! sizes are chosen for a reason: one row and column, the edges of tiles and steps, more rows than one tile of lanes, widths
+//! past every flush of narrow sums (6,300 columns is past 255 steps of [`Format::TL`]). The inputs: random ones, and those
+//! with the largest sums, where every activation is -128 or 127 and all weights are alike.
+use crate::float::{self, Cache};
+use crate::portable::Portable;
+use crate::{Activations, Batch, Block, Format, Kernels, Matrix, format};
+use core::fmt;
+
+const ROWS_MAX: usize = 130;
+const COLS_MAX: usize = 6_300;
+const TOKENS_MAX: usize = 9;
+/// Weights that fit; every shape of [`SHAPES`] does, which `Matrix::new` asserts.
+const BLOCKS_MAX: usize = 2_200;
+const VALUES_MAX: usize = COLS_MAX.next_multiple_of(256) + 256;
+const TABLE_BLOCKS_MAX: usize = 1_060;
+/// Written past the end of every result; a kernel that writes there is caught.
+const CANARY: i32 = 0x5a5a_5a5a;
+
+/// Rows and columns of the products.
+const SHAPES: [(usize, usize); 14] = [
+    (1, 1),
+    (3, 23),
+    (4, 24),
+    (5, 25),
+    (7, 64),
+    (64, 96),
+    (63, 127),
+    (65, 129),
+    (130, 168),
+    (66, 257),
+    (9, 576),
+    (70, 1_030),
+    (6, 2_561),
+    (5, COLS_MAX),
+];
+
+/// Memory for [`check`]: about half a megabyte, to be placed in a static on a board or boxed elsewhere.
+#[derive(Debug)]
+pub struct Workspace {
+    blocks: [Block; BLOCKS_MAX],
+    values: [[i8; VALUES_MAX]; TOKENS_MAX],
+    tables: [[Block; TABLE_BLOCKS_MAX]; TOKENS_MAX],
+    want: [i32; ROWS_MAX * TOKENS_MAX + 1],
+    got: [i32; ROWS_MAX * TOKENS_MAX + 1],
+    floats: [f32; COLS_MAX],
+}
+
+impl Workspace {
+    /// All zeros.
+    pub const ZERO: Self = Self {
+        blocks: [Block::ZERO; BLOCKS_MAX],
+        values: [[0; VALUES_MAX]; TOKENS_MAX],
+        tables: [[Block::ZERO; TABLE_BLOCKS_MAX]; TOKENS_MAX],
+        want: [0; ROWS_MAX * TOKENS_MAX + 1],
+        got: [0; ROWS_MAX * TOKENS_MAX + 1],
+        floats: [0.0; COLS_MAX],
+    };
+}
+
+/// The first result of a backend that differs from the reference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// [`Kernels::name`].
+    pub backend: &'static str,
+    /// The method.
+    pub operation: &'static str,
+    /// The format, where the operation has one.
+    pub format: Option<Format>,
+    /// Rows, or elements of a vector.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Tokens.
+    pub tokens: usize,
+    /// What the inputs are.
+    pub input: Input,
+    /// Position in the result.
+    pub index: usize,
+    /// What the reference gives (the bits of a float).
+    pub want: i32,
+    /// What the backend gave.
+    pub got: i32,
+}
+
+/// What a product is taken of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// Random weights and activations; the second token of a batch is all zero.
+    Random,
+    /// Every weight the smallest, every activation -128.
+    Lowest,
+    /// Every weight the largest, every activation -128.
+    Mixed,
+    /// Every weight the largest, every activation 127.
+    Highest,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { backend, operation, format, rows, cols, tokens, input, index, want, got } = self;
+        write!(f, "{backend} differs from portable: {operation}")?;
+        if let Some(format) = format {
+            write!(f, " {}", format.name())?;
+        }
+        write!(f, " {rows}x{cols}, {tokens} tokens, {input:?} input: result {index} is {got}, should be {want}")
+    }
+}
+
+impl core::error::Error for Difference {}
+
+/// Compares `k` with the reference; the first difference is the error.
+///
+/// # Errors
+/// The first [`Difference`].
+pub fn check(k: &dyn Kernels, memory: &mut Workspace) -> Result<(), Difference> {
+    for format in Format::INTEGER {
+        for (rows, cols) in SHAPES {
+            for input in [Input::Random, Input::Lowest, Input::Mixed, Input::Highest] {
+                check_products(k, format, rows, cols, input, memory)?;
+            }
+        }
+    }
+    for (rows, cols) in SHAPES {
+        check_matvec_f16(k, rows, cols, memory)?;
+        check_quantize(k, cols, memory)?;
+    }
+    check_attend(k, memory)
+}
+
+/// `matvec`, and `matmat` with several numbers of tokens.
+fn check_products(
+    k: &dyn Kernels,
+    format: Format,
+    rows: usize,
+    cols: usize,
+    input: Input,
+    memory: &mut Workspace,
+) -> Result<(), Difference> {
+    let mut rng = Rng(0x9e37_79b9 ^ (rows * 7_919 + cols) as u32);
+    let (low, high) = format.range();
+    let blocks = &mut memory.blocks[..format.matrix_blocks(rows, cols)];
+    let padding = rng.next();
+    let steps = format.steps(cols);
+    for (i, step) in blocks.chunks_exact_mut(format.step_blocks()).enumerate() {
+        let (row, col) = (i / steps * format.tile_rows(), i % steps * format.step_cols());
+        format::encode_step(format, step, |r, c| {
+            let inside = row + r < rows && col + c < cols;
+            let seed = weight_seed(row + r, col + c, padding);
+            match (input, format) {
+                // Padding is inert: it holds weights like any other here, and must not matter.
+                (Input::Random, Format::B1) => (seed % 2) as i8 * 2 - 1,
+                (Input::Random, _) => {
+                    (i32::from(low) + (seed % (high as u32 + 1 + low.unsigned_abs() as u32)) as i32) as i8
+                }
+                (Input::Lowest, _) if inside => low,
+                (Input::Mixed | Input::Highest, _) if inside => high,
+                _ => 0,
+            }
+        });
+    }
+    for (t, values) in memory.values.iter_mut().enumerate() {
+        values[..cols].fill_with(|| match (input, t) {
+            (Input::Random, 1) => 0,
+            (Input::Random, _) => rng.next() as i8,
+            (Input::Highest, _) => 127,
+            (Input::Lowest | Input::Mixed, _) => -128,
+        });
+        values[cols..].fill(0);
+    }
+    let w = Matrix::new(format, rows, cols, blocks).expect("the blocks of the shape");
+    let table_blocks = format.table_blocks(cols);
+
+    // The reference: one token at a time.
+    for (t, (values, want)) in memory.values.iter().zip(memory.want.chunks_exact_mut(rows)).enumerate() {
+        let x = Portable.prepare(format, cols, values, &mut memory.tables[t][..table_blocks]);
+        Portable.matvec(w, x, want);
+    }
+    let mut prepared = memory.values.iter().zip(&mut memory.tables);
+    let x: [Activations<'_>; TOKENS_MAX] = core::array::from_fn(|_| {
+        let (values, tables) = prepared.next().expect("one a token");
+        k.prepare(format, cols, values, &mut tables[..table_blocks])
+    });
+    for tokens in [0, 1, 2, 3, 8, 9] {
+        let (operation, n) = if tokens == 0 { ("matvec", rows) } else { ("matmat", rows * tokens) };
+        memory.got[..=n].fill(CANARY);
+        match tokens {
+            0 => k.matvec(w, x[0], &mut memory.got[..n]),
+            _ => k.matmat(w, Batch::new(&x[..tokens]), &mut memory.got[..n]),
+        }
+        let difference = (0..n).find(|&i| memory.got[i] != memory.want[i]);
+        let difference = difference.map(|i| (i, memory.want[i])).or((memory.got[n] != CANARY).then_some((n, CANARY)));
+        if let Some((index, want)) = difference {
+            let (backend, format, got) = (k.name(), Some(format), memory.got[index]);
+            return Err(Difference { backend, operation, format, rows, cols, tokens, input, index, want, got });
+        }
+    }
+    Ok(())
+}
+
+/// A number that depends on the place alone, so that steps can be encoded in any order.
+fn weight_seed(row: usize, col: usize, salt: u32) -> u32 {
+    let mut rng = Rng((row as u32).wrapping_mul(0x85eb_ca6b) ^ (col as u32).wrapping_mul(0xc2b2_ae35) ^ salt | 1);
+    rng.next();
+    rng.next() >> 8
+}
+
+fn check_matvec_f16(k: &dyn Kernels, rows: usize, cols: usize, memory: &mut Workspace) -> Result<(), Difference> {
+    let format = Format::F16;
+    let (rows, cols) = (rows.min(9), cols.min(1_030));
+    let blocks = &mut memory.blocks[..format.matrix_blocks(rows, cols)];
+    // Halves of every exponent, subnormals included, but no infinities and no NaN.
+    format::encode_f16(rows, cols, blocks, |r, c| {
+        let bits = weight_seed(r, c, 3) as u16;
+        if bits & 0x7c00 == 0x7c00 { bits & 0x83ff } else { bits }
+    });
+    let mut rng = Rng(cols as u32 | 1);
+    memory.floats[..cols].fill_with(|| rng.float());
+    let w = Matrix::new(format, rows, cols, blocks).expect("the blocks of the shape");
+    let (mut want, mut got) = ([0.0; 9], [0.0; 9]);
+    float::matvec_f16(w, &memory.floats[..cols], &mut want[..rows]);
+    k.matvec_f16(w, &memory.floats[..cols], &mut got[..rows]);
+    compare(k, "matvec_f16", Some(format), cols, &want[..rows], &got[..rows])
+}
+
+fn check_quantize(k: &dyn Kernels, cols: usize, memory: &mut Workspace) -> Result<(), Difference> {
+    let mut rng = Rng(cols as u32 | 1);
+    let [want, got, ..] = &mut memory.values;
+    let cases: [fn(&mut Rng) -> f32; 4] = [
+        Rng::float,
+        |_| 0.0,
+        |rng| rng.float() * 1e-7,
+        |rng| (rng.next() % 255) as f32 - 127.0 + 0.5 * (rng.next() % 2) as f32, // many halves
+    ];
+    for case in cases {
+        memory.floats[..cols].fill_with(|| case(&mut rng));
+        want.fill(1);
+        got.fill(1);
+        let scales = [float::quantize(&memory.floats[..cols], want), k.quantize(&memory.floats[..cols], got)];
+        let [want_scale, got_scale] = scales.map(|s| s.unwrap_or(f32::NAN));
+        compare(k, "quantize", None, cols, &[want_scale], &[got_scale])?;
+        if let Some(index) = (0..want.len()).find(|&i| want[i] != got[i]) {
+            let (want, got) = (i32::from(want[index]), i32::from(got[index]));
+            return Err(Difference {
+                backend: k.name(),
+                operation: "quantize",
+                format: None,
+                rows: 1,
+                cols,
+                tokens: 1,
+                input: Input::Random,
+                index,
+                want,
+                got,
+            });
+        }
+    }
+    memory.floats[cols - 1] = f32::NAN;
+    let nan = k.quantize(&memory.floats[..cols], got);
+    compare(k, "quantize", None, cols, &[0.0], &[nan.unwrap_or(0.0)])
+}
+
+fn check_attend(k: &dyn Kernels, memory: &mut Workspace) -> Result<(), Difference> {
+    let mut rng = Rng(77);
+    memory.floats.fill_with(|| rng.float());
+    memory.values[0].fill_with(|| rng.next() as i8);
+    let mut halves = [0; 1_300];
+    halves.fill_with(|| float::f32_to_f16(rng.float()));
+    for (head_dim, positions) in [(8, 1), (16, 63), (20, 64), (18, 65), (8, 130)] {
+        let n = head_dim * positions;
+        let caches = [
+            Cache::F32(&memory.floats[..n]),
+            Cache::F16(&halves[..n]),
+            Cache::I8 { codes: &memory.values[0][..n], scales: &memory.floats[n..n + positions] },
+        ];
+        let q = &memory.floats[memory.floats.len() - head_dim..];
+        for keys in caches {
+            for values in caches {
+                let (mut want, mut got) = ([0.0; 20], [0.0; 20]);
+                float::attend(q, keys, values, 0.3, &mut want[..head_dim]);
+                k.attend(q, keys, values, 0.3, &mut got[..head_dim]);
+                compare(k, "attend", None, positions, &want[..head_dim], &got[..head_dim])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Compares the bits of floats.
+fn compare(
+    k: &dyn Kernels,
+    operation: &'static str,
+    format: Option<Format>,
+    cols: usize,
+    want: &[f32],
+    got: &[f32],
+) -> Result<(), Difference> {
+    let Some(index) = (0..want.len()).find(|&i| want[i].to_bits() != got[i].to_bits()) else { return Ok(()) };
+    let (backend, want, got) = (k.name(), want[index].to_bits() as i32, got[index].to_bits() as i32);
+    Err(Difference { backend, operation, format, rows: 1, cols, tokens: 1, input: Input::Random, index, want, got })
+}
+
+/// Xorshift: tests need no more.
+struct Rng(u32);
+
+impl Rng {
+    fn next(&mut self) -> u32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 17;
+        self.0 ^= self.0 << 5;
+        self.0
+    }
+    /// Uniform in -1 to 1.
+    fn float(&mut self) -> f32 {
+        self.next() as f32 / 2_147_483_648.0 - 1.0
+    }
+}

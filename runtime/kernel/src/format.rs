@@ -1,0 +1,296 @@
+//! How weights sit in bytes.
+//!
+//! A matrix is cut into *tiles* of rows, a tile into *steps* of columns, and a step is a run of whole blocks. The steps of
+//! a tile follow one another, then comes the next tile: one sequential stream feeds a kernel that holds several rows.
+//! [`Format`] gives the numbers, [`encode_step`] and [`decode`] the meaning of the bytes within a step. They are plain on
+//! purpose: every packer and every kernel is tested against them.
+//!
+//! Two geometries carry all formats:
+//!
+//! - **Planes**: a tile is 4 rows; a step is one block of each row. Byte `j` of a block holds columns `j, j + 64, j + 128, …`
+//!   of that step, one per *plane*, so a vector of any length that divides 64 bytes unpacks to runs of consecutive columns.
+//! - **Lanes**: a tile is 64 rows; byte `j` of every block is row `j`. A step is 8 groups of columns: one block of sign
+//!   bits if the format has signs (bit `7 - g`: group `g`), then four blocks of nibbles (block `i`: group `2i` in the low
+//!   nibble, `2i + 1` in the high one). A nibble names a partial sum, see [`crate::tables`].
+//!
+//! Rows and columns past the end of a matrix are encoded as zero weights (minus one in [`Format::B1`]). They are inert:
+//! activations are zero there and sums of such rows are discarded, so any code in their place gives the same results.
+use crate::Block;
+
+/// The encodings an image may hold. The discriminant is what the image records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Format {
+    /// Signs: -1 or +1, 1 bit. Lanes; a nibble is 4 columns, the lowest bit first, a set bit is +1.
+    B1 = 1,
+    /// Ternary in 2-bit codes `w + 1`. Planes, plane `p` at bits `2p` and `2p + 1`. Code 3 is invalid.
+    T2 = 2,
+    /// Ternary, three weights in 5 bits. Lanes; a nibble is `|9a + 3b + c|`, the sign bit is set where that sum is
+    /// negative. Nibbles 14 and 15 are invalid; all kernels take them for three zeros.
+    TL = 3,
+    /// -8 to 7, 4-bit codes `w + 8`. Planes, plane `p` at bits `4p` to `4p + 3`. One scale a row.
+    I4 = 4,
+    /// -127 to 127, one signed byte a weight. Planes (one). One scale a row. -128 is invalid.
+    I8 = 5,
+    /// Half-precision floats, little-endian, 32 consecutive columns a block. Multiplied in f32, without quantization.
+    F16 = 6,
+}
+
+/// Where the rows and columns of a tile lie. See the module's description.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Geometry {
+    /// Rows of a tile interleaved block by block, columns in planes.
+    Planes,
+    /// Rows in byte lanes, groups of columns in nibbles that name partial sums.
+    Lanes,
+}
+
+impl Format {
+    /// All formats, in the order of their tags.
+    pub const ALL: [Self; 6] = [Self::B1, Self::T2, Self::TL, Self::I4, Self::I8, Self::F16];
+    /// The formats that multiply int8 activations, exactly in `i32`.
+    pub const INTEGER: [Self; 5] = [Self::B1, Self::T2, Self::TL, Self::I4, Self::I8];
+    /// The widest matrix that every kernel multiplies exactly: `65,536 · 128 · 127 < 2^31`.
+    pub const COLS_MAX: usize = 65_536;
+
+    /// The format with this tag.
+    pub const fn from_tag(tag: u8) -> Option<Self> {
+        match tag {
+            1..=6 => Some(Self::ALL[tag as usize - 1]),
+            _ => None,
+        }
+    }
+    /// `"tl"`, as options and reports spell it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::B1 => "b1",
+            Self::T2 => "t2",
+            Self::TL => "tl",
+            Self::I4 => "i4",
+            Self::I8 => "i8",
+            Self::F16 => "f16",
+        }
+    }
+    /// Where rows and columns of a tile lie.
+    pub const fn geometry(self) -> Geometry {
+        match self {
+            Self::B1 | Self::TL => Geometry::Lanes,
+            Self::T2 | Self::I4 | Self::I8 | Self::F16 => Geometry::Planes,
+        }
+    }
+    /// Rows in a tile.
+    pub const fn tile_rows(self) -> usize {
+        match self.geometry() {
+            Geometry::Planes => 4,
+            Geometry::Lanes => 64,
+        }
+    }
+    /// Columns in a step.
+    pub const fn step_cols(self) -> usize {
+        match self {
+            Self::B1 => 32,
+            Self::T2 => 256,
+            Self::TL => 24,
+            Self::I4 => 128,
+            Self::I8 => 64,
+            Self::F16 => 32,
+        }
+    }
+    /// Blocks in a step of one tile.
+    pub const fn step_blocks(self) -> usize {
+        match self {
+            Self::B1 | Self::T2 | Self::I4 | Self::I8 | Self::F16 => 4,
+            Self::TL => 5,
+        }
+    }
+    /// Steps that hold `cols` columns.
+    pub const fn steps(self, cols: usize) -> usize {
+        cols.div_ceil(self.step_cols())
+    }
+    /// `cols` rounded up to whole steps.
+    pub const fn padded_cols(self, cols: usize) -> usize {
+        self.steps(cols) * self.step_cols()
+    }
+    /// Blocks in one tile of `cols` columns.
+    pub const fn tile_blocks(self, cols: usize) -> usize {
+        self.steps(cols) * self.step_blocks()
+    }
+    /// Blocks in a matrix of `rows` by `cols`.
+    pub const fn matrix_blocks(self, rows: usize, cols: usize) -> usize {
+        rows.div_ceil(self.tile_rows()) * self.tile_blocks(cols)
+    }
+    /// Stored bits a weight, padding left out.
+    pub const fn bits(self) -> f32 {
+        (self.step_blocks() * Block::BYTES * 8) as f32 / (self.step_cols() * self.tile_rows()) as f32
+    }
+    /// Whether every row has a scale of its own; otherwise the matrix has one.
+    pub const fn has_row_scales(self) -> bool {
+        matches!(self, Self::I4 | Self::I8)
+    }
+    /// The smallest and largest weight. `F16` has none of these: its weights are floats.
+    pub const fn range(self) -> (i8, i8) {
+        match self {
+            Self::B1 | Self::T2 | Self::TL => (-1, 1),
+            Self::I4 => (-8, 7),
+            Self::I8 => (-127, 127),
+            Self::F16 => (0, 0),
+        }
+    }
+    /// Columns of one group of partial sums, or 0 where the format is not multiplied by tables.
+    pub const fn group_cols(self) -> usize {
+        match self {
+            Self::B1 => 4,
+            Self::TL => 3,
+            Self::T2 | Self::I4 | Self::I8 | Self::F16 => 0,
+        }
+    }
+    /// Blocks that [`crate::Kernels::prepare`] may use for one vector of `cols` activations: two tables of 32 bytes fit one.
+    pub const fn table_blocks(self, cols: usize) -> usize {
+        match self.geometry() {
+            Geometry::Planes => 0,
+            Geometry::Lanes => self.steps(cols) * 4,
+        }
+    }
+}
+
+/// Encodes one step of one tile: the definition of each format's bytes.
+///
+/// `weight(r, c)` is the weight of row `r < tile_rows` and column `c < step_cols` of this step, and zero past the matrix.
+///
+/// # Panics
+/// If `step` is not one step, if a weight is outside [`Format::range`], or for [`Format::F16`] (see [`encode_step_f16`]).
+pub fn encode_step(format: Format, step: &mut [Block], weight: impl Fn(usize, usize) -> i8) {
+    assert_eq!(step.len(), format.step_blocks());
+    let (low, high) = format.range();
+    let weight = |r, c| {
+        let w = weight(r, c);
+        assert!(low <= w && w <= high, "{w} is not a weight of {}", format.name());
+        w
+    };
+    step.fill(Block::ZERO);
+    match format {
+        Format::B1 | Format::TL => {
+            for row in 0..format.tile_rows() {
+                for group in 0..8 {
+                    let (nibble, negative) = encode_group(format, |i| weight(row, format.group_cols() * group + i));
+                    let nibbles = step.len() - 4;
+                    step[nibbles + group / 2].0[row] |= nibble << (4 * (group % 2));
+                    step[0].0[row] |= u8::from(negative) << (7 - group);
+                }
+            }
+        }
+        Format::T2 | Format::I4 | Format::I8 => {
+            let bits = 8 * Block::BYTES / format.step_cols();
+            for (row, block) in step.iter_mut().enumerate() {
+                for c in 0..format.step_cols() {
+                    let code = match format {
+                        Format::I8 => weight(row, c) as u8,
+                        _ => (weight(row, c) - low) as u8,
+                    };
+                    block.0[c % Block::BYTES] |= code << (c / Block::BYTES * bits);
+                }
+            }
+        }
+        Format::F16 => panic!("f16 weights are not integers"),
+    }
+}
+
+/// The nibble of one group of columns, and its sign bit (never set for [`Format::B1`]).
+fn encode_group(format: Format, weight: impl Fn(usize) -> i8) -> (u8, bool) {
+    match format {
+        Format::B1 => ((0..4).fold(0, |n, i| n | u8::from(weight(i) > 0) << i), false),
+        _ => {
+            let sum = 9 * weight(0) + 3 * weight(1) + weight(2);
+            (sum.unsigned_abs(), sum < 0)
+        }
+    }
+}
+
+/// [`encode_step`] for [`Format::F16`]: `weight` gives the bits of a half-precision float.
+///
+/// # Panics
+/// If `step` is not one step.
+pub fn encode_step_f16(step: &mut [Block], weight: impl Fn(usize, usize) -> u16) {
+    assert_eq!(step.len(), Format::F16.step_blocks());
+    for (row, block) in step.iter_mut().enumerate() {
+        for (c, bytes) in block.0.chunks_exact_mut(2).enumerate() {
+            bytes.copy_from_slice(&weight(row, c).to_le_bytes());
+        }
+    }
+}
+
+/// The weight of `row` and column `col` of one step: the inverse of [`encode_step`].
+///
+/// # Panics
+/// If `step` is not one step, if `row` or `col` lies outside it, or for [`Format::F16`] (see [`decode_f16`]).
+pub fn decode(format: Format, step: &[Block], row: usize, col: usize) -> i8 {
+    assert!(step.len() == format.step_blocks() && row < format.tile_rows() && col < format.step_cols());
+    match format {
+        Format::B1 => {
+            let group = col / 4;
+            let bit = step[group / 2].0[row] >> (4 * (group % 2) + col % 4) & 1;
+            2 * bit as i8 - 1
+        }
+        Format::TL => {
+            let group = col / 3;
+            let nibble = step[1 + group / 2].0[row] >> (4 * (group % 2)) & 15;
+            let sign = step[0].0[row] >> (7 - group) & 1;
+            let weight = crate::tables::TL_WEIGHTS[nibble as usize][col % 3];
+            if sign == 1 { -weight } else { weight }
+        }
+        Format::T2 => (step[row].0[col % 64] >> (2 * (col / 64)) & 3) as i8 - 1,
+        Format::I4 => (step[row].0[col % 64] >> (4 * (col / 64)) & 15) as i8 - 8,
+        Format::I8 => step[row].0[col] as i8,
+        Format::F16 => panic!("f16 weights are not integers"),
+    }
+}
+
+/// The bits of the half-precision weight of `row` and column `col` of one step of [`Format::F16`].
+///
+/// # Panics
+/// If `row` or `col` lies outside the step.
+pub fn decode_f16(step: &[Block], row: usize, col: usize) -> u16 {
+    let bytes = &step[row].0[2 * col..][..2];
+    u16::from_le_bytes([bytes[0], bytes[1]])
+}
+
+/// Encodes whole tiles: `rows` by `cols` weights given by `weight(r, c)`.
+///
+/// # Panics
+/// As [`encode_step`], and if `blocks` is not exactly the matrix.
+pub fn encode(format: Format, rows: usize, cols: usize, blocks: &mut [Block], weight: impl Fn(usize, usize) -> i8) {
+    each_step(format, rows, cols, blocks, |step, first_row, first_col| {
+        encode_step(format, step, |r, c| {
+            let (r, c) = (first_row + r, first_col + c);
+            if r < rows && c < cols { weight(r, c) } else { 0 }
+        });
+    });
+}
+
+/// [`encode`] for [`Format::F16`]: `weight` gives the bits of a half-precision float.
+///
+/// # Panics
+/// If `blocks` is not exactly the matrix.
+pub fn encode_f16(rows: usize, cols: usize, blocks: &mut [Block], weight: impl Fn(usize, usize) -> u16) {
+    each_step(Format::F16, rows, cols, blocks, |step, first_row, first_col| {
+        encode_step_f16(step, |r, c| {
+            let (r, c) = (first_row + r, first_col + c);
+            if r < rows && c < cols { weight(r, c) } else { 0 }
+        });
+    });
+}
+
+/// Calls `f` with each step of the matrix, its first row and its first column.
+fn each_step(
+    format: Format,
+    rows: usize,
+    cols: usize,
+    blocks: &mut [Block],
+    mut f: impl FnMut(&mut [Block], usize, usize),
+) {
+    assert_eq!(blocks.len(), format.matrix_blocks(rows, cols), "{} {rows}x{cols}", format.name());
+    let steps = format.steps(cols);
+    for (i, step) in blocks.chunks_exact_mut(format.step_blocks()).enumerate() {
+        f(step, i / steps * format.tile_rows(), i % steps * format.step_cols());
+    }
+}
