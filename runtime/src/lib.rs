@@ -1,1 +1,26 @@
-//! x
+//! checkpoint → `bitnet-pack` → [`image`] → [`source`] → [`backend`] → [`model`] → logits → [`sampler`] → [`tokenizer`] → text
+//!
+//! Runs 1-bit, ternary and few-bit language models in memory whose size is known before anything is loaded: a [`Plan`] says
+//! it, the caller gives it, and nothing is allocated per token. `no_std`; a heap is needed only for the tokenizer (feature
+//! `alloc`), an operating system only for memory maps and threads (feature `std`).
+#![no_std]
+#![deny(unsafe_code)]
+#[cfg(feature = "alloc")]
+extern crate alloc;
+#[cfg(feature = "std")]
+extern crate std;
+
+#[cfg(target_endian = "big")]
+compile_error!("images are little-endian, and weights are used where they lie");
+
+pub mod error;
+pub mod image;
+pub mod memory;
+pub mod model;
+pub mod source;
+
+pub use bitnet_kernel as kernel;
+pub use error::Error;
+pub use image::Image;
+pub use memory::{Limits, Plan};
+pub use model::Config;

@@ -1,0 +1,257 @@
+//! The one validator.
+use super::header::{Header, prefix_checksum};
+use super::section::{Encoding, Kind, Record, Section, Sections, Tensor, expected_sections};
+use super::{HEADER_BYTES_MAX, MAGIC, MemoryPlan, PREFIX_BYTES, TOKENIZER_BYTES_MAX, VERSION, WEIGHTS_ALIGN, checksum};
+use crate::error::{Foreign, ImageError};
+use crate::memory::Plan;
+use crate::source::Extent;
+use bitnet_kernel::Block;
+use zerocopy::{FromBytes, IntoBytes};
+
+/// A header that was checked: every section lies inside the file, has the size that its shape needs, and is what the
+/// configuration asks for at its place.
+///
+/// Limits: those of [`crate::Config::check`]; header [`HEADER_BYTES_MAX`]; tokenizer [`TOKENIZER_BYTES_MAX`]; file 256 GiB (block
+/// numbers have 32 bits). Weights' codes and checksums of sections are not looked at, which would take time in
+/// proportion to the file: [`Image::check_section`] does that.
+#[derive(Clone, Copy, Debug)]
+pub struct Image<'a> {
+    header: Header<'a>,
+    sections: Sections<'a>,
+    file_bytes: u64,
+}
+
+impl<'a> Image<'a> {
+    /// Bytes from the start of the file that [`Image::check`] needs, told from the first 64.
+    ///
+    /// # Errors
+    /// If they do not start an image.
+    pub fn header_bytes(start: &[u8]) -> Result<usize, ImageError> {
+        let prefix = prefix(start)?;
+        Ok(PREFIX_BYTES + u32_at(prefix, 12) as usize)
+    }
+
+    /// Checks the start of a file, at least [`Image::header_bytes`] of it, in time proportional to the number of sections.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn check(start: &'a [u8], file_bytes: u64) -> Result<Self, ImageError> {
+        let prefix = prefix(start)?;
+        let header_len = u32_at(prefix, 12);
+        let too_long = |max| ImageError::HeaderLength { bytes: header_len, max };
+        if header_len > HEADER_BYTES_MAX {
+            return Err(too_long(HEADER_BYTES_MAX));
+        }
+        let rest = &start[PREFIX_BYTES..];
+        let header = rest.get(..header_len as usize).ok_or(too_long(rest.len() as u32))?;
+        if prefix_checksum(prefix, header) != u64_at(prefix, 24) {
+            return Err(ImageError::HeaderChecksum);
+        }
+        if let Some(i) = prefix[32..].iter().position(|&b| b != 0) {
+            return Err(ImageError::Reserved { offset: 32 + i as u64 });
+        }
+        let expected = u64_at(prefix, 16);
+        if expected != file_bytes {
+            return Err(ImageError::Length { expected, found: file_bytes });
+        }
+        let (decoded, left) =
+            postcard::take_from_bytes::<Header<'a>>(header).map_err(|_| ImageError::HeaderEncoding)?;
+        if !left.is_empty() {
+            return Err(ImageError::HeaderEncoding);
+        }
+        let sections = <[Record]>::ref_from_bytes(decoded.sections).map_err(|_| ImageError::HeaderEncoding)?;
+        let image = Self { header: decoded, sections: Sections(sections), file_bytes };
+        image.header.config.check()?;
+        image.check_text()?;
+        image.check_sections(PREFIX_BYTES as u64 + u64::from(header_len))?;
+        image.check_plan()?;
+        Ok(image)
+    }
+
+    fn check_text(&self) -> Result<(), ImageError> {
+        let (text, vocab) = (&self.header.text, self.header.config.vocab);
+        let outside = |field, value: u32| Err(ImageError::Config { field, value: value.into() });
+        match text.bos {
+            Some(bos) if bos >= vocab => return outside("bos", bos),
+            _ => {}
+        }
+        if !text.stop.is_sound(vocab) {
+            return outside("stop ids", text.stop.ids().iter().copied().max().unwrap_or(0));
+        }
+        if text.chat_template.len() > super::CHAT_TEMPLATE_MAX {
+            return outside("chat template length", text.chat_template.len() as u32);
+        }
+        Ok(())
+    }
+
+    /// Walks the table beside what the configuration asks for. Each section starts where the one before it ends.
+    fn check_sections(&self, header_end: u64) -> Result<(), ImageError> {
+        let config = &self.header.config;
+        let (tokenizer, weights) = match self.sections.0.split_first() {
+            Some((first, rest)) if first.kind == Kind::Tokenizer as u8 => (Some(first), rest),
+            _ => (None, self.sections.0),
+        };
+        let index_of_first = u32::from(tokenizer.is_some());
+        let mut end = header_end.div_ceil(Block::BYTES as u64);
+        if let Some(record) = tokenizer {
+            let size = Section { kind: Kind::Tokenizer, layer: None, rows: 1, cols: record.cols.get() };
+            if record.cols.get() > TOKENIZER_BYTES_MAX {
+                return Err(ImageError::Section { index: 0, expected: Kind::Tokenizer, field: "length" });
+            }
+            check_record(0, record, &size, &mut end)?;
+        }
+        end = end.next_multiple_of(WEIGHTS_ALIGN / Block::BYTES as u64);
+
+        let (mut found, mut formats) = (0, 0);
+        let mut records = weights.iter();
+        for expected in expected_sections(config) {
+            let index = index_of_first + found;
+            let Some(record) = records.next() else {
+                let expected = expected_sections(config).count() as u32;
+                return Err(ImageError::SectionCount { expected, found });
+            };
+            check_record(index, record, &expected, &mut end)?;
+            if !matches!(expected.kind, Kind::Embedding | Kind::Head)
+                && let Some(tensor) = record.tensor()
+            {
+                formats |= 1 << tensor.format as u8;
+            }
+            found += 1;
+        }
+        if records.len() > 0 {
+            return Err(ImageError::SectionCount { expected: found, found: found + records.len() as u32 });
+        }
+        if formats != config.formats {
+            return Err(ImageError::Config { field: "formats", value: config.formats.into() });
+        }
+        let expected = end * Block::BYTES as u64;
+        if expected != self.file_bytes {
+            return Err(ImageError::Length { expected, found: self.file_bytes });
+        }
+        Ok(())
+    }
+
+    fn check_plan(&self) -> Result<(), ImageError> {
+        let MemoryPlan { limits, state, scratch, sampler } = self.header.plan;
+        let config = &self.header.config;
+        if limits.check(config).is_err() {
+            return Err(ImageError::Config { field: "planned context or batch", value: limits.context.into() });
+        }
+        let plan = Plan::new(config, &limits);
+        let computed = [plan.state as u64, plan.scratch as u64, plan.sampler as u64];
+        if computed != [state, scratch, sampler] {
+            let recorded = state.saturating_add(scratch).saturating_add(sampler);
+            return Err(ImageError::Plan { recorded, computed: plan.blocks() as u64 });
+        }
+        Ok(())
+    }
+
+    /// The header.
+    pub const fn header(&self) -> &Header<'a> {
+        &self.header
+    }
+    /// The section table.
+    pub const fn sections(&self) -> Sections<'a> {
+        self.sections
+    }
+    /// Length of the file.
+    pub const fn file_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+    /// The head's matrix.
+    ///
+    /// # Panics
+    /// Never: the check put it last.
+    pub fn head(&self) -> Tensor {
+        let last = self.sections.0.last().and_then(Record::tensor);
+        last.expect("the last section is the head")
+    }
+    /// The embedding's matrix: the head's where they are tied.
+    pub fn embedding(&self) -> Tensor {
+        let own = self.sections.find(Kind::Embedding, None).and_then(Record::tensor);
+        own.unwrap_or_else(|| self.head())
+    }
+    /// Where the tokenizer lies, and its length in bytes.
+    pub fn tokenizer(&self) -> Option<(Extent, usize)> {
+        let record = self.sections.0.first().filter(|r| r.kind == Kind::Tokenizer as u8)?;
+        Some((record.extent(), record.cols.get() as usize))
+    }
+    /// Checks the bytes of section `index` against its checksum.
+    ///
+    /// # Errors
+    /// [`ImageError::SectionChecksum`].
+    ///
+    /// # Panics
+    /// If there is no such section, or `blocks` is not of its length.
+    pub fn check_section(&self, index: usize, blocks: &[Block]) -> Result<(), ImageError> {
+        let record = &self.sections.0[index];
+        assert_eq!(blocks.len(), record.blocks.get() as usize);
+        if checksum(blocks.as_bytes()) == record.checksum.get() {
+            return Ok(());
+        }
+        let kind = kind_at(record, &self.header.config, index);
+        Err(ImageError::SectionChecksum { index: index as u32, kind })
+    }
+}
+
+/// The kind of a checked record.
+fn kind_at(record: &Record, config: &crate::Config, index: usize) -> Kind {
+    if index == 0 && record.kind == Kind::Tokenizer as u8 {
+        return Kind::Tokenizer;
+    }
+    let mut kinds = expected_sections(config).map(|s| s.kind);
+    kinds.find(|&k| k as u8 == record.kind).expect("a checked record has an expected kind")
+}
+
+/// Checks one entry of the table, and moves `end` to the end of its section.
+fn check_record(index: u32, record: &Record, expected: &Section, end: &mut u64) -> Result<(), ImageError> {
+    let wrong = |field| ImageError::Section { index, expected: expected.kind, field };
+    let layer = expected.layer.map_or(Record::NO_LAYER, |l| l as u16);
+    if record.kind != expected.kind as u8 {
+        return Err(wrong("kind"));
+    }
+    if record.layer.get() != layer {
+        return Err(wrong("layer"));
+    }
+    let encoding = Encoding::from_tag(record.encoding).filter(|&e| expected.kind.allows(e));
+    let encoding = encoding.ok_or(wrong("encoding"))?;
+    if (record.rows.get(), record.cols.get()) != (expected.rows, expected.cols) {
+        return Err(wrong("shape"));
+    }
+    let has_scale = matches!(encoding, Encoding::Matrix(f) if !f.has_row_scales() && f != bitnet_kernel::Format::F16);
+    let scale = record.scale.get();
+    if !scale.is_finite() || (!has_scale && scale != 1.0) {
+        return Err(wrong("scale"));
+    }
+    let blocks = encoding.blocks(expected.rows, expected.cols);
+    if u64::from(record.blocks.get()) != blocks {
+        return Err(wrong("length"));
+    }
+    if u64::from(record.start.get()) != *end {
+        return Err(wrong("position"));
+    }
+    *end += blocks;
+    // Everything that a record can name then fits 32-bit block numbers.
+    if *end > u64::from(u32::MAX) { Err(wrong("end")) } else { Ok(()) }
+}
+
+/// The first 64 bytes of an image of this version.
+fn prefix(start: &[u8]) -> Result<&[u8; PREFIX_BYTES], ImageError> {
+    let magic = start.len().min(MAGIC.len());
+    if start[..magic] != MAGIC[..magic] || start.is_empty() {
+        return Err(Foreign::recognise(start).map_or(ImageError::Magic, ImageError::Foreign));
+    }
+    let prefix = start.first_chunk().ok_or(ImageError::TooShort { bytes: start.len() as u64 })?;
+    match u32_at(prefix, 8) {
+        VERSION => Ok(prefix),
+        version => Err(ImageError::Version(version)),
+    }
+}
+
+fn u32_at(bytes: &[u8; PREFIX_BYTES], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn u64_at(bytes: &[u8; PREFIX_BYTES], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}

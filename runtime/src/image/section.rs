@@ -1,0 +1,331 @@
+//! Sections: which there are, what they hold, and where.
+use crate::model::Config;
+use crate::source::Extent;
+use bitnet_kernel::{Block, Format};
+use zerocopy::little_endian::{F32, U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Rows of a *unit*: the part of a matrix that holds all it needs, so that it can be streamed and computed alone.
+///
+/// A unit is the tiles of 64 rows (fewer in a matrix's last unit) followed, in formats with row scales, by one f32 a row,
+/// padded with zeros to whole blocks. Units follow one another.
+pub const UNIT_ROWS: usize = 64;
+
+/// One entry of the section table: 32 bytes, little-endian.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Record {
+    /// [`Kind`].
+    pub kind: u8,
+    /// [`Encoding`].
+    pub encoding: u8,
+    /// The layer, or 65,535.
+    pub layer: U16,
+    /// Rows of a matrix; 1 of anything else.
+    pub rows: U32,
+    /// Columns of a matrix, elements of a vector, bytes of anything else.
+    pub cols: U32,
+    /// First block in the file.
+    pub start: U32,
+    /// Number of blocks.
+    pub blocks: U32,
+    /// What all weights of a matrix are multiplied by; 1 where rows have scales of their own.
+    pub scale: F32,
+    /// [`super::checksum`] of all the blocks.
+    pub checksum: U64,
+}
+
+/// What a section holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+#[expect(missing_docs, reason = "the names are the field's standard terms")]
+pub enum Kind {
+    /// The tokenizer, as kitoken serializes it; the only section before the weight region.
+    Tokenizer = 1,
+    /// `head_dim / 2` angles in radians a position, scaling for long contexts included.
+    RopeFrequencies = 2,
+    /// `[vocab, hidden]`; absent where the head is the embedding too.
+    Embedding = 3,
+    AttentionNorm = 16,
+    Query = 17,
+    Key = 18,
+    Value = 19,
+    AttentionSubNorm = 20,
+    Output = 21,
+    FfnNorm = 22,
+    Gate = 23,
+    Up = 24,
+    FfnSubNorm = 25,
+    Down = 26,
+    /// What the linear before it in name applies to its own input, if [`Config::linear_norm_eps`].
+    QueryInputNorm = 33,
+    KeyInputNorm = 34,
+    ValueInputNorm = 35,
+    OutputInputNorm = 37,
+    GateInputNorm = 39,
+    UpInputNorm = 40,
+    DownInputNorm = 42,
+    FinalNorm = 64,
+    /// `[vocab, hidden]`.
+    Head = 65,
+}
+
+impl Kind {
+    /// `"attention_norm"`, as `inspect` prints it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tokenizer => "tokenizer",
+            Self::RopeFrequencies => "rope_frequencies",
+            Self::Embedding => "embedding",
+            Self::AttentionNorm => "attention_norm",
+            Self::Query => "query",
+            Self::Key => "key",
+            Self::Value => "value",
+            Self::AttentionSubNorm => "attention_sub_norm",
+            Self::Output => "output",
+            Self::FfnNorm => "ffn_norm",
+            Self::Gate => "gate",
+            Self::Up => "up",
+            Self::FfnSubNorm => "ffn_sub_norm",
+            Self::Down => "down",
+            Self::QueryInputNorm => "query_input_norm",
+            Self::KeyInputNorm => "key_input_norm",
+            Self::ValueInputNorm => "value_input_norm",
+            Self::OutputInputNorm => "output_input_norm",
+            Self::GateInputNorm => "gate_input_norm",
+            Self::UpInputNorm => "up_input_norm",
+            Self::DownInputNorm => "down_input_norm",
+            Self::FinalNorm => "final_norm",
+            Self::Head => "head",
+        }
+    }
+    /// The kind of the norm that this linear applies to its input.
+    const fn input_norm(self) -> Self {
+        match self {
+            Self::Query => Self::QueryInputNorm,
+            Self::Key => Self::KeyInputNorm,
+            Self::Value => Self::ValueInputNorm,
+            Self::Output => Self::OutputInputNorm,
+            Self::Gate => Self::GateInputNorm,
+            Self::Up => Self::UpInputNorm,
+            _ => Self::DownInputNorm,
+        }
+    }
+    /// Whether a section of this kind may be encoded so.
+    pub const fn allows(self, encoding: Encoding) -> bool {
+        match self {
+            Self::Tokenizer => matches!(encoding, Encoding::Bytes),
+            Self::Embedding | Self::Head => {
+                matches!(encoding, Encoding::Matrix(Format::I4 | Format::I8 | Format::F16))
+            }
+            Self::Query | Self::Key | Self::Value | Self::Output | Self::Gate | Self::Up | Self::Down => {
+                matches!(encoding, Encoding::Matrix(Format::B1 | Format::T2 | Format::TL | Format::I4 | Format::I8))
+            }
+            _ => matches!(encoding, Encoding::Vector),
+        }
+    }
+}
+
+/// How a section's bytes are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    /// Units of packed rows.
+    Matrix(Format),
+    /// f32, little-endian.
+    Vector,
+    /// Bytes.
+    Bytes,
+}
+
+impl Encoding {
+    const VECTOR: u8 = 32;
+    const BYTES: u8 = 33;
+
+    /// What the table records.
+    pub const fn tag(self) -> u8 {
+        match self {
+            Self::Matrix(format) => format as u8,
+            Self::Vector => Self::VECTOR,
+            Self::Bytes => Self::BYTES,
+        }
+    }
+    /// The encoding with this tag.
+    pub const fn from_tag(tag: u8) -> Option<Self> {
+        match tag {
+            Self::VECTOR => Some(Self::Vector),
+            Self::BYTES => Some(Self::Bytes),
+            _ => match Format::from_tag(tag) {
+                Some(format) => Some(Self::Matrix(format)),
+                None => None,
+            },
+        }
+    }
+    /// Blocks of a section of `rows` by `cols`. Within the limits of [`Config::check`] no size overflows 64 bits.
+    pub const fn blocks(self, rows: u32, cols: u32) -> u64 {
+        match self {
+            Self::Matrix(format) => {
+                let full = rows as usize / UNIT_ROWS;
+                let rest = rows as usize % UNIT_ROWS;
+                full as u64 * unit_blocks(format, UNIT_ROWS, cols) + unit_blocks(format, rest, cols)
+            }
+            Self::Vector => (cols as u64 * 4).div_ceil(Block::BYTES as u64),
+            Self::Bytes => (cols as u64).div_ceil(Block::BYTES as u64),
+        }
+    }
+}
+
+/// Blocks of a unit with `rows` rows.
+const fn unit_blocks(format: Format, rows: usize, cols: u32) -> u64 {
+    (format.matrix_blocks(rows, cols as usize) + scale_blocks(format, rows)) as u64
+}
+
+/// Blocks of a unit's row scales.
+const fn scale_blocks(format: Format, rows: usize) -> usize {
+    if format.has_row_scales() { rows.div_ceil(Block::BYTES / 4) } else { 0 }
+}
+
+/// A section that the configuration asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// What it holds.
+    pub kind: Kind,
+    /// Its layer.
+    pub layer: Option<u32>,
+    /// Rows of a matrix; 1 of a vector.
+    pub rows: u32,
+    /// Columns of a matrix, elements of a vector.
+    pub cols: u32,
+}
+
+/// The sections of the weight region in execution order: what a packer writes and the validator expects.
+pub fn expected_sections(c: &Config) -> impl Iterator<Item = Section> + use<> {
+    let c = *c;
+    let once = move |kind, rows, cols| Section { kind, layer: None, rows, cols };
+    let embedding = (!c.tied).then(|| once(Kind::Embedding, c.vocab, c.hidden));
+    let start = [once(Kind::RopeFrequencies, 1, c.head_dim / 2)].into_iter().chain(embedding);
+    let layers = (0..c.layers).flat_map(move |layer| layer_sections(&c, layer));
+    start.chain(layers).chain([once(Kind::FinalNorm, 1, c.hidden), once(Kind::Head, c.vocab, c.hidden)])
+}
+
+/// One layer's sections in execution order.
+fn layer_sections(c: &Config, layer: u32) -> impl Iterator<Item = Section> + use<> {
+    let (hidden, ffn, query, kv) = (c.hidden, c.ffn, c.query_width(), c.kv_width());
+    let norm = |kind, cols| (true, kind, 1, cols);
+    let sub_norm = |kind, cols| (c.sub_norms, kind, 1, cols);
+    let input_norm = |linear: Kind, cols| (c.linear_norm_eps.is_some(), linear.input_norm(), 1, cols);
+    let linear = |kind, rows, cols| (true, kind, rows, cols);
+    [
+        norm(Kind::AttentionNorm, hidden),
+        input_norm(Kind::Query, hidden),
+        linear(Kind::Query, query, hidden),
+        input_norm(Kind::Key, hidden),
+        linear(Kind::Key, kv, hidden),
+        input_norm(Kind::Value, hidden),
+        linear(Kind::Value, kv, hidden),
+        sub_norm(Kind::AttentionSubNorm, query),
+        input_norm(Kind::Output, query),
+        linear(Kind::Output, hidden, query),
+        norm(Kind::FfnNorm, hidden),
+        input_norm(Kind::Gate, hidden),
+        linear(Kind::Gate, ffn, hidden),
+        input_norm(Kind::Up, hidden),
+        linear(Kind::Up, ffn, hidden),
+        sub_norm(Kind::FfnSubNorm, ffn),
+        input_norm(Kind::Down, ffn),
+        linear(Kind::Down, hidden, ffn),
+    ]
+    .into_iter()
+    .filter(|&(present, ..)| present)
+    .map(move |(_, kind, rows, cols)| Section { kind, layer: Some(layer), rows, cols })
+}
+
+/// A matrix in an image.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Tensor {
+    /// How weights are encoded.
+    pub format: Format,
+    /// Rows.
+    pub rows: u32,
+    /// Columns.
+    pub cols: u32,
+    /// First block in the file.
+    pub start: u32,
+    /// What all weights are multiplied by; 1 where rows have scales of their own.
+    pub scale: f32,
+}
+
+impl Tensor {
+    /// Units.
+    pub const fn units(&self) -> u32 {
+        (self.rows as usize).div_ceil(UNIT_ROWS) as u32
+    }
+    /// Rows of unit `u`.
+    pub const fn unit_rows(&self, u: u32) -> usize {
+        let rest = self.rows as usize - u as usize * UNIT_ROWS;
+        if rest < UNIT_ROWS { rest } else { UNIT_ROWS }
+    }
+    /// Where unit `u` lies.
+    pub const fn unit(&self, u: u32) -> Extent {
+        let start = self.start + u * unit_blocks(self.format, UNIT_ROWS, self.cols) as u32;
+        Extent { start, blocks: unit_blocks(self.format, self.unit_rows(u), self.cols) as u32 }
+    }
+    /// Blocks of a unit that hold weights; the rest are row scales.
+    pub const fn weight_blocks(&self, rows: usize) -> usize {
+        self.format.matrix_blocks(rows, self.cols as usize)
+    }
+    /// Where the tile of row `r` lies, the row's place in it, and the block with the row's scale and its place in that.
+    ///
+    /// For reading one row of an embedding. The scale's block is `None` in formats without row scales.
+    pub const fn row(&self, r: u32) -> (Extent, usize, Option<(Extent, usize)>) {
+        let (unit, r) = (r / UNIT_ROWS as u32, r as usize % UNIT_ROWS);
+        let (start, rows) = (self.unit(unit).start, self.unit_rows(unit));
+        let tile_blocks = self.format.tile_blocks(self.cols as usize) as u32;
+        let tile = Extent { start: start + (r / self.format.tile_rows()) as u32 * tile_blocks, blocks: tile_blocks };
+        let scale = if self.format.has_row_scales() {
+            let start = start + self.weight_blocks(rows) as u32 + (r / 16) as u32;
+            Some((Extent { start, blocks: 1 }, r % 16))
+        } else {
+            None
+        };
+        (tile, r % self.format.tile_rows(), scale)
+    }
+}
+
+/// The section table of a checked image.
+#[derive(Clone, Copy, Debug)]
+pub struct Sections<'a>(pub(super) &'a [Record]);
+
+impl<'a> Sections<'a> {
+    /// All entries, the tokenizer's first if there is one.
+    pub const fn records(&self) -> &'a [Record] {
+        self.0
+    }
+    /// The entry of a kind and layer.
+    pub fn find(&self, kind: Kind, layer: Option<u32>) -> Option<&'a Record> {
+        let layer = layer.map_or(u16::MAX, |l| l as u16);
+        self.0.iter().find(|r| r.kind == kind as u8 && r.layer.get() == layer)
+    }
+}
+
+impl Record {
+    /// Layer of a record that belongs to none.
+    pub const NO_LAYER: u16 = u16::MAX;
+
+    /// Where the section lies.
+    pub const fn extent(&self) -> Extent {
+        Extent { start: self.start.get(), blocks: self.blocks.get() }
+    }
+    /// The matrix it holds, or `None` for a vector or bytes.
+    pub const fn tensor(&self) -> Option<Tensor> {
+        match Encoding::from_tag(self.encoding) {
+            Some(Encoding::Matrix(format)) => Some(Tensor {
+                format,
+                rows: self.rows.get(),
+                cols: self.cols.get(),
+                start: self.start.get(),
+                scale: self.scale.get(),
+            }),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! The memory plan: every size follows from [`Config`] and [`Limits`], before anything runs.
+use crate::error::Error;
+use crate::model::Config;
+use bitnet_kernel::{Block, Format};
+use serde::{Deserialize, Serialize};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// What the user chooses, and memory depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Positions a conversation can have; at most the model's own.
+    pub context: u32,
+    /// Tokens of a prompt that share one pass over the weights, 1 to [`Limits::BATCH_MAX`].
+    pub batch: u32,
+    /// How keys and values are kept.
+    pub kv: KvFormat,
+}
+
+/// How the keys and values of past positions are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum KvFormat {
+    /// f32: for comparing with other implementations.
+    F32,
+    /// Half precision.
+    F16,
+    /// int8, one scale a head and position.
+    I8,
+}
+
+impl KvFormat {
+    /// Bytes of one element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 => 2,
+            Self::I8 => 1,
+        }
+    }
+}
+
+impl Limits {
+    /// Most tokens in a batch.
+    pub const BATCH_MAX: u32 = 16;
+
+    /// What an image's header plans for unless told otherwise: the model's own context but at most 4,096, batches of 8,
+    /// half-precision keys and values.
+    pub const fn default_for(c: &Config) -> Self {
+        Self { context: if c.context < 4096 { c.context } else { 4096 }, batch: 8, kv: KvFormat::F16 }
+    }
+    /// Checks the limits against the model.
+    ///
+    /// # Errors
+    /// [`Error::Limit`].
+    pub const fn check(&self, c: &Config) -> Result<(), Error> {
+        if self.context == 0 || self.context > c.context {
+            return Err(Error::Limit { what: "context", given: self.context, max: c.context });
+        }
+        if self.batch == 0 || self.batch > Self::BATCH_MAX {
+            return Err(Error::Limit { what: "batch", given: self.batch, max: Self::BATCH_MAX });
+        }
+        Ok(())
+    }
+}
+
+/// Memory each part needs, in blocks of 64 bytes. `const`, so that a board can size a `static` with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// One conversation: keys and values of every position.
+    pub state: usize,
+    /// Activations of one pass, shared by all conversations.
+    pub scratch: usize,
+    /// The sampler's candidates.
+    pub sampler: usize,
+}
+
+impl Plan {
+    /// The plan for one model. `c` and `limits` have been checked.
+    pub const fn new(c: &Config, limits: &Limits) -> Self {
+        let (batch, hidden, widest) = (limits.batch as usize, c.hidden as usize, c.widest() as usize);
+        let scratch = Sizes::new(c);
+        Self {
+            state: 2 * (kv_blocks(c, limits) + blocks::<f32>(kv_scales(c, limits))),
+            scratch: blocks::<f32>(batch * hidden)
+                + blocks::<f32>(batch * widest)
+                + blocks::<i8>(batch * scratch.quantized)
+                + batch * scratch.tables
+                + 2 * blocks::<f32>(batch * scratch.projected)
+                + blocks::<f32>(batch * c.query_width() as usize)
+                + blocks::<f32>(batch * c.head_dim as usize)
+                + blocks::<f32>(padded_rows(c.vocab as usize)),
+            sampler: blocks::<u32>(c.vocab as usize),
+        }
+    }
+    /// All parts together, in blocks.
+    pub const fn blocks(&self) -> usize {
+        self.state + self.scratch + self.sampler
+    }
+    /// All parts together, in bytes.
+    pub const fn bytes(&self) -> u64 {
+        (self.blocks() * Block::BYTES) as u64
+    }
+}
+
+/// Sizes of the scratch memory that the plan and the carving share.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    /// int8 activations of one token, padded for every format.
+    pub quantized: usize,
+    /// Blocks of tables of one token.
+    pub tables: usize,
+    /// Results of one token of the linears that share an input.
+    pub projected: usize,
+}
+
+impl Sizes {
+    pub(crate) const fn new(c: &Config) -> Self {
+        let widest = c.widest() as usize;
+        let (mut quantized, mut tables, mut i) = (0, 0, 0);
+        while i < Format::INTEGER.len() {
+            let format = Format::INTEGER[i];
+            quantized = max(quantized, format.padded_cols(widest));
+            if c.formats >> format as u8 & 1 == 1 {
+                tables = max(tables, format.table_blocks(widest));
+            }
+            i += 1;
+        }
+        let attention = padded_rows(c.query_width() as usize) + 2 * padded_rows(c.kv_width() as usize);
+        let projected = max(attention, max(2 * padded_rows(c.ffn as usize), padded_rows(c.hidden as usize)));
+        Self { quantized: quantized.next_multiple_of(Block::BYTES), tables, projected }
+    }
+}
+
+/// Rows rounded up to whole units of an image, so that every unit's results have a place of their own.
+pub(crate) const fn padded_rows(rows: usize) -> usize {
+    rows.next_multiple_of(crate::image::UNIT_ROWS)
+}
+
+/// Blocks of one layer's keys (or values) of one head.
+pub(crate) const fn kv_head_blocks(c: &Config, limits: &Limits) -> usize {
+    (limits.context as usize * c.head_dim as usize * limits.kv.bytes()).div_ceil(Block::BYTES)
+}
+
+/// Blocks of all keys (or values).
+pub(crate) const fn kv_blocks(c: &Config, limits: &Limits) -> usize {
+    c.layers as usize * c.kv_heads as usize * kv_head_blocks(c, limits)
+}
+
+/// Scales of all keys (or values).
+pub(crate) const fn kv_scales(c: &Config, limits: &Limits) -> usize {
+    match limits.kv {
+        KvFormat::I8 => c.layers as usize * c.kv_heads as usize * limits.context as usize,
+        KvFormat::F32 | KvFormat::F16 => 0,
+    }
+}
+
+const fn max(a: usize, b: usize) -> usize {
+    if a > b { a } else { b }
+}
+
+pub(crate) const fn blocks<T>(n: usize) -> usize {
+    (n * size_of::<T>()).div_ceil(Block::BYTES)
+}
+
+/// Hands out slices of one buffer; once the plan is carved nothing is left to allocate.
+#[derive(Debug)]
+pub(crate) struct Arena<'m>(&'m mut [Block]);
+
+impl<'m> Arena<'m> {
+    pub(crate) fn new(what: &'static str, memory: &'m mut [Block], needed: usize) -> Result<Self, Error> {
+        let given = memory.len();
+        memory.get_mut(..needed).map(Self).ok_or(Error::Memory { what, needed, given })
+    }
+    pub(crate) fn take<T: FromBytes + IntoBytes>(&mut self, n: usize) -> &'m mut [T] {
+        let taken = self.take_blocks(blocks::<T>(n));
+        let taken: &'m mut [T] = <[T]>::mut_from_bytes(taken.as_mut_bytes()).expect("64 % size == 0");
+        &mut taken[..n]
+    }
+    pub(crate) fn take_blocks(&mut self, n: usize) -> &'m mut [Block] {
+        let (taken, rest) = core::mem::take(&mut self.0).split_at_mut(n);
+        self.0 = rest;
+        taken
+    }
+    pub(crate) fn finish(self) {
+        assert!(self.0.is_empty(), "the plan and the carving disagree");
+    }
+}

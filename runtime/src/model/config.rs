@@ -1,0 +1,111 @@
+//! What kind of model an image holds: every choice the forward pass makes is one of these fields, never a model's name.
+use crate::error::ImageError;
+use bitnet_kernel::Format;
+use serde::{Deserialize, Serialize};
+
+/// The shape and the choices of one model, as the image's header records them (in this order).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    /// Tokens.
+    pub vocab: u32,
+    /// Width of the residual stream.
+    pub hidden: u32,
+    /// Width of the feed-forward layer.
+    pub ffn: u32,
+    /// Blocks of attention and feed-forward.
+    pub layers: u32,
+    /// Query heads.
+    pub heads: u32,
+    /// Key and value heads; divides `heads` (grouped-query attention, arXiv:2305.13245).
+    pub kv_heads: u32,
+    /// Width of a head.
+    pub head_dim: u32,
+    /// Positions the model was trained for.
+    pub context: u32,
+    /// Added to the mean square in every normalization but the linears' own.
+    pub norm_eps: f32,
+    /// Between gate and up.
+    pub activation: Activation,
+    /// Which elements of a head are rotated together.
+    pub rope: Rope,
+    /// Whether attention's and feed-forward's results are normalized before their last linear (BitNet b1.58).
+    pub sub_norms: bool,
+    /// Epsilon of the normalization that every linear applies to its own input, if they have one.
+    pub linear_norm_eps: Option<f32>,
+    /// Whether the head's matrix is the embedding too.
+    pub tied: bool,
+    /// The union of the linears' formats: bit `f` for the format with tag `f`. Sizes the tables in the plan.
+    pub formats: u16,
+}
+
+/// The activation function of the feed-forward layer: `activation(gate) · up`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Activation {
+    /// `max(x, 0)²`.
+    SquaredRelu,
+    /// `x · sigmoid(x)`.
+    Silu,
+}
+
+/// Which elements of a head rotary position embedding (arXiv:2104.09864) turns together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Rope {
+    /// `i` and `i + head_dim / 2`, as Hugging Face stores weights.
+    HalfSplit,
+    /// `2i` and `2i + 1`, as GGUF stores Llama's.
+    Interleaved,
+}
+
+impl Config {
+    /// Most layers.
+    pub const LAYERS_MAX: u32 = 512;
+    /// Most tokens in a vocabulary.
+    pub const VOCAB_MAX: u32 = 1 << 22;
+    /// Longest context.
+    pub const CONTEXT_MAX: u32 = 1 << 20;
+    /// Widest head.
+    pub const HEAD_DIM_MAX: u32 = 512;
+    /// Widest vector: what every kernel multiplies exactly.
+    pub const WIDTH_MAX: u32 = Format::COLS_MAX as u32;
+
+    /// Width of all query heads together.
+    pub const fn query_width(&self) -> u32 {
+        self.heads * self.head_dim
+    }
+    /// Width of all key heads (and of all value heads) together.
+    pub const fn kv_width(&self) -> u32 {
+        self.kv_heads * self.head_dim
+    }
+    /// The widest vector that a linear reads.
+    pub const fn widest(&self) -> u32 {
+        let w = if self.hidden > self.ffn { self.hidden } else { self.ffn };
+        if w > self.query_width() { w } else { self.query_width() }
+    }
+    /// Checks every field against the limits, so that no size computed from them can overflow.
+    ///
+    /// # Errors
+    /// [`ImageError::Config`] names the first field that is wrong.
+    pub fn check(&self) -> Result<(), ImageError> {
+        let field = |field, value: u32, ok: bool| {
+            let value = u64::from(value);
+            if ok { Ok(()) } else { Err(ImageError::Config { field, value }) }
+        };
+        let width = |name, v| field(name, v, 1 <= v && v <= Self::WIDTH_MAX);
+        field("vocab", self.vocab, 1 <= self.vocab && self.vocab <= Self::VOCAB_MAX)?;
+        width("hidden", self.hidden)?;
+        width("ffn", self.ffn)?;
+        field("layers", self.layers, 1 <= self.layers && self.layers <= Self::LAYERS_MAX)?;
+        width("heads", self.heads)?;
+        let grouped = 1 <= self.kv_heads && self.heads.is_multiple_of(self.kv_heads.max(1));
+        field("kv_heads", self.kv_heads, grouped)?;
+        let even = self.head_dim.is_multiple_of(2) && 2 <= self.head_dim && self.head_dim <= Self::HEAD_DIM_MAX;
+        field("head_dim", self.head_dim, even)?;
+        width("heads * head_dim", self.heads.saturating_mul(self.head_dim))?;
+        field("context", self.context, 1 <= self.context && self.context <= Self::CONTEXT_MAX)?;
+        let eps = |name, v: f32| field(name, v as u32, v.is_finite() && v >= 0.0 && v < 1.0);
+        eps("norm_eps", self.norm_eps)?;
+        eps("linear_norm_eps", self.linear_norm_eps.unwrap_or(0.0))?;
+        let integer = Format::INTEGER.iter().fold(0, |set, &f| set | 1 << f as u8);
+        field("formats", u32::from(self.formats), self.formats != 0 && self.formats & !integer == 0)
+    }
+}

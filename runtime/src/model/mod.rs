@@ -1,0 +1,4 @@
+//! The model.
+mod config;
+
+pub use config::{Activation, Config, Rope};
