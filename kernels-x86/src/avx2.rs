@@ -1,0 +1,747 @@
+//! AVX2: 16 registers of 32 bytes, byte products by `vpmaddubsw`, tables of 16 entries by `vpshufb`.
+//!
+//! The loops, and what was tried and lost, each measured on a Zen 3 core:
+//!
+//! - One software prefetch a cache line, 2 to 4 KiB ahead, is worth 35 to 50 % where weights come from memory (the hardware
+//!   prefetcher alone reached 65 to 70 % of the bandwidth), and costs nothing where they come from a cache. [`Format::I8`]
+//!   gained nothing: it is bound by arithmetic and reads plain streams.
+//! - T2: tiles of 8 rows spill registers, 5 to 10 % slower than 4. One sum a row and three shifts in place of two sums and
+//!   one shift: 30 operations for 256 weights against 26. Masks without any shift are no use: at weight 64 one lane of
+//!   `vpmaddubsw` overflows.
+//! - TL and B1: both halves of 32 rows use a table while it is in registers; half by half, LLVM hoists 16 tables to the stack
+//!   (87 against 96 weights/ns). Bits in planes and `vpmaddubsw` for B1 run at half the speed of tables.
+//!
+//! Loads go through [`load`] and friends, which take arrays: the loops hold no pointers and no `unsafe`.
+#![allow(clippy::needless_range_loop, reason = "one index for several arrays of registers")]
+
+use bitnet_kernel::float::{self, Cache};
+use bitnet_kernel::tables::{B1_BASE, TL_BASE, TL_WEIGHTS};
+use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
+use core::arch::x86_64::*;
+
+/// Invariant: a value exists only where the CPU has AVX2. [`detect`] makes the only one.
+#[derive(Debug)]
+pub(crate) struct Avx2(());
+
+static AVX2: Avx2 = Avx2(());
+
+/// See [`crate::avx2`].
+pub(crate) fn detect() -> Option<&'static dyn Kernels> {
+    #[cfg(feature = "std")]
+    let present = std::arch::is_x86_feature_detected!("avx2");
+    #[cfg(not(feature = "std"))]
+    let present = cfg!(target_feature = "avx2");
+    present.then_some(&AVX2 as &dyn Kernels)
+}
+
+impl Kernels for Avx2 {
+    fn name(&self) -> &'static str {
+        "avx2"
+    }
+    /// The tables of [`bitnet_kernel::tables`], in the same places. A sum at the edge of two splits may take the other one.
+    fn prepare<'a>(&self, format: Format, cols: usize, values: &'a [i8], tables: &'a mut [Block]) -> Activations<'a> {
+        match format {
+            // SAFETY: `self` exists, so the CPU has AVX2.
+            Format::B1 => unsafe { prepare_b1_avx2(values, tables) },
+            // SAFETY: as above.
+            Format::TL => unsafe { prepare_tl_avx2(values, tables) },
+            Format::T2 | Format::I4 | Format::I8 | Format::F16 => {}
+        }
+        Activations::new(format, cols, values, tables)
+    }
+    fn matvec(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [i32]) {
+        assert_eq!(y.len(), w.rows());
+        x.assert_fit(&w);
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { products(w, &[x], y) }
+    }
+    fn matmat(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [i32]) {
+        assert_eq!(y.len(), w.rows() * x.tokens().len());
+        x.assert_fit(&w);
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { products(w, x.tokens(), y) }
+    }
+    fn matvec_f16(&self, w: Matrix<'_>, x: &[f32], y: &mut [f32]) {
+        #[target_feature(enable = "avx2")]
+        fn matvec_f16_avx2(w: Matrix<'_>, x: &[f32], y: &mut [f32]) {
+            float::matvec_f16(w, x, y);
+        }
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { matvec_f16_avx2(w, x, y) }
+    }
+    fn quantize(&self, x: &[f32], q: &mut [i8]) -> Option<f32> {
+        #[target_feature(enable = "avx2")]
+        fn quantize_avx2(x: &[f32], q: &mut [i8]) -> Option<f32> {
+            float::quantize(x, q)
+        }
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { quantize_avx2(x, q) }
+    }
+    fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
+        #[target_feature(enable = "avx2")]
+        fn attend_avx2(q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
+            float::attend(q, keys, values, scale, out);
+        }
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { attend_avx2(q, keys, values, scale, out) }
+    }
+}
+
+/// Bytes that a type is made of, for [`load`].
+trait Bytes: Copy {}
+impl Bytes for u8 {}
+impl Bytes for i8 {}
+
+/// The 32 bytes of `bytes` from `at` on.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn load<T: Bytes, const N: usize>(bytes: &[T; N], at: usize) -> __m256i {
+    assert!(at + 32 <= N);
+    // SAFETY: the assertion: the 32 bytes lie within `bytes`. It folds away wherever `at` is a constant.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().add(at).cast()) }
+}
+
+/// The 16 bytes of `bytes` from `at` on, twice.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn load_twice<T: Bytes, const N: usize>(bytes: &[T; N], at: usize) -> __m256i {
+    assert!(at + 16 <= N);
+    // SAFETY: the assertion: the 16 bytes lie within `bytes`.
+    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(bytes.as_ptr().add(at).cast()) })
+}
+
+/// Asks for the cache line `bytes` after `block`.
+#[inline(always)]
+fn prefetch(block: &Block, bytes: usize) {
+    let p = block.0.as_ptr().wrapping_add(bytes).cast();
+    // SAFETY: a prefetch reads nothing that the program sees and never faults; the address need not exist.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(p) }
+}
+
+/// The lanes.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn lanes(v: __m256i) -> [i32; 8] {
+    let mut out = [0; 8];
+    // SAFETY: `out` is 32 bytes.
+    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), v) };
+    out
+}
+
+/// The sums of four vectors' lanes: 3 horizontal additions in place of four trees.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn sums(v: [__m256i; 4]) -> [i32; 4] {
+    let q = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+    let [a, b, c, d, e, f, g, h] = lanes(q);
+    [a + e, b + f, c + g, d + h]
+}
+
+/// Adds the pairs of 16-bit lanes to 32-bit sums.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add_pairs(total: __m256i, pairs: __m256i) -> __m256i {
+    _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+}
+
+/// `acc + codes · x`, in pairs: unsigned bytes times signed bytes.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add_products(acc: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+    _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x))
+}
+
+/// Tokens that are multiplied by a vector of weights while it lies unpacked in registers: as many as have room for their sums.
+const TOKENS: usize = 4;
+
+/// `w` times every token. The entrance checks were made.
+#[target_feature(enable = "avx2")]
+fn products(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
+    match w.format() {
+        Format::B1 => lanes_of(w, tokens, y, |w, x| matvec_b1_avx2(w, x), |w, x| matmat_b1_avx2(w, x)),
+        Format::TL => lanes_of(w, tokens, y, |w, x| matvec_tl_avx2(w, x), |w, x| matmat_tl_avx2(w, x)),
+        Format::T2 => planes_of(w, tokens, y, |w, x| matvec_t2_avx2(w, x), |w, x| matmat_t2_avx2(w, x)),
+        Format::I4 => planes_of(w, tokens, y, |w, x| matvec_i4_avx2(w, x), |w, x| matmat_i4_avx2(w, x)),
+        Format::I8 => planes_of(w, tokens, y, |w, x| matvec_i8_avx2(w, x), |w, x| matmat_i8_avx2(w, x)),
+        Format::F16 => panic!("f16 weights are multiplied by matvec_f16"),
+    }
+}
+
+/// A tile of a format in planes: 4 blocks a step, one of each row.
+type Planes<'a> = &'a [[Block; 4]];
+
+/// Cuts a product into those of one tile with one token (`one`) or with [`TOKENS`] of them (`four`).
+///
+/// Tile by tile, so that the weights of a tile are in the first-level cache for all tokens but the first. Three tokens left
+/// over cost as much as four, two are cheaper one by one.
+fn planes_of(
+    w: Matrix<'_>,
+    tokens: &[Activations<'_>],
+    y: &mut [i32],
+    one: impl Fn(Planes<'_>, Activations<'_>) -> [i32; 4],
+    four: impl Fn(Planes<'_>, [Activations<'_>; TOKENS]) -> [[i32; 4]; TOKENS],
+) {
+    if w.cols() == 0 || w.rows() == 0 {
+        return y.fill(0);
+    }
+    for (first, tile) in (0..w.rows()).step_by(4).zip(w.tiles()) {
+        let (tile, _) = tile.as_chunks();
+        for (tokens, y) in tokens.chunks(TOKENS).zip(y.chunks_mut(w.rows() * TOKENS)) {
+            let mut dots = [[0; 4]; TOKENS];
+            match tokens.len() {
+                1..=2 => tokens.iter().zip(&mut dots).for_each(|(x, dots)| *dots = one(tile, *x)),
+                n => dots = four(tile, core::array::from_fn(|t| tokens[t.min(n - 1)])),
+            }
+            for (y, dots) in y.chunks_exact_mut(w.rows()).zip(dots) {
+                y[first..].iter_mut().zip(dots).for_each(|(y, dot)| *y = dot);
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// T2: four planes of codes 0 to 2 (3 is invalid).
+
+/// Steps after which the 16-bit sums of T2 are emptied.
+///
+/// One lane of `vpmaddubsw` is two products: at weight 4 from `-2·8·128 = -2048` to `2·8·127 = 2032`. A step adds two planes
+/// of two halves, so 4 steps stay within `-32768..=32512`. At weight 1 it is a quarter of that, and the sum of both after the
+/// division by 4 at most 16384 in magnitude. All sums at weight 4 are multiples of 4, so the shift is exact.
+const T2_FLUSH: usize = 4;
+const T2_PREFETCH: usize = 2048;
+
+/// The dot products of 4 rows.
+///
+/// 13 operations for 128 weights. 8 sums, 4 vectors of activations, 2 masks and 2 temporaries: 16 registers.
+#[target_feature(enable = "avx2")]
+fn matvec_t2_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
+    let (xs, _) = x.values().as_chunks::<256>();
+    let zero = _mm256_setzero_si256();
+    let (m1, m4) = (_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c));
+    let mut total = [zero; 4];
+    for (steps, xs) in steps.chunks(T2_FLUSH).zip(xs.chunks(T2_FLUSH)) {
+        let (mut a1, mut a4) = ([zero; 4], [zero; 4]);
+        for (step, x) in steps.iter().zip(xs) {
+            for half in [0, 32] {
+                let (x0, x1, x2, x3) = (load(x, half), load(x, 64 + half), load(x, 128 + half), load(x, 192 + half));
+                for r in 0..4 {
+                    if half == 0 {
+                        prefetch(&step[r], T2_PREFETCH);
+                    }
+                    let v = load(&step[r].0, half);
+                    let h = _mm256_srli_epi16::<4>(v);
+                    a1[r] = add_products(a1[r], _mm256_and_si256(v, m1), x0);
+                    a4[r] = add_products(a4[r], _mm256_and_si256(v, m4), x1);
+                    a1[r] = add_products(a1[r], _mm256_and_si256(h, m1), x2);
+                    a4[r] = add_products(a4[r], _mm256_and_si256(h, m4), x3);
+                }
+            }
+        }
+        for r in 0..4 {
+            total[r] = add_pairs(total[r], _mm256_add_epi16(a1[r], _mm256_srai_epi16::<2>(a4[r])));
+        }
+    }
+    sums(total).map(|dot| dot - x.sum())
+}
+
+/// [`matvec_t2_avx2`] for 4 tokens, row by row: unpacking costs 5 operations of 37 in place of 5 of 13.
+#[target_feature(enable = "avx2")]
+fn matmat_t2_avx2(steps: Planes<'_>, x: [Activations<'_>; TOKENS]) -> [[i32; 4]; TOKENS] {
+    let zero = _mm256_setzero_si256();
+    let (m1, m4) = (_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c));
+    let xs = x.map(|x| &x.values().as_chunks::<256>().0[..steps.len()]);
+    let mut dots = [[0; 4]; TOKENS];
+    for r in 0..4 {
+        let mut total = [zero; TOKENS];
+        for first in (0..steps.len()).step_by(T2_FLUSH) {
+            let (mut a1, mut a4) = ([zero; TOKENS], [zero; TOKENS]);
+            for i in first..steps.len().min(first + T2_FLUSH) {
+                for half in [0, 32] {
+                    let v = load(&steps[i][r].0, half);
+                    let h = _mm256_srli_epi16::<4>(v);
+                    let (c0, c1) = (_mm256_and_si256(v, m1), _mm256_and_si256(v, m4));
+                    let (c2, c3) = (_mm256_and_si256(h, m1), _mm256_and_si256(h, m4));
+                    for t in 0..TOKENS {
+                        let x = &xs[t][i];
+                        a1[t] = add_products(a1[t], c0, load(x, half));
+                        a4[t] = add_products(a4[t], c1, load(x, 64 + half));
+                        a1[t] = add_products(a1[t], c2, load(x, 128 + half));
+                        a4[t] = add_products(a4[t], c3, load(x, 192 + half));
+                    }
+                }
+            }
+            for t in 0..TOKENS {
+                total[t] = add_pairs(total[t], _mm256_add_epi16(a1[t], _mm256_srai_epi16::<2>(a4[t])));
+            }
+        }
+        let dot = sums(total);
+        (0..TOKENS).for_each(|t| dots[t][r] = dot[t] - x[t].sum());
+    }
+    dots
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// I4: two planes of codes 0 to 15.
+
+/// Steps after which the 16-bit sums of I4 are emptied: a lane is at most `2·15·128 = 3840` in magnitude, 2 planes of 2
+/// halves a step, so 2 steps give 30720.
+const I4_FLUSH: usize = 2;
+const I4_PREFETCH: usize = 4096;
+
+/// The dot products of 4 rows. 7 operations for 64 weights.
+#[target_feature(enable = "avx2")]
+fn matvec_i4_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
+    let (xs, _) = x.values().as_chunks::<128>();
+    let nibble = _mm256_set1_epi8(15);
+    let mut total = [_mm256_setzero_si256(); 4];
+    for (steps, xs) in steps.chunks(I4_FLUSH).zip(xs.chunks(I4_FLUSH)) {
+        let mut acc = [_mm256_setzero_si256(); 4];
+        for (step, x) in steps.iter().zip(xs) {
+            for half in [0, 32] {
+                let (x0, x1) = (load(x, half), load(x, 64 + half));
+                for r in 0..4 {
+                    if half == 0 {
+                        prefetch(&step[r], I4_PREFETCH);
+                    }
+                    let v = load(&step[r].0, half);
+                    let h = _mm256_and_si256(_mm256_srli_epi16::<4>(v), nibble);
+                    acc[r] = add_products(acc[r], _mm256_and_si256(v, nibble), x0);
+                    acc[r] = add_products(acc[r], h, x1);
+                }
+            }
+        }
+        (0..4).for_each(|r| total[r] = add_pairs(total[r], acc[r]));
+    }
+    sums(total).map(|dot| dot - 8 * x.sum())
+}
+
+/// [`matvec_i4_avx2`] for 4 tokens, row by row: 19 operations for 4 times 64 weights, in place of 28.
+#[target_feature(enable = "avx2")]
+fn matmat_i4_avx2(steps: Planes<'_>, x: [Activations<'_>; TOKENS]) -> [[i32; 4]; TOKENS] {
+    let nibble = _mm256_set1_epi8(15);
+    let xs = x.map(|x| &x.values().as_chunks::<128>().0[..steps.len()]);
+    let mut dots = [[0; 4]; TOKENS];
+    for r in 0..4 {
+        let mut total = [_mm256_setzero_si256(); TOKENS];
+        for first in (0..steps.len()).step_by(I4_FLUSH) {
+            let mut acc = [_mm256_setzero_si256(); TOKENS];
+            for i in first..steps.len().min(first + I4_FLUSH) {
+                for half in [0, 32] {
+                    let v = load(&steps[i][r].0, half);
+                    let (low, high) =
+                        (_mm256_and_si256(v, nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(v), nibble));
+                    for t in 0..TOKENS {
+                        acc[t] = add_products(acc[t], low, load(&xs[t][i], half));
+                        acc[t] = add_products(acc[t], high, load(&xs[t][i], 64 + half));
+                    }
+                }
+            }
+            (0..TOKENS).for_each(|t| total[t] = add_pairs(total[t], acc[t]));
+        }
+        let dot = sums(total);
+        (0..TOKENS).for_each(|t| dots[t][r] = dot[t] - 8 * x[t].sum());
+    }
+    dots
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// I8: one plane of signed bytes.
+
+/// The dot products of 4 rows: `|x| · (w · sgn x)` in `vpmaddubsw`.
+///
+/// Weights are at least -127, so the sign changes none into itself and a lane is at most `2·128·127 = 32512`. (The code -128
+/// is invalid and may saturate: an unspecified sum, as the contract allows.)
+#[target_feature(enable = "avx2")]
+fn matvec_i8_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
+    let (xs, _) = x.values().as_chunks::<64>();
+    let mut total = [_mm256_setzero_si256(); 4];
+    for (step, x) in steps.iter().zip(xs) {
+        for half in [0, 32] {
+            let x = load(x, half);
+            let magnitude = _mm256_abs_epi8(x);
+            for r in 0..4 {
+                let w = _mm256_sign_epi8(load(&step[r].0, half), x);
+                total[r] = add_pairs(total[r], _mm256_maddubs_epi16(magnitude, w));
+            }
+        }
+    }
+    sums(total)
+}
+
+/// Steps after which the 16-bit sums of [`matmat_i8_avx2`] are emptied: a lane is at most `2·15·128 = 3840` in magnitude, 2
+/// halves a step, so 4 steps give 30720.
+const I8_FLUSH: usize = 4;
+
+/// [`matvec_i8_avx2`] for 4 tokens: with `w + 128 = 16 h + l`, `Σ w x = 16 Σ h x + Σ l x - 128 Σ x`.
+///
+/// Two multiplications for 32 weights where the signed form needs three of the two multiply ports' operations (sign,
+/// `vpmaddubsw`, `vpmaddwd`). Taking the bytes apart pays for several tokens only.
+#[target_feature(enable = "avx2")]
+fn matmat_i8_avx2(steps: Planes<'_>, x: [Activations<'_>; TOKENS]) -> [[i32; 4]; TOKENS] {
+    let zero = _mm256_setzero_si256();
+    let (nibble, sign) = (_mm256_set1_epi8(15), _mm256_set1_epi8(-128));
+    let xs = x.map(|x| &x.values().as_chunks::<64>().0[..steps.len()]);
+    let mut dots = [[0; 4]; TOKENS];
+    for r in 0..4 {
+        let (mut total, mut total_high) = ([zero; TOKENS], [zero; TOKENS]);
+        for first in (0..steps.len()).step_by(I8_FLUSH) {
+            let (mut acc, mut acc_high) = ([zero; TOKENS], [zero; TOKENS]);
+            for i in first..steps.len().min(first + I8_FLUSH) {
+                for half in [0, 32] {
+                    let v = _mm256_xor_si256(load(&steps[i][r].0, half), sign);
+                    let (low, high) =
+                        (_mm256_and_si256(v, nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(v), nibble));
+                    for t in 0..TOKENS {
+                        let x = load(&xs[t][i], half);
+                        acc[t] = add_products(acc[t], low, x);
+                        acc_high[t] = add_products(acc_high[t], high, x);
+                    }
+                }
+            }
+            for t in 0..TOKENS {
+                total[t] = add_pairs(total[t], acc[t]);
+                total_high[t] = add_pairs(total_high[t], acc_high[t]);
+            }
+        }
+        let (low, high) = (sums(total), sums(total_high));
+        // At most `255·128·65536 < 2^31` before the sum of the activations is taken off.
+        (0..TOKENS).for_each(|t| dots[t][r] = 16 * high[t] + low[t] - 128 * x[t].sum());
+    }
+    dots
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// B1 and TL: rows in byte lanes, a table of partial sums for each group of columns. A sum is `base · hi + lo + 16`.
+
+/// Steps after which the 16-bit sums of `base · hi + lo` are emptied.
+///
+/// Within a step 8 groups add up in byte lanes to `-128..=120` for either part. Widened, that is at most `31·128 + 128 = 4096`
+/// a step in magnitude for TL, 7 steps 28672, and `32·128 + 128 = 4224` for B1, 7 steps 29568.
+const LANES_FLUSH: usize = 7;
+const TL_PREFETCH: usize = 4096;
+const B1_PREFETCH: usize = 2048;
+
+/// A tile of a format in lanes: 64 rows, `BLOCKS` blocks a step, the last 4 of nibbles and one of signs before them in TL.
+type Lanes<'a, const BLOCKS: usize> = &'a [[Block; BLOCKS]];
+
+/// As [`planes_of`]. Two or three tokens left over are multiplied as four.
+fn lanes_of<const BLOCKS: usize>(
+    w: Matrix<'_>,
+    tokens: &[Activations<'_>],
+    y: &mut [i32],
+    one: impl Fn(Lanes<'_, BLOCKS>, Activations<'_>) -> [i32; 64],
+    four: impl Fn(Lanes<'_, BLOCKS>, [Activations<'_>; TOKENS]) -> [[i32; 64]; TOKENS],
+) {
+    if w.cols() == 0 || w.rows() == 0 {
+        return y.fill(0);
+    }
+    for (first, tile) in (0..w.rows()).step_by(64).zip(w.tiles()) {
+        let (tile, _) = tile.as_chunks();
+        let here = first..w.rows().min(first + 64);
+        for (tokens, y) in tokens.chunks(TOKENS).zip(y.chunks_mut(w.rows() * TOKENS)) {
+            if let [x] = tokens {
+                y[here.clone()].copy_from_slice(&one(tile, *x)[..here.len()]);
+                continue;
+            }
+            let dots = four(tile, core::array::from_fn(|t| tokens[t.min(tokens.len() - 1)]));
+            for (y, dots) in y.chunks_exact_mut(w.rows()).zip(dots) {
+                y[here.clone()].copy_from_slice(&dots[..here.len()]);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx2")]
+fn matvec_b1_avx2(steps: Lanes<'_, 4>, x: Activations<'_>) -> [i32; 64] {
+    let constant = 16 * 8 * steps.len() as i32;
+    sums_of_lanes_avx2::<4, B1_BASE, B1_PREFETCH>(steps, x).map(|sum| 2 * (sum + constant) - x.sum())
+}
+
+#[target_feature(enable = "avx2")]
+fn matvec_tl_avx2(steps: Lanes<'_, 5>, x: Activations<'_>) -> [i32; 64] {
+    let constant = 16 * 8 * steps.len() as i32;
+    sums_of_lanes_avx2::<5, TL_BASE, TL_PREFETCH>(steps, x).map(|sum| sum + constant)
+}
+
+#[target_feature(enable = "avx2")]
+fn matmat_b1_avx2(steps: Lanes<'_, 4>, x: [Activations<'_>; TOKENS]) -> [[i32; 64]; TOKENS] {
+    let constant = 16 * 8 * steps.len() as i32;
+    let mut dots = tokens_of_lanes_avx2::<4, B1_BASE, B1_PREFETCH>(steps, x);
+    for (dots, x) in dots.iter_mut().zip(x) {
+        dots.iter_mut().for_each(|sum| *sum = 2 * (*sum + constant) - x.sum());
+    }
+    dots
+}
+
+#[target_feature(enable = "avx2")]
+fn matmat_tl_avx2(steps: Lanes<'_, 5>, x: [Activations<'_>; TOKENS]) -> [[i32; 64]; TOKENS] {
+    let constant = 16 * 8 * steps.len() as i32;
+    let mut dots = tokens_of_lanes_avx2::<5, TL_BASE, TL_PREFETCH>(steps, x);
+    dots.iter_mut().flatten().for_each(|sum| *sum += constant);
+    dots
+}
+
+/// `Σ base · hi + lo` over the groups of 64 rows.
+///
+/// For 32 rows and one group: 1.5 operations to part nibbles, 2 for the signs, 2 shuffles, 2 xors, 2 additions, 1 to widen:
+/// 10.5 for 96 weights (TL), 6.5 for 128 (B1). Groups are written out by macro: in a loop, the `asm!` of [`opaque`] keeps
+/// arrays of sums in memory.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn sums_of_lanes_avx2<const BLOCKS: usize, const BASE: i16, const PREFETCH: usize>(
+    steps: Lanes<'_, BLOCKS>,
+    x: Activations<'_>,
+) -> [i32; 64] {
+    let (nibble, zero) = (_mm256_set1_epi8(15), _mm256_setzero_si256());
+    let (tables, _) = x.tables().as_chunks::<4>();
+    let mut total = [[zero; 4]; 2];
+    for (steps, tables) in steps.chunks(LANES_FLUSH).zip(tables.chunks(LANES_FLUSH)) {
+        let mut wide = [[zero; 2]; 2];
+        for (step, tables) in steps.iter().zip(tables) {
+            step.iter().for_each(|block| prefetch(block, PREFETCH));
+            let (mut lo, mut hi) = ([zero; 2], [zero; 2]);
+            let mut sign = [load(&step[0].0, 0), load(&step[0].0, 32)];
+            macro_rules! group {
+                ($v:expr, $i:expr, $odd:expr) => {
+                    let table = &tables[$i].0;
+                    let (t_lo, t_hi) = (load_twice(table, 32 * $odd), load_twice(table, 32 * $odd + 16));
+                    for half in 0..2 {
+                        let n = _mm256_and_si256($v[half], nibble);
+                        let (mut l, mut h) = (_mm256_shuffle_epi8(t_lo, n), _mm256_shuffle_epi8(t_hi, n));
+                        if BLOCKS == 5 {
+                            let negative = _mm256_cmpgt_epi8(zero, sign[half]);
+                            sign[half] = opaque(_mm256_add_epi8(sign[half], sign[half]));
+                            (l, h) = (_mm256_xor_si256(l, negative), _mm256_xor_si256(h, negative));
+                        }
+                        lo[half] = _mm256_add_epi8(lo[half], l);
+                        hi[half] = _mm256_add_epi8(hi[half], h);
+                    }
+                };
+            }
+            macro_rules! block {
+                ($i:expr) => {
+                    let block = &step[$i + BLOCKS - 4].0;
+                    let v = [load(block, 0), load(block, 32)];
+                    group!(v, $i, 0);
+                    let v = [_mm256_srli_epi16::<4>(v[0]), _mm256_srli_epi16::<4>(v[1])];
+                    group!(v, $i, 1);
+                };
+            }
+            block!(0);
+            block!(1);
+            block!(2);
+            block!(3);
+            (0..2).for_each(|half| wide[half] = widen::<BASE>(wide[half], lo[half], hi[half]));
+        }
+        (0..2).for_each(|half| total[half] = add_wide(total[half], wide[half]));
+    }
+    let [low, high] = total.map(|total| in_order(total));
+    core::array::from_fn(|r| if r < 32 { low[r] } else { high[r - 32] })
+}
+
+/// [`sums_of_lanes_avx2`] for 4 tokens: nibbles and signs are taken apart once.
+///
+/// 27.5 operations for 4 times 96 weights in place of 42 (TL), 21.5 for 4 times 128 in place of 26 (B1). The 16-bit sums of a
+/// token live in memory: they are touched once a step. (Decoding TL to bytes of weights for `vpmaddubsw` with pairs of columns
+/// was counted, not written: 30 operations and more for the same work, since every pair of activations must be broadcast.)
+#[target_feature(enable = "avx2")]
+#[inline]
+fn tokens_of_lanes_avx2<const BLOCKS: usize, const BASE: i16, const PREFETCH: usize>(
+    steps: Lanes<'_, BLOCKS>,
+    x: [Activations<'_>; TOKENS],
+) -> [[i32; 64]; TOKENS] {
+    let (nibble, zero) = (_mm256_set1_epi8(15), _mm256_setzero_si256());
+    let tables = x.map(|x| &x.tables().as_chunks::<4>().0[..steps.len()]);
+    let mut total = [[[zero; 4]; 2]; TOKENS];
+    for first in (0..steps.len()).step_by(LANES_FLUSH) {
+        let mut wide = [[[zero; 2]; 2]; TOKENS];
+        for s in first..steps.len().min(first + LANES_FLUSH) {
+            let step = &steps[s];
+            let tables = tables.map(|tables| &tables[s]);
+            step.iter().for_each(|block| prefetch(block, PREFETCH));
+            for half in 0..2 {
+                let (mut lo, mut hi) = ([zero; TOKENS], [zero; TOKENS]);
+                let mut sign = load(&step[0].0, 32 * half);
+                macro_rules! group {
+                    ($v:expr, $i:expr, $odd:expr) => {
+                        let n = _mm256_and_si256($v, nibble);
+                        let negative = _mm256_cmpgt_epi8(zero, sign);
+                        for t in 0..TOKENS {
+                            let table = &tables[t][$i].0;
+                            let mut l = _mm256_shuffle_epi8(load_twice(table, 32 * $odd), n);
+                            let mut h = _mm256_shuffle_epi8(load_twice(table, 32 * $odd + 16), n);
+                            if BLOCKS == 5 {
+                                (l, h) = (_mm256_xor_si256(l, negative), _mm256_xor_si256(h, negative));
+                            }
+                            lo[t] = _mm256_add_epi8(lo[t], l);
+                            hi[t] = _mm256_add_epi8(hi[t], h);
+                        }
+                        if BLOCKS == 5 {
+                            sign = opaque(_mm256_add_epi8(sign, sign));
+                        }
+                    };
+                }
+                macro_rules! block {
+                    ($i:expr) => {
+                        let v = load(&step[$i + BLOCKS - 4].0, 32 * half);
+                        group!(v, $i, 0);
+                        group!(_mm256_srli_epi16::<4>(v), $i, 1);
+                    };
+                }
+                block!(0);
+                block!(1);
+                block!(2);
+                block!(3);
+                (0..TOKENS).for_each(|t| wide[t][half] = widen::<BASE>(wide[t][half], lo[t], hi[t]));
+            }
+        }
+        for (total, wide) in total.iter_mut().zip(wide) {
+            (0..2).for_each(|half| total[half] = add_wide(total[half], wide[half]));
+        }
+    }
+    total.map(|total| {
+        let [low, high] = total.map(|total| in_order(total));
+        core::array::from_fn(|r| if r < 32 { low[r] } else { high[r - 32] })
+    })
+}
+
+/// Adds `base · hi + lo` of 32 rows to 16-bit sums of the even rows and of the odd ones.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn widen<const BASE: i16>(wide: [__m256i; 2], lo: __m256i, hi: __m256i) -> [__m256i; 2] {
+    let one = |shift: usize| _mm256_maddubs_epi16(_mm256_set1_epi16(1 << shift), lo);
+    let base = |shift: usize| _mm256_maddubs_epi16(_mm256_set1_epi16(BASE << shift), hi);
+    [0, 8].map(|shift| _mm256_add_epi16(wide[shift / 8], _mm256_add_epi16(one(shift), base(shift))))
+}
+
+/// Empties the sums of [`widen`] into 32-bit ones: even rows, 0 to 14 and 16 to 30, then the odd ones.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add_wide(total: [__m256i; 4], wide: [__m256i; 2]) -> [__m256i; 4] {
+    let low = |v| _mm256_cvtepi16_epi32(_mm256_castsi256_si128(v));
+    let high = |v| _mm256_cvtepi16_epi32(_mm256_extracti128_si256::<1>(v));
+    let parts = [low(wide[0]), high(wide[0]), low(wide[1]), high(wide[1])];
+    core::array::from_fn(|i| _mm256_add_epi32(total[i], parts[i]))
+}
+
+/// The sums of [`add_wide`] by row.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn in_order(total: [__m256i; 4]) -> [i32; 32] {
+    let total = total.map(|v| lanes(v));
+    core::array::from_fn(|r| total[r % 2 * 2 + r / 16][r % 16 / 2])
+}
+
+/// A value that the optimiser cannot see through, at no cost.
+///
+/// LLVM turns a chain of doublings into shifts of the first value, each with a mask of its own: 3 % slower.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn opaque(mut v: __m256i) -> __m256i {
+    // SAFETY: no instruction at all, and only a register named.
+    unsafe { core::arch::asm!("/* {0} */", inout(ymm_reg) v, options(pure, nomem, nostack, preserves_flags)) };
+    v
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The tables of B1 and TL.
+
+/// For each group of a step the places of its columns `first` and `first + 1`, 16 times, in a vector of 16 values that starts
+/// at [`start`].
+const fn places(format: Format, first: usize) -> [[u8; 32]; 8] {
+    let mut places = [[0; 32]; 8];
+    let mut i = 0;
+    while i < 8 * 32 {
+        let (group, second) = (i / 32, i % 2);
+        places[group][i % 32] = (format.group_cols() * group + first + second - start(format, group)) as u8;
+        i += 1;
+    }
+    places
+}
+
+/// Where in a step the 16 values are loaded that hold `group`: all of them lie within the step.
+const fn start(format: Format, group: usize) -> usize {
+    match format.group_cols() * (group + 1) {
+        0..=16 => 0,
+        _ => format.step_cols() - 16,
+    }
+}
+
+/// The coefficients of columns `first` and `first + 1` in each of the 16 sums of TL; columns before `from` count as nothing.
+const fn coefficients_tl(first: usize, from: usize) -> [i8; 32] {
+    let mut out = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        let column = first + i % 2;
+        if column >= from {
+            out[i] = TL_WEIGHTS[i / 2][column];
+        }
+        i += 1;
+    }
+    out
+}
+
+/// The tables of TL: `Σ w x = Σ w (x + 128) - 128 Σ w` with unsigned `x + 128`, as `vpmaddubsw` wants them: at most 510.
+///
+/// 14 operations a group, 1 us for 2,560 columns; 9 to 12 us left to the compiler. Broadcasting single activations by way of
+/// general registers took 3 to 4.
+#[target_feature(enable = "avx2")]
+fn prepare_tl_avx2(values: &[i8], tables: &mut [Block]) {
+    const PLACES: [[[u8; 32]; 8]; 2] = [places(Format::TL, 0), places(Format::TL, 1)];
+    const COEFFICIENTS: [[i8; 32]; 2] = [coefficients_tl(0, 0), coefficients_tl(1, 2)];
+    let (c01, c2) = (load(&COEFFICIENTS[0], 0), load(&COEFFICIENTS[1], 0));
+    let ones = _mm256_set1_epi8(-128);
+    // -128 Σ w, once for each sum.
+    let constant = _mm256_add_epi16(_mm256_maddubs_epi16(ones, c01), _mm256_maddubs_epi16(ones, c2));
+    for (x, out) in values.as_chunks::<24>().0.iter().zip(tables.as_chunks_mut::<4>().0) {
+        for g in 0..8 {
+            let x = _mm256_xor_si256(load_twice(x, start(Format::TL, g)), ones);
+            let x01 = _mm256_shuffle_epi8(x, load(&PLACES[0][g], 0));
+            let x2 = _mm256_shuffle_epi8(x, load(&PLACES[1][g], 0));
+            let v = _mm256_add_epi16(_mm256_maddubs_epi16(x01, c01), _mm256_maddubs_epi16(x2, c2));
+            let v = _mm256_sub_epi16(v, constant);
+            // v / 31, rounded down or, where 31 divides v, perhaps one less: `lo` is 15 then, in range as well.
+            let hi = _mm256_mulhi_epi16(v, _mm256_set1_epi16(2115));
+            let lo = _mm256_sub_epi16(v, _mm256_mullo_epi16(hi, _mm256_set1_epi16(TL_BASE)));
+            store_table(&mut out[g / 2], g % 2, lo, hi);
+        }
+    }
+}
+
+/// The tables of B1: coefficients are 0 or 1, the unsigned ones of the product.
+#[target_feature(enable = "avx2")]
+fn prepare_b1_avx2(values: &[i8], tables: &mut [Block]) {
+    const PLACES: [[[u8; 32]; 8]; 2] = [places(Format::B1, 0), places(Format::B1, 2)];
+    const COEFFICIENTS: [[u8; 32]; 2] = {
+        let mut out = [[0; 32]; 2];
+        let mut i = 0;
+        while i < 64 {
+            let (first, n) = (i / 32 * 2, i % 32 / 2);
+            out[i / 32][i % 32] = (n >> (first + i % 2) & 1) as u8;
+            i += 1;
+        }
+        out
+    };
+    let (c01, c23) = (load(&COEFFICIENTS[0], 0), load(&COEFFICIENTS[1], 0));
+    for (x, out) in values.as_chunks::<32>().0.iter().zip(tables.as_chunks_mut::<4>().0) {
+        for g in 0..8 {
+            let x = load_twice(x, start(Format::B1, g));
+            let x01 = _mm256_shuffle_epi8(x, load(&PLACES[0][g], 0));
+            let x23 = _mm256_shuffle_epi8(x, load(&PLACES[1][g], 0));
+            let v = _mm256_add_epi16(_mm256_maddubs_epi16(c01, x01), _mm256_maddubs_epi16(c23, x23));
+            let lo = _mm256_and_si256(v, _mm256_set1_epi16(B1_BASE - 1));
+            store_table(&mut out[g / 2], g % 2, lo, _mm256_srai_epi16::<5>(v));
+        }
+    }
+}
+
+/// Writes table `i` of the two in `block`: the bytes of `lo - 16`, then those of `hi`.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn store_table(block: &mut Block, i: usize, lo: __m256i, hi: __m256i) {
+    let lo = _mm256_sub_epi16(lo, _mm256_set1_epi16(16));
+    let table = _mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi16(lo, hi));
+    let bytes = &mut block.0.as_chunks_mut::<32>().0[i];
+    // SAFETY: `bytes` is 32 bytes.
+    unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), table) };
+}
