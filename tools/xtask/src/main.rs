@@ -1,2 +1,80 @@
-//! x
-fn main() {}
+//! `cargo xtask`: the project's own commands, so that what CI does is code that anyone can run.
+//!
+//! In the order in which they are used: [`workspace`] finds the tree, [`matrix`] is the table of everything that is
+//! checked, [`setup`] installs what the chosen steps need, [`run`] runs them and counts, [`tidy`] holds the rules about
+//! the tree itself, [`elf`] looks into finished programs, and [`demo`] shows the project to a newcomer.
+#![forbid(unsafe_code)]
+#![allow(clippy::std_instead_of_core, clippy::std_instead_of_alloc, reason = "a host tool; it always has std")]
+
+mod demo;
+mod elf;
+mod matrix;
+mod run;
+mod setup;
+mod tidy;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+use crate::workspace::Workspace;
+
+const USAGE: &str = "\
+Usage: cargo xtask COMMAND
+
+  test [STEP...]  set up what is needed, then run every check, or those named (a name or the start of one)
+  list            print the steps of `test`, with the command behind each
+  setup           install what the steps of `test` need: rustup targets and Debian packages
+  tidy            check the rules about the tree: arrows, unsafe, dead files, words, README
+  demo            build, pack the bundled checkpoint and let it tell a story (the same as `cargo demo`)
+  deny            licences and advisories of the dependencies, by cargo-deny";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match command(&arguments) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs one command; the answer is whether what it checked was right.
+fn command(arguments: &[String]) -> Result<bool> {
+    let (name, rest) = arguments.split_first().map_or(("help", &[][..]), |(name, rest)| (name.as_str(), rest));
+    if name != "test" && !rest.is_empty() {
+        bail!("`{name}` takes no arguments, but got `{}`\n\n{USAGE}", rest.join(" "));
+    }
+    match name {
+        "test" => {
+            let steps = matrix::select(matrix::steps(), rest)?;
+            let workspace = Workspace::load()?;
+            setup::ensure(steps.iter().flat_map(|step| &step.needs))?;
+            run::all(&workspace, &steps)
+        }
+        "list" => {
+            run::list(&matrix::steps());
+            Ok(true)
+        }
+        "setup" => {
+            setup::ensure(matrix::steps().iter().flat_map(|step| &step.needs))?;
+            println!("everything that `cargo xtask test` needs is installed");
+            Ok(true)
+        }
+        "tidy" => {
+            let (passed, failed) = tidy::report(&Workspace::load()?)?;
+            println!("{passed} passed, {failed} failed");
+            Ok(failed == 0)
+        }
+        "demo" => demo::run(&Workspace::load()?),
+        "deny" => run::deny(),
+        "help" | "--help" | "-h" => {
+            println!("{USAGE}");
+            Ok(true)
+        }
+        other => bail!("there is no command `{other}`\n\n{USAGE}"),
+    }
+}

@@ -1,0 +1,253 @@
+//! What is checked, as data: one table of steps, and the CPUs with the test suites that each of them runs.
+//!
+//! A new check is a line here. A step is one command with a name, so that what failed can be repeated alone.
+
+use anyhow::{Result, bail};
+
+/// Something that has to be on the machine before a step can run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// A component of the Rust toolchain, and the program by which it is known to be there.
+    Component { name: &'static str, program: &'static str },
+    /// The standard library of a target.
+    Target(&'static str),
+    /// `qemu-aarch64` with every CPU of [`CPUS`].
+    Qemu,
+    /// A C compiler, which links programs for the host.
+    Linker,
+}
+
+/// What a step does.
+#[derive(Debug)]
+pub(crate) enum Action {
+    /// A command that passes or fails as a whole.
+    Cargo(Command),
+    /// Tests, counted one by one. A command that runs no test at all fails, for it checks nothing.
+    Tests(Command),
+    /// The rules of [`crate::tidy`].
+    Tidy,
+    /// Release builds of the two programs for a target, each checked to be one static file for that machine.
+    Static { target: &'static str, machine: crate::elf::Machine },
+}
+
+/// One call of cargo.
+#[derive(Debug, Default)]
+pub(crate) struct Command {
+    pub(crate) environment: Vec<(&'static str, String)>,
+    pub(crate) arguments: Vec<String>,
+}
+
+/// One line of the table.
+#[derive(Debug)]
+pub(crate) struct Step {
+    pub(crate) name: String,
+    pub(crate) needs: Vec<Need>,
+    pub(crate) action: Action,
+}
+
+/// A CPU of QEMU's user mode, and the suites that run on it.
+#[derive(Debug)]
+pub(crate) struct Cpu {
+    /// The last part of the step's name.
+    pub(crate) name: &'static str,
+    /// What `QEMU_CPU` says.
+    pub(crate) qemu: &'static str,
+    suites: &'static [&'static Suite],
+}
+
+/// Tests that run under emulation, as arguments to `cargo test`.
+#[derive(Debug)]
+pub(crate) struct Suite {
+    name: &'static str,
+    arguments: &'static str,
+}
+
+/// The kernel crates' own tests: conformance of each backend with the portable reference. The feature `std` is named
+/// because without it a crate sees only the compile-time features and would have nothing to test.
+const KERNELS: Suite = Suite {
+    name: "kernels",
+    arguments: "-p bitnet-kernel -p bitnet-kernels-neon -p bitnet-kernels-sve2 --features bitnet-kernels-neon/std --tests",
+};
+
+/// Every backend as the runtime chooses it, against the committed fingerprints.
+const BACKENDS: Suite = Suite { name: "backends", arguments: "-p bitnet-tests --test backends" };
+
+/// The whole of the integration tests. Emulation makes this slow, so one CPU has to do: the Raspberry Pi 5's.
+const WHOLE: Suite = Suite { name: "whole", arguments: "-p bitnet-tests --tests" };
+
+const SUITES: &[&Suite] = &[&KERNELS, &BACKENDS, &WHOLE];
+
+/// Every CPU claimed. `neoverse-n2` also stands for Graviton4 (`neoverse-v2`, not in QEMU), and user mode ends at
+/// vectors of 512 bits.
+pub(crate) const CPUS: &[Cpu] = &[
+    // Raspberry Pi 4: plain NEON.
+    Cpu { name: "cortex-a72", qemu: "cortex-a72", suites: &[&KERNELS, &BACKENDS] },
+    // Raspberry Pi 5: NEON with dot products.
+    Cpu { name: "cortex-a76", qemu: "cortex-a76", suites: &[&KERNELS, &BACKENDS, &WHOLE] },
+    // Graviton3: i8mm and SVE of 256 bits, but no SVE2.
+    Cpu { name: "neoverse-v1", qemu: "neoverse-v1", suites: &[&KERNELS, &BACKENDS] },
+    // SVE2 of 128 bits.
+    Cpu { name: "neoverse-n2", qemu: "neoverse-n2", suites: &[&KERNELS, &BACKENDS] },
+    // SVE2 at three lengths: code that assumes a length fails on one of them.
+    Cpu { name: "sve-128", qemu: "max,sve-max-vq=1", suites: &[&KERNELS, &BACKENDS] },
+    Cpu { name: "sve-256", qemu: "max,sve-max-vq=2", suites: &[&KERNELS, &BACKENDS] },
+    Cpu { name: "sve-512", qemu: "max,sve-max-vq=4", suites: &[&KERNELS, &BACKENDS] },
+];
+
+const ARM_LINUX: &str = "aarch64-unknown-linux-musl";
+const ARM_BARE: &str = "aarch64-unknown-none";
+const PC_LINUX: &str = "x86_64-unknown-linux-musl";
+
+const CLIPPY: Need = Need::Component { name: "clippy", program: "cargo-clippy" };
+const RUSTFMT: Need = Need::Component { name: "rustfmt", program: "cargo-fmt" };
+
+const KERNEL_CRATES: &str = "-p bitnet-kernel -p bitnet-kernels-neon -p bitnet-kernels-sve2 -p bitnet-kernels-x86";
+
+/// The whole of CI, cheap steps first.
+pub(crate) fn steps() -> Vec<Step> {
+    let mut steps = vec![
+        // (a) Style. Clippy sees the code for ARM too, most of which the host never compiles.
+        step("style/tidy", &[], Action::Tidy),
+        step("style/fmt", &[RUSTFMT], cargo("fmt --all --check")),
+        step("style/lock", &[], cargo("update --workspace --locked --quiet")),
+        step("style/clippy", &[CLIPPY], cargo("clippy --workspace --all-targets -- -D warnings")),
+        step(
+            "style/clippy-aarch64",
+            &[CLIPPY, Need::Target(ARM_LINUX)],
+            cargo(&format!("clippy --workspace --all-targets --target {ARM_LINUX} -- -D warnings")),
+        ),
+        step("style/doc", &[], documentation()),
+        // (b) The host.
+        step("host/tests", &[Need::Linker], tests("test --workspace --tests --no-fail-fast")),
+        step("host/doctests", &[Need::Linker], tests("test --workspace --doc --no-fail-fast")),
+    ];
+    // (c) Features removed one by one. Clippy in place of check, because what is dead without a feature is a warning.
+    for (name, arguments) in [
+        ("features/runtime-none", "-p bitnet-runtime --no-default-features"),
+        ("features/runtime-alloc", "-p bitnet-runtime --no-default-features --features alloc"),
+        ("features/runtime-std", "-p bitnet-runtime --no-default-features --features std"),
+        ("features/kernel", "-p bitnet-kernel --no-default-features"),
+        ("features/kernels-neon", "-p bitnet-kernels-neon --no-default-features"),
+        ("features/kernels-sve2", "-p bitnet-kernels-sve2 --no-default-features"),
+        ("features/kernels-x86", "-p bitnet-kernels-x86 --no-default-features"),
+    ] {
+        steps.push(step(name, &[CLIPPY], cargo(&format!("clippy {arguments} -- -D warnings"))));
+    }
+    // (d) ARM Linux under emulation: each suite is built once and then run on the CPUs that name it.
+    for suite in SUITES {
+        steps.push(step(
+            &format!("qemu/{}/build", suite.name),
+            &[Need::Target(ARM_LINUX)],
+            cargo(&format!("test --target {ARM_LINUX} {} --no-run", suite.arguments)),
+        ));
+        for cpu in CPUS.iter().filter(|cpu| cpu.suites.iter().any(|named| named.name == suite.name)) {
+            steps.push(step(
+                &format!("qemu/{}/{}", suite.name, cpu.name),
+                &[Need::Target(ARM_LINUX), Need::Qemu],
+                Action::Tests(Command {
+                    environment: vec![("QEMU_CPU", cpu.qemu.to_owned())],
+                    ..command(&format!("test --target {ARM_LINUX} {} --no-fail-fast", suite.arguments))
+                }),
+            ));
+        }
+    }
+    // (e) Builds that are not run here: bare metal, and the static programs that people install.
+    for (name, arguments) in [
+        ("bare/kernels", KERNEL_CRATES),
+        ("bare/runtime", "-p bitnet-runtime"),
+        ("bare/runtime-alloc", "-p bitnet-runtime --features alloc"),
+    ] {
+        let build = format!("build --release --target {ARM_BARE} {arguments}");
+        steps.push(step(name, &[Need::Target(ARM_BARE)], cargo(&build)));
+    }
+    for (name, target, machine) in [
+        ("static/x86_64", PC_LINUX, crate::elf::Machine::X86_64),
+        ("static/aarch64", ARM_LINUX, crate::elf::Machine::Aarch64),
+    ] {
+        steps.push(step(name, &[Need::Target(target), Need::Linker], Action::Static { target, machine }));
+    }
+    steps
+}
+
+/// The steps that someone named: each name is that of a step, or its beginning up to a slash. None means all.
+pub(crate) fn select(steps: Vec<Step>, names: &[String]) -> Result<Vec<Step>> {
+    let matches = |step: &Step, name: &str| {
+        step.name == name || step.name.strip_prefix(name).is_some_and(|rest| rest.starts_with('/'))
+    };
+    for name in names {
+        let name = name.trim_end_matches('/');
+        if !steps.iter().any(|step| matches(step, name)) {
+            bail!("there is no step `{name}`; `cargo xtask list` prints them");
+        }
+    }
+    let chosen = |step: &Step| names.is_empty() || names.iter().any(|name| matches(step, name.trim_end_matches('/')));
+    Ok(steps.into_iter().filter(chosen).collect())
+}
+
+fn step(name: &str, needs: &[Need], action: Action) -> Step {
+    Step { name: name.to_owned(), needs: needs.to_vec(), action }
+}
+
+fn command(arguments: &str) -> Command {
+    Command { environment: Vec::new(), arguments: arguments.split_whitespace().map(str::to_owned).collect() }
+}
+
+fn cargo(arguments: &str) -> Action {
+    Action::Cargo(command(arguments))
+}
+
+fn tests(arguments: &str) -> Action {
+    Action::Tests(command(arguments))
+}
+
+fn documentation() -> Action {
+    let environment = vec![("RUSTDOCFLAGS", "-Dwarnings".to_owned())];
+    Action::Cargo(Command { environment, ..command("doc --workspace --no-deps") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(chosen: &[&str]) -> Vec<String> {
+        let chosen: Vec<String> = chosen.iter().map(|&name| name.to_owned()).collect();
+        select(steps(), &chosen).unwrap().into_iter().map(|step| step.name).collect()
+    }
+
+    #[test]
+    fn every_step_has_a_name_of_its_own() {
+        let mut all = names(&[]);
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), count);
+    }
+
+    #[test]
+    fn a_step_is_chosen_by_its_name_or_its_beginning_up_to_a_slash() {
+        assert_eq!(names(&["style/fmt"]), ["style/fmt"]);
+        assert_eq!(names(&["bare/runtime"]), ["bare/runtime"], "not bare/runtime-alloc");
+        assert_eq!(names(&["style/clippy"]), ["style/clippy"], "not style/clippy-aarch64");
+        assert_eq!(names(&["static/", "style/fmt"]), ["style/fmt", "static/x86_64", "static/aarch64"]);
+        let unknown = select(steps(), &["styl".to_owned()]).unwrap_err();
+        assert!(unknown.to_string().contains("no step `styl`"), "{unknown}");
+    }
+
+    #[test]
+    fn every_cpu_runs_the_kernels_and_the_backends() {
+        for suite in ["kernels", "backends"] {
+            let ran = names(&[&format!("qemu/{suite}")]);
+            assert_eq!(ran.len(), CPUS.len() + 1, "the build and a run for each CPU: {ran:?}");
+        }
+    }
+
+    #[test]
+    fn what_runs_under_emulation_names_its_cpu_and_needs_qemu() {
+        let steps = select(steps(), &["qemu".to_owned()]).unwrap();
+        for step in steps.iter().filter(|step| !step.name.ends_with("/build")) {
+            let Action::Tests(command) = &step.action else { panic!("{} runs no tests", step.name) };
+            assert_eq!(command.environment[0].0, "QEMU_CPU");
+            assert!(step.needs.contains(&Need::Qemu), "{}", step.name);
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! Runs steps, counts what passed, and says how to repeat what did not.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::matrix::{Action, Command, Step};
+use crate::workspace::{Workspace, cargo};
+use crate::{elf, tidy};
+
+/// How many checks passed and failed: tests count one by one, any other command counts as one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Count {
+    passed: usize,
+    failed: usize,
+}
+
+const PASSED: Count = Count { passed: 1, failed: 0 };
+const FAILED: Count = Count { passed: 0, failed: 1 };
+
+/// Runs the steps in their order. A failure does not stop the rest, so that one run tells everything.
+pub(crate) fn all(workspace: &Workspace, steps: &[Step]) -> Result<bool> {
+    let mut lines = Vec::new();
+    let mut repeat = Vec::new();
+    let mut total = Count::default();
+    for (index, step) in steps.iter().enumerate() {
+        println!("\n== {} ({} of {}): {}", step.name, index + 1, steps.len(), describe(&step.action));
+        let start = Instant::now();
+        let count = one(workspace, step).unwrap_or_else(|error| {
+            println!("error: {error:#}");
+            FAILED
+        });
+        let seconds = start.elapsed().as_secs_f64();
+        let word = if count.failed == 0 { "ok" } else { "FAILED" };
+        println!("-- {}: {word}, {seconds:.1} s", step.name);
+        if count.failed > 0 {
+            let command = format!("{}\n     or: cargo xtask test {}", describe(&step.action), step.name);
+            println!("   repeat with: {command}");
+            repeat.push(command);
+        }
+        lines.push(format!("{:<28} {word:<7} {:>6} {:>6} {seconds:>8.1} s", step.name, count.passed, count.failed));
+        total.passed += count.passed;
+        total.failed += count.failed;
+    }
+    println!("\n{:<28} {:<7} {:>6} {:>6} {:>10}", "step", "", "passed", "failed", "time");
+    for line in &lines {
+        println!("{line}");
+    }
+    for command in &repeat {
+        println!("\nrepeat with: {command}");
+    }
+    println!("\n{} passed, {} failed", total.passed, total.failed);
+    Ok(total.failed == 0)
+}
+
+/// Prints the table of steps.
+pub(crate) fn list(steps: &[Step]) {
+    for step in steps {
+        println!("{:<28} {}", step.name, describe(&step.action));
+    }
+}
+
+/// The command of a step, as one would type it.
+fn describe(action: &Action) -> String {
+    match action {
+        Action::Cargo(command) | Action::Tests(command) => {
+            let mut words: Vec<String> = Vec::new();
+            for (name, value) in &command.environment {
+                words.push(format!("{name}={}", quote(value)));
+            }
+            words.push("cargo".to_owned());
+            words.extend(command.arguments.iter().map(|argument| quote(argument)));
+            words.join(" ")
+        }
+        Action::Tidy => "cargo xtask tidy".to_owned(),
+        Action::Static { target, .. } => {
+            format!("cargo {}  # and no dynamic linker in the two programs", static_build(target).join(" "))
+        }
+    }
+}
+
+/// Quotes a word for a shell where it has to be.
+fn quote(word: &str) -> String {
+    let plain = |character: char| character.is_ascii_alphanumeric() || "-_=,./:+".contains(character);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+fn one(workspace: &Workspace, step: &Step) -> Result<Count> {
+    match &step.action {
+        Action::Cargo(command) => Ok(if prepare(workspace, command).status()?.success() { PASSED } else { FAILED }),
+        Action::Tests(command) => tests(workspace, command),
+        Action::Tidy => {
+            let (passed, failed) = tidy::report(workspace)?;
+            Ok(Count { passed, failed })
+        }
+        Action::Static { target, machine } => static_programs(workspace, target, *machine),
+    }
+}
+
+fn prepare(workspace: &Workspace, command: &Command) -> std::process::Command {
+    let mut process = cargo();
+    process.args(&command.arguments).current_dir(&workspace.root);
+    for (name, value) in &command.environment {
+        process.env(name, value);
+    }
+    process
+}
+
+/// Runs tests and counts them by the line that each test program ends with.
+fn tests(workspace: &Workspace, command: &Command) -> Result<Count> {
+    let mut child = prepare(workspace, command).stdout(Stdio::piped()).spawn().context("starting cargo")?;
+    let mut count = Count::default();
+    let output = child.stdout.take().context("the output of cargo")?;
+    for line in BufReader::new(output).split(b'\n') {
+        let line = String::from_utf8_lossy(&line?).into_owned();
+        println!("{line}");
+        if let Some(program) = result(&line) {
+            count.passed += program.passed;
+            count.failed += program.failed;
+        }
+    }
+    let success = child.wait()?.success();
+    if success && count.passed == 0 {
+        println!("error: no test ran, so nothing was checked");
+    }
+    // Cargo fails without a failed test where the code does not build or a test program dies.
+    if count.failed == 0 && (!success || count.passed == 0) {
+        count.failed = 1;
+    }
+    Ok(count)
+}
+
+/// Reads a line such as `test result: ok. 3 passed; 0 failed; 0 ignored; …`.
+fn result(line: &str) -> Option<Count> {
+    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let number = |word: &str| -> Option<usize> {
+        counts.split("; ").find_map(|part| part.strip_suffix(word))?.trim().parse().ok()
+    };
+    Some(Count { passed: number(" passed")?, failed: number(" failed")? })
+}
+
+/// The two programs that people install.
+const PROGRAMS: [&str; 2] = ["bitnet", "bitnet-pack"];
+
+fn static_build(target: &str) -> Vec<String> {
+    let mut arguments = vec!["build".to_owned(), "--release".to_owned(), "--target".to_owned(), target.to_owned()];
+    arguments.extend(PROGRAMS.iter().flat_map(|name| ["-p".to_owned(), (*name).to_owned()]));
+    arguments
+}
+
+fn static_programs(workspace: &Workspace, target: &str, machine: elf::Machine) -> Result<Count> {
+    let arguments = static_build(target);
+    let mut count = PASSED;
+    for (name, path) in build(workspace, &arguments)? {
+        let bytes = std::fs::read(&path).with_context(|| format!("reading {path}"))?;
+        match elf::check_static(&bytes, machine) {
+            Ok(()) => {
+                println!("{name}: static, {:.1} MB", bytes.len() as f64 / 1e6);
+                count.passed += 1;
+            }
+            Err(error) => {
+                println!("error: {name}: {error}");
+                count.failed += 1;
+            }
+        }
+    }
+    Ok(count)
+}
+
+/// Builds by the given arguments and answers with the two programs, in the order of [`PROGRAMS`], and where cargo says
+/// that they lie: the folder depends on settings that only cargo knows.
+pub(crate) fn build(workspace: &Workspace, arguments: &[String]) -> Result<Vec<(&'static str, String)>> {
+    let output = cargo()
+        .args(arguments)
+        .args(["--message-format", "json-render-diagnostics"])
+        .current_dir(&workspace.root)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("starting cargo")?;
+    if !output.status.success() {
+        bail!("cargo {} failed", arguments.join(" "));
+    }
+    let messages: Vec<Value> = output
+        .stdout
+        .split(|&byte| byte == b'\n')
+        .filter(|line| !line.is_empty())
+        .map(serde_json::from_slice)
+        .collect::<Result<_, _>>()
+        .context("reading what cargo built")?;
+    let find = |name: &'static str| {
+        let built = messages.iter().filter(|message| message["target"]["name"] == name);
+        let path = built.filter_map(|message| message["executable"].as_str()).next();
+        path.map(|path| (name, path.to_owned())).with_context(|| format!("cargo built no program `{name}`"))
+    };
+    PROGRAMS.into_iter().map(find).collect()
+}
+
+/// Licences and advisories of the dependencies. It is no step of `test`, because advisories come from the network and
+/// change by the day: the same commit must not pass today and fail tomorrow.
+pub(crate) fn deny() -> Result<bool> {
+    let present = cargo().args(["deny", "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status()?.success();
+    if !present {
+        println!("cargo-deny is not installed; get it with: cargo install --locked cargo-deny");
+        println!("Without network access, `cargo deny check licenses bans sources` needs no advisories.");
+        return Ok(false);
+    }
+    std::io::stdout().flush()?;
+    Ok(cargo().args(["deny", "check"]).status()?.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matrix;
+
+    #[test]
+    fn counts_come_from_the_line_that_ends_a_test_program() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 7 filtered out; finished in 0.02s";
+        assert_eq!(result(line), Some(Count { passed: 12, failed: 3 }));
+        let line = "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s";
+        assert_eq!(result(line), Some(Count::default()));
+        assert_eq!(result("test result_of_something ... ok"), None);
+        assert_eq!(result("running 3 tests"), None);
+    }
+
+    #[test]
+    fn words_are_quoted_only_where_a_shell_needs_it() {
+        assert_eq!(quote("max,sve-max-vq=1"), "max,sve-max-vq=1");
+        assert_eq!(quote("a b"), "'a b'");
+        assert_eq!(quote("it's"), r"'it'\''s'");
+        assert_eq!(quote(""), "''");
+    }
+
+    #[test]
+    fn a_step_is_described_by_the_command_that_repeats_it() {
+        let steps = matrix::steps();
+        let find = |name: &str| describe(&steps.iter().find(|step| step.name == name).unwrap().action);
+        assert_eq!(
+            find("qemu/backends/sve-256"),
+            "QEMU_CPU=max,sve-max-vq=2 cargo test --target aarch64-unknown-linux-musl -p bitnet-tests --test backends \
+             --no-fail-fast"
+        );
+        assert_eq!(find("style/doc"), "RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps");
+    }
+}
