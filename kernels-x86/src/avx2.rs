@@ -214,6 +214,7 @@ const T2_PREFETCH: usize = 2048;
 ///
 /// 13 operations for 128 weights. 8 sums, 4 vectors of activations, 2 masks and 2 temporaries: 16 registers.
 #[target_feature(enable = "avx2")]
+#[inline(never)]
 fn matvec_t2_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
     let (xs, _) = x.values().as_chunks::<256>();
     let zero = _mm256_setzero_si256();
@@ -244,42 +245,6 @@ fn matvec_t2_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
     sums(total).map(|dot| dot - x.sum())
 }
 
-/// [`matvec_t2_avx2`] for 4 tokens, row by row: unpacking costs 5 operations of 37 in place of 5 of 13.
-#[target_feature(enable = "avx2")]
-fn matmat_t2_avx2(steps: Planes<'_>, x: [Activations<'_>; TOKENS]) -> [[i32; 4]; TOKENS] {
-    let zero = _mm256_setzero_si256();
-    let (m1, m4) = (_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c));
-    let xs = x.map(|x| &x.values().as_chunks::<256>().0[..steps.len()]);
-    let mut dots = [[0; 4]; TOKENS];
-    for r in 0..4 {
-        let mut total = [zero; TOKENS];
-        for first in (0..steps.len()).step_by(T2_FLUSH) {
-            let (mut a1, mut a4) = ([zero; TOKENS], [zero; TOKENS]);
-            for i in first..steps.len().min(first + T2_FLUSH) {
-                for half in [0, 32] {
-                    let v = load(&steps[i][r].0, half);
-                    let h = _mm256_srli_epi16::<4>(v);
-                    let (c0, c1) = (_mm256_and_si256(v, m1), _mm256_and_si256(v, m4));
-                    let (c2, c3) = (_mm256_and_si256(h, m1), _mm256_and_si256(h, m4));
-                    for t in 0..TOKENS {
-                        let x = &xs[t][i];
-                        a1[t] = add_products(a1[t], c0, load(x, half));
-                        a4[t] = add_products(a4[t], c1, load(x, 64 + half));
-                        a1[t] = add_products(a1[t], c2, load(x, 128 + half));
-                        a4[t] = add_products(a4[t], c3, load(x, 192 + half));
-                    }
-                }
-            }
-            for t in 0..TOKENS {
-                total[t] = add_pairs(total[t], _mm256_add_epi16(a1[t], _mm256_srai_epi16::<2>(a4[t])));
-            }
-        }
-        let dot = sums(total);
-        (0..TOKENS).for_each(|t| dots[t][r] = dot[t] - x[t].sum());
-    }
-    dots
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // I4: two planes of codes 0 to 15.
 
@@ -290,6 +255,7 @@ const I4_PREFETCH: usize = 4096;
 
 /// The dot products of 4 rows. 7 operations for 64 weights.
 #[target_feature(enable = "avx2")]
+#[inline(never)]
 fn matvec_i4_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
     let (xs, _) = x.values().as_chunks::<128>();
     let nibble = _mm256_set1_epi8(15);
@@ -310,38 +276,11 @@ fn matvec_i4_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
                 }
             }
         }
-        (0..4).for_each(|r| total[r] = add_pairs(total[r], acc[r]));
+        for r in 0..4 {
+            total[r] = add_pairs(total[r], acc[r]);
+        }
     }
     sums(total).map(|dot| dot - 8 * x.sum())
-}
-
-/// [`matvec_i4_avx2`] for 4 tokens, row by row: 19 operations for 4 times 64 weights, in place of 28.
-#[target_feature(enable = "avx2")]
-fn matmat_i4_avx2(steps: Planes<'_>, x: [Activations<'_>; TOKENS]) -> [[i32; 4]; TOKENS] {
-    let nibble = _mm256_set1_epi8(15);
-    let xs = x.map(|x| &x.values().as_chunks::<128>().0[..steps.len()]);
-    let mut dots = [[0; 4]; TOKENS];
-    for r in 0..4 {
-        let mut total = [_mm256_setzero_si256(); TOKENS];
-        for first in (0..steps.len()).step_by(I4_FLUSH) {
-            let mut acc = [_mm256_setzero_si256(); TOKENS];
-            for i in first..steps.len().min(first + I4_FLUSH) {
-                for half in [0, 32] {
-                    let v = load(&steps[i][r].0, half);
-                    let (low, high) =
-                        (_mm256_and_si256(v, nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(v), nibble));
-                    for t in 0..TOKENS {
-                        acc[t] = add_products(acc[t], low, load(&xs[t][i], half));
-                        acc[t] = add_products(acc[t], high, load(&xs[t][i], 64 + half));
-                    }
-                }
-            }
-            (0..TOKENS).for_each(|t| total[t] = add_pairs(total[t], acc[t]));
-        }
-        let dot = sums(total);
-        (0..TOKENS).for_each(|t| dots[t][r] = dot[t] - 8 * x[t].sum());
-    }
-    dots
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -352,6 +291,7 @@ fn matmat_i4_avx2(steps: Planes<'_>, x: [Activations<'_>; TOKENS]) -> [[i32; 4];
 /// Weights are at least -127, so the sign changes none into itself and a lane is at most `2·128·127 = 32512`. (The code -128
 /// is invalid and may saturate: an unspecified sum, as the contract allows.)
 #[target_feature(enable = "avx2")]
+#[inline(never)]
 fn matvec_i8_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
     let (xs, _) = x.values().as_chunks::<64>();
     let mut total = [_mm256_setzero_si256(); 4];
@@ -368,44 +308,82 @@ fn matvec_i8_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
     sums(total)
 }
 
-/// Steps after which the 16-bit sums of [`matmat_i8_avx2`] are emptied: a lane is at most `2·15·128 = 3840` in magnitude, 2
-/// halves a step, so 4 steps give 30720.
-const I8_FLUSH: usize = 4;
-
-/// [`matvec_i8_avx2`] for 4 tokens: with `w + 128 = 16 h + l`, `Σ w x = 16 Σ h x + Σ l x - 128 Σ x`.
-///
-/// Two multiplications for 32 weights where the signed form needs three of the two multiply ports' operations (sign,
-/// `vpmaddubsw`, `vpmaddwd`). Taking the bytes apart pays for several tokens only.
+/// Token by token. Nothing is unpacked, so there is nothing to share, and sums of several tokens left no room for 4 rows: with
+/// `w + 128 = 16 h + l` in nibbles, two multiplications of unsigned codes in place of three operations on the multiply ports,
+/// 4 tokens ran at 56 to 61 products/ns, this at 62 to 67.
 #[target_feature(enable = "avx2")]
 fn matmat_i8_avx2(steps: Planes<'_>, x: [Activations<'_>; TOKENS]) -> [[i32; 4]; TOKENS] {
+    let mut dots = [[0; 4]; TOKENS];
+    for t in 0..TOKENS {
+        dots[t] = matvec_i8_avx2(steps, x[t]);
+    }
+    dots
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Several tokens, planes.
+
+#[target_feature(enable = "avx2")]
+#[inline(never)]
+fn matmat_t2_avx2(steps: Planes<'_>, x: [Activations<'_>; TOKENS]) -> [[i32; 4]; TOKENS] {
+    // A lane is at most `2·2·128 = 512` in magnitude, 8 a step: 8 steps give `-32768..=32512`.
+    let mut dots = dots_of_codes_avx2::<256, 2, 8>(steps, x);
+    for (dots, x) in dots.iter_mut().zip(x) {
+        dots.iter_mut().for_each(|dot| *dot -= x.sum());
+    }
+    dots
+}
+
+#[target_feature(enable = "avx2")]
+#[inline(never)]
+fn matmat_i4_avx2(steps: Planes<'_>, x: [Activations<'_>; TOKENS]) -> [[i32; 4]; TOKENS] {
+    let mut dots = dots_of_codes_avx2::<128, 4, I4_FLUSH>(steps, x);
+    for (dots, x) in dots.iter_mut().zip(x) {
+        dots.iter_mut().for_each(|dot| *dot -= 8 * x.sum());
+    }
+    dots
+}
+
+/// The sums of codes times activations of 4 rows and 4 tokens, `COLS` columns a step in planes of `BITS` bits.
+///
+/// Row by row: 4 sums of 16 bits, 4 of 32, 4 vectors of codes, a mask and temporaries fill the registers; activations are
+/// operands in memory, as many loads as multiplications. Two rows at a time would halve the loads, but LLVM reorders the
+/// additions until it spills: no faster for T2, 12 % slower for I4.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn dots_of_codes_avx2<const COLS: usize, const BITS: i32, const FLUSH: usize>(
+    steps: Planes<'_>,
+    x: [Activations<'_>; TOKENS],
+) -> [[i32; 4]; TOKENS] {
     let zero = _mm256_setzero_si256();
-    let (nibble, sign) = (_mm256_set1_epi8(15), _mm256_set1_epi8(-128));
-    let xs = x.map(|x| &x.values().as_chunks::<64>().0[..steps.len()]);
+    let mask = _mm256_set1_epi8((1 << BITS) - 1);
+    let xs = x.map(|x| &x.values().as_chunks::<COLS>().0[..steps.len()]);
     let mut dots = [[0; 4]; TOKENS];
     for r in 0..4 {
-        let (mut total, mut total_high) = ([zero; TOKENS], [zero; TOKENS]);
-        for first in (0..steps.len()).step_by(I8_FLUSH) {
-            let (mut acc, mut acc_high) = ([zero; TOKENS], [zero; TOKENS]);
-            for i in first..steps.len().min(first + I8_FLUSH) {
+        let mut total = [zero; TOKENS];
+        for first in (0..steps.len()).step_by(FLUSH) {
+            let mut acc = [zero; TOKENS];
+            for i in first..steps.len().min(first + FLUSH) {
+                let xs = [&xs[0][i], &xs[1][i], &xs[2][i], &xs[3][i]];
                 for half in [0, 32] {
-                    let v = _mm256_xor_si256(load(&steps[i][r].0, half), sign);
-                    let (low, high) =
-                        (_mm256_and_si256(v, nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(v), nibble));
-                    for t in 0..TOKENS {
-                        let x = load(&xs[t][i], half);
-                        acc[t] = add_products(acc[t], low, x);
-                        acc_high[t] = add_products(acc_high[t], high, x);
+                    let mut v = load(&steps[i][r].0, half);
+                    for plane in 0..COLS / 64 {
+                        let codes = _mm256_and_si256(v, mask);
+                        for t in 0..TOKENS {
+                            acc[t] = add_products(acc[t], codes, load(xs[t], 64 * plane + half));
+                        }
+                        v = _mm256_srli_epi16::<BITS>(v);
                     }
                 }
             }
             for t in 0..TOKENS {
                 total[t] = add_pairs(total[t], acc[t]);
-                total_high[t] = add_pairs(total_high[t], acc_high[t]);
             }
         }
-        let (low, high) = (sums(total), sums(total_high));
-        // At most `255·128·65536 < 2^31` before the sum of the activations is taken off.
-        (0..TOKENS).for_each(|t| dots[t][r] = 16 * high[t] + low[t] - 128 * x[t].sum());
+        let dot = sums(total);
+        for t in 0..TOKENS {
+            dots[t][r] = dot[t];
+        }
     }
     dots
 }
@@ -452,18 +430,21 @@ fn lanes_of<const BLOCKS: usize>(
 }
 
 #[target_feature(enable = "avx2")]
+#[inline(never)]
 fn matvec_b1_avx2(steps: Lanes<'_, 4>, x: Activations<'_>) -> [i32; 64] {
     let constant = 16 * 8 * steps.len() as i32;
     sums_of_lanes_avx2::<4, B1_BASE, B1_PREFETCH>(steps, x).map(|sum| 2 * (sum + constant) - x.sum())
 }
 
 #[target_feature(enable = "avx2")]
+#[inline(never)]
 fn matvec_tl_avx2(steps: Lanes<'_, 5>, x: Activations<'_>) -> [i32; 64] {
     let constant = 16 * 8 * steps.len() as i32;
     sums_of_lanes_avx2::<5, TL_BASE, TL_PREFETCH>(steps, x).map(|sum| sum + constant)
 }
 
 #[target_feature(enable = "avx2")]
+#[inline(never)]
 fn matmat_b1_avx2(steps: Lanes<'_, 4>, x: [Activations<'_>; TOKENS]) -> [[i32; 64]; TOKENS] {
     let constant = 16 * 8 * steps.len() as i32;
     let mut dots = tokens_of_lanes_avx2::<4, B1_BASE, B1_PREFETCH>(steps, x);
@@ -474,6 +455,7 @@ fn matmat_b1_avx2(steps: Lanes<'_, 4>, x: [Activations<'_>; TOKENS]) -> [[i32; 6
 }
 
 #[target_feature(enable = "avx2")]
+#[inline(never)]
 fn matmat_tl_avx2(steps: Lanes<'_, 5>, x: [Activations<'_>; TOKENS]) -> [[i32; 64]; TOKENS] {
     let constant = 16 * 8 * steps.len() as i32;
     let mut dots = tokens_of_lanes_avx2::<5, TL_BASE, TL_PREFETCH>(steps, x);
@@ -498,7 +480,9 @@ fn sums_of_lanes_avx2<const BLOCKS: usize, const BASE: i16, const PREFETCH: usiz
     for (steps, tables) in steps.chunks(LANES_FLUSH).zip(tables.chunks(LANES_FLUSH)) {
         let mut wide = [[zero; 2]; 2];
         for (step, tables) in steps.iter().zip(tables) {
-            step.iter().for_each(|block| prefetch(block, PREFETCH));
+            for block in step {
+                prefetch(block, PREFETCH);
+            }
             let (mut lo, mut hi) = ([zero; 2], [zero; 2]);
             let mut sign = [load(&step[0].0, 0), load(&step[0].0, 32)];
             macro_rules! group {
@@ -531,9 +515,13 @@ fn sums_of_lanes_avx2<const BLOCKS: usize, const BASE: i16, const PREFETCH: usiz
             block!(1);
             block!(2);
             block!(3);
-            (0..2).for_each(|half| wide[half] = widen::<BASE>(wide[half], lo[half], hi[half]));
+            for half in 0..2 {
+                wide[half] = widen::<BASE>(wide[half], lo[half], hi[half]);
+            }
         }
-        (0..2).for_each(|half| total[half] = add_wide(total[half], wide[half]));
+        for half in 0..2 {
+            total[half] = add_wide(total[half], wide[half]);
+        }
     }
     let [low, high] = total.map(|total| in_order(total));
     core::array::from_fn(|r| if r < 32 { low[r] } else { high[r - 32] })
@@ -550,59 +538,80 @@ fn tokens_of_lanes_avx2<const BLOCKS: usize, const BASE: i16, const PREFETCH: us
     steps: Lanes<'_, BLOCKS>,
     x: [Activations<'_>; TOKENS],
 ) -> [[i32; 64]; TOKENS] {
-    let (nibble, zero) = (_mm256_set1_epi8(15), _mm256_setzero_si256());
+    let zero = _mm256_setzero_si256();
     let tables = x.map(|x| &x.tables().as_chunks::<4>().0[..steps.len()]);
     let mut total = [[[zero; 4]; 2]; TOKENS];
     for first in (0..steps.len()).step_by(LANES_FLUSH) {
-        let mut wide = [[[zero; 2]; 2]; TOKENS];
+        let mut wide = [[[zero; 2]; TOKENS]; 2];
         for s in first..steps.len().min(first + LANES_FLUSH) {
-            let step = &steps[s];
-            let tables = tables.map(|tables| &tables[s]);
-            step.iter().for_each(|block| prefetch(block, PREFETCH));
-            for half in 0..2 {
-                let (mut lo, mut hi) = ([zero; TOKENS], [zero; TOKENS]);
-                let mut sign = load(&step[0].0, 32 * half);
-                macro_rules! group {
-                    ($v:expr, $i:expr, $odd:expr) => {
-                        let n = _mm256_and_si256($v, nibble);
-                        let negative = _mm256_cmpgt_epi8(zero, sign);
-                        for t in 0..TOKENS {
-                            let table = &tables[t][$i].0;
-                            let mut l = _mm256_shuffle_epi8(load_twice(table, 32 * $odd), n);
-                            let mut h = _mm256_shuffle_epi8(load_twice(table, 32 * $odd + 16), n);
-                            if BLOCKS == 5 {
-                                (l, h) = (_mm256_xor_si256(l, negative), _mm256_xor_si256(h, negative));
-                            }
-                            lo[t] = _mm256_add_epi8(lo[t], l);
-                            hi[t] = _mm256_add_epi8(hi[t], h);
-                        }
-                        if BLOCKS == 5 {
-                            sign = opaque(_mm256_add_epi8(sign, sign));
-                        }
-                    };
-                }
-                macro_rules! block {
-                    ($i:expr) => {
-                        let v = load(&step[$i + BLOCKS - 4].0, 32 * half);
-                        group!(v, $i, 0);
-                        group!(_mm256_srli_epi16::<4>(v), $i, 1);
-                    };
-                }
-                block!(0);
-                block!(1);
-                block!(2);
-                block!(3);
-                (0..TOKENS).for_each(|t| wide[t][half] = widen::<BASE>(wide[t][half], lo[t], hi[t]));
+            for block in &steps[s] {
+                prefetch(block, PREFETCH);
+            }
+            let tables = [&tables[0][s], &tables[1][s], &tables[2][s], &tables[3][s]];
+            for (half, wide) in wide.iter_mut().enumerate() {
+                add_step_of_lanes_avx2::<BLOCKS, BASE>(&steps[s], 32 * half, tables, wide);
             }
         }
-        for (total, wide) in total.iter_mut().zip(wide) {
-            (0..2).for_each(|half| total[half] = add_wide(total[half], wide[half]));
+        for t in 0..TOKENS {
+            for half in 0..2 {
+                total[t][half] = add_wide(total[t][half], wide[half][t]);
+            }
         }
     }
     total.map(|total| {
         let [low, high] = total.map(|total| in_order(total));
         core::array::from_fn(|r| if r < 32 { low[r] } else { high[r - 32] })
     })
+}
+
+/// Adds one step of 32 rows, from byte `half` of the blocks on, to the 16-bit sums of 4 tokens.
+///
+/// A function of its own, so that `wide` stays in memory: inlined, LLVM juggles all 64 vectors of sums through 16 registers,
+/// and the whole was slower than one token at a time.
+#[target_feature(enable = "avx2")]
+#[inline(never)]
+fn add_step_of_lanes_avx2<const BLOCKS: usize, const BASE: i16>(
+    step: &[Block; BLOCKS],
+    half: usize,
+    tables: [&[Block; 4]; TOKENS],
+    wide: &mut [[__m256i; 2]; TOKENS],
+) {
+    let (nibble, zero) = (_mm256_set1_epi8(15), _mm256_setzero_si256());
+    let (mut lo, mut hi) = ([zero; TOKENS], [zero; TOKENS]);
+    let mut sign = [load(&step[0].0, half)];
+    macro_rules! group {
+        ($v:expr, $i:expr, $odd:expr) => {
+            let n = _mm256_and_si256($v, nibble);
+            let negative = _mm256_cmpgt_epi8(zero, sign[0]);
+            for t in 0..TOKENS {
+                let table = &tables[t][$i].0;
+                let mut l = _mm256_shuffle_epi8(load_twice(table, 32 * $odd), n);
+                let mut h = _mm256_shuffle_epi8(load_twice(table, 32 * $odd + 16), n);
+                if BLOCKS == 5 {
+                    (l, h) = (_mm256_xor_si256(l, negative), _mm256_xor_si256(h, negative));
+                }
+                lo[t] = _mm256_add_epi8(lo[t], l);
+                hi[t] = _mm256_add_epi8(hi[t], h);
+            }
+            if BLOCKS == 5 {
+                sign[0] = opaque(_mm256_add_epi8(sign[0], sign[0]));
+            }
+        };
+    }
+    macro_rules! block {
+        ($i:expr) => {
+            let v = load(&step[$i + BLOCKS - 4].0, half);
+            group!(v, $i, 0);
+            group!(_mm256_srli_epi16::<4>(v), $i, 1);
+        };
+    }
+    block!(0);
+    block!(1);
+    block!(2);
+    block!(3);
+    for t in 0..TOKENS {
+        wide[t] = widen::<BASE>(wide[t], lo[t], hi[t]);
+    }
 }
 
 /// Adds `base · hi + lo` of 32 rows to 16-bit sums of the even rows and of the odd ones.
