@@ -13,14 +13,21 @@ extern crate std;
 #[cfg(target_endian = "big")]
 compile_error!("images are little-endian, and weights are used where they lie");
 
+pub mod backend;
 pub mod error;
+#[cfg(feature = "alloc")]
+pub mod generate;
 pub mod image;
 pub mod memory;
 pub mod model;
+pub mod parallel;
+pub mod sampler;
 pub mod source;
+#[cfg(feature = "alloc")]
+pub mod tokenizer;
 
 pub use bitnet_kernel as kernel;
 pub use error::Error;
 pub use image::Image;
 pub use memory::{Limits, Plan};
-pub use model::Config;
+pub use model::{Config, Model, State};

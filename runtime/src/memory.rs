@@ -69,7 +69,7 @@ pub struct Plan {
     pub state: usize,
     /// Activations of one pass, shared by all conversations.
     pub scratch: usize,
-    /// The sampler's candidates.
+    /// The sampler's scores and candidates.
     pub sampler: usize,
 }
 
@@ -82,13 +82,14 @@ impl Plan {
             state: 2 * (kv_blocks(c, limits) + blocks::<f32>(kv_scales(c, limits))),
             scratch: blocks::<f32>(batch * hidden)
                 + blocks::<f32>(batch * widest)
+                + if c.linear_norm_eps.is_some() { blocks::<f32>(widest) } else { 0 }
                 + blocks::<i8>(batch * scratch.quantized)
                 + batch * scratch.tables
                 + 2 * blocks::<f32>(batch * scratch.projected)
                 + blocks::<f32>(batch * c.query_width() as usize)
                 + blocks::<f32>(batch * c.head_dim as usize)
                 + blocks::<f32>(padded_rows(c.vocab as usize)),
-            sampler: blocks::<u32>(c.vocab as usize),
+            sampler: blocks::<f32>(c.vocab as usize) + blocks::<u32>(c.vocab as usize),
         }
     }
     /// All parts together, in blocks.

@@ -100,7 +100,7 @@ impl Kind {
         }
     }
     /// The kind of the norm that this linear applies to its input.
-    const fn input_norm(self) -> Self {
+    pub const fn input_norm(self) -> Self {
         match self {
             Self::Query => Self::QueryInputNorm,
             Self::Key => Self::KeyInputNorm,

@@ -1,4 +1,119 @@
-//! The model.
+//! The model: fixed configuration, fixed memory, one pass for each batch of tokens.
+//!
+//! [`config`](Config) says what the model is, [`state`](State) is one conversation, [`weights`] finds the matrices of a
+//! layer, `linear` multiplies them, `forward` is the whole pass, and `ops` are the floats between the matrices.
 mod config;
+mod forward;
+mod linear;
+mod ops;
+mod state;
+mod weights;
 
 pub use config::{Activation, Config, Rope};
+pub use state::State;
+
+use crate::error::Error;
+use crate::image::Image;
+use crate::memory::{Arena, Limits, Plan, Sizes, padded_rows};
+use crate::parallel::Parallel;
+use crate::source::WeightSource;
+use bitnet_kernel::{Block, Kernels};
+use core::fmt;
+use weights::Weights;
+
+/// A model ready to run. No type parameters: the backend, the threads and the source are trait objects.
+pub struct Model<'m> {
+    config: Config,
+    limits: Limits,
+    weights: Weights<'m>,
+    machine: Machine<'m>,
+    scratch: Scratch<'m>,
+}
+
+/// What computes, and what it reads.
+struct Machine<'m> {
+    kernels: &'m dyn Kernels,
+    parallel: &'m dyn Parallel,
+    source: &'m mut dyn WeightSource,
+}
+
+/// The activations of one pass; `[batch]` rows of each, but for the logits.
+struct Scratch<'m> {
+    /// The residual stream, `[hidden]`.
+    x: &'m mut [f32],
+    /// A normalized vector, `[widest]`.
+    norm: &'m mut [f32],
+    /// One token's input of a linear that normalizes it, `[widest]`; empty in models without such linears.
+    input: &'m mut [f32],
+    /// Activations in int8, padded.
+    quantized: &'m mut [i8],
+    /// What the backend prepared for it.
+    tables: &'m mut [Block],
+    /// Results of the linears that share an input, each padded to whole units.
+    projected: &'m mut [f32],
+    /// The same, ordered by unit and then by token, as the threads write them.
+    units: &'m mut [f32],
+    /// Results of attention, `[heads · head_dim]`.
+    attention: &'m mut [f32],
+    /// Cosines and sines of a position's angles, `[head_dim / 2]` each.
+    rotation: &'m mut [f32],
+    /// `[vocab]`, of one token, padded to whole units.
+    logits: &'m mut [f32],
+}
+
+impl<'m> Model<'m> {
+    /// Prepares to run the model of `image`, whose weights `source` lends. `memory` has [`Plan::scratch`] blocks; nothing is
+    /// allocated afterwards.
+    ///
+    /// # Errors
+    /// If the limits are beyond the model's or the memory is too small.
+    pub fn new(
+        image: &Image<'m>,
+        limits: Limits,
+        kernels: &'m dyn Kernels,
+        parallel: &'m dyn Parallel,
+        source: &'m mut dyn WeightSource,
+        memory: &'m mut [Block],
+    ) -> Result<Self, Error> {
+        let config = image.header().config;
+        limits.check(&config)?;
+        let mut arena = Arena::new("activations", memory, Plan::new(&config, &limits).scratch)?;
+        let (batch, sizes) = (limits.batch as usize, Sizes::new(&config));
+        let scratch = Scratch {
+            x: arena.take(batch * config.hidden as usize),
+            norm: arena.take(batch * config.widest() as usize),
+            input: arena.take(if config.linear_norm_eps.is_some() { config.widest() as usize } else { 0 }),
+            quantized: arena.take(batch * sizes.quantized),
+            tables: arena.take_blocks(batch * sizes.tables),
+            projected: arena.take(batch * sizes.projected),
+            units: arena.take(batch * sizes.projected),
+            attention: arena.take(batch * config.query_width() as usize),
+            rotation: arena.take(batch * config.head_dim as usize),
+            logits: arena.take(padded_rows(config.vocab as usize)),
+        };
+        arena.finish();
+        let machine = Machine { kernels, parallel, source };
+        Ok(Self { config, limits, weights: Weights::new(image), machine, scratch })
+    }
+
+    /// The model's shape.
+    pub const fn config(&self) -> &Config {
+        &self.config
+    }
+    /// The limits it was made with.
+    pub const fn limits(&self) -> &Limits {
+        &self.limits
+    }
+    /// The logits of the last position that was computed, `[vocab]`.
+    pub fn logits(&self) -> &[f32] {
+        &self.scratch.logits[..self.config.vocab as usize]
+    }
+}
+
+impl fmt::Debug for Model<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = f.debug_struct("Model");
+        f.field("config", &self.config).field("limits", &self.limits).field("kernels", &self.machine.kernels);
+        f.finish_non_exhaustive()
+    }
+}

@@ -1,7 +1,16 @@
 //! Where weights come from.
+#[cfg(feature = "std")]
+mod file;
+#[cfg(feature = "std")]
+#[expect(unsafe_code, reason = "a memory map is the one thing above the kernels that needs it")]
+mod map;
 mod mapped;
 mod streamed;
 
+#[cfg(feature = "std")]
+pub use file::ImageFile;
+#[cfg(feature = "std")]
+pub use map::map_file;
 pub use mapped::Mapped;
 pub use streamed::{BlockDevice, Streamed};
 
@@ -17,6 +26,13 @@ pub struct Extent {
     pub blocks: u32,
 }
 
+impl Extent {
+    /// The block after the last.
+    pub const fn end(&self) -> u32 {
+        self.start + self.blocks
+    }
+}
+
 /// Lends the image's blocks, in place or through a staging buffer of its own.
 pub trait WeightSource {
     /// The blocks of `extent`, until the next call.
@@ -27,9 +43,4 @@ pub trait WeightSource {
 
     /// The most blocks that one [`WeightSource::fetch`] can lend.
     fn piece_blocks(&self) -> u32;
-
-    /// A hint that `extent` is fetched next, so that a device may start reading while the CPU computes.
-    fn prefetch(&mut self, extent: Extent) {
-        let _ = extent;
-    }
 }

@@ -1,0 +1,333 @@
+//! One pass: a batch of tokens through the model, top to bottom.
+use super::linear::{Output, Quantized};
+use super::weights::Linear;
+use super::{Activation, Model, Rope, State, ops};
+use crate::error::Error;
+use crate::image::Kind;
+use crate::memory::{Limits, padded_rows};
+use crate::parallel::{Parallel, Serial};
+use crate::source::Extent;
+use bitnet_kernel::{Format, format};
+
+/// Multiplications below which attention is not worth waking other threads for.
+const PARALLEL_WORK_MIN: usize = 1 << 15;
+
+impl Model<'_> {
+    /// Advances the conversation by one token and returns the logits of the next, `[vocab]`.
+    ///
+    /// # Errors
+    /// As [`Model::prefill`].
+    pub fn step(&mut self, state: &mut State<'_>, token: u32) -> Result<&[f32], Error> {
+        self.prefill(state, &[token])
+    }
+
+    /// Advances the conversation by `tokens`, several in one pass over the weights, and returns the logits after the last.
+    ///
+    /// The logits are those of one [`Model::step`] a token, bit for bit. After an error the state is as it was before.
+    ///
+    /// # Errors
+    /// If a token is outside the vocabulary, the context is full, the state is another model's, or weights cannot be read.
+    ///
+    /// # Panics
+    /// If there is no token.
+    pub fn prefill(&mut self, state: &mut State<'_>, tokens: &[u32]) -> Result<&[f32], Error> {
+        assert!(!tokens.is_empty(), "a pass needs at least one token");
+        self.passes(state, tokens, &mut |model, tokens, last| {
+            if last { model.head(tokens - 1) } else { Ok(()) }
+        })?;
+        Ok(self.logits())
+    }
+
+    /// [`Model::prefill`] that hands the logits after every token to `each`, with the token's place in `tokens`.
+    ///
+    /// # Errors
+    /// As [`Model::prefill`].
+    pub fn prefill_each(
+        &mut self,
+        state: &mut State<'_>,
+        tokens: &[u32],
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), Error> {
+        let mut done = 0;
+        self.passes(state, tokens, &mut |model, tokens, _| {
+            for t in 0..tokens {
+                model.head(t)?;
+                each(done + t, model.logits());
+            }
+            done += tokens;
+            Ok(())
+        })
+    }
+
+    /// One pass a batch, each followed by `then(model, tokens in the batch, whether it is the last)`.
+    fn passes(
+        &mut self,
+        state: &mut State<'_>,
+        tokens: &[u32],
+        then: &mut dyn FnMut(&mut Self, usize, bool) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let vocab = self.config.vocab;
+        if let Some(&token) = tokens.iter().find(|&&t| t >= vocab) {
+            return Err(Error::Token { token, vocab });
+        }
+        if !state.fits(&self.config, &self.limits) {
+            return Err(Error::State);
+        }
+        if tokens.len() > state.remaining() {
+            return Err(Error::ContextFull { context: state.context() });
+        }
+        let before = state.position();
+        let mut batches = tokens.chunks(self.limits.batch as usize).peekable();
+        while let Some(batch) = batches.next() {
+            let done = self.pass(state, batch).and_then(|()| then(self, batch.len(), batches.peek().is_none()));
+            if let Err(e) = done {
+                state.truncate(before);
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// The whole pass, all but the head.
+    fn pass(&mut self, state: &mut State<'_>, tokens: &[u32]) -> Result<(), Error> {
+        let n = tokens.len();
+        for (t, &token) in tokens.iter().enumerate() {
+            self.embed(t, token)?;
+        }
+        self.angles(state.position(), n)?;
+        for layer in 0..self.config.layers {
+            self.attention(state, layer, n)?;
+            self.feed_forward(layer, n)?;
+        }
+        state.advance(n);
+        Ok(())
+    }
+
+    /// `x += output(sub_norm(attend(rope(query(norm(x))), rope(key(…)), value(…))))`
+    fn attention(&mut self, state: &mut State<'_>, layer: u32, n: usize) -> Result<(), Error> {
+        let (c, weights) = (self.config, self.weights.layer(layer));
+        let (hidden, head_dim, heads) = (c.hidden as usize, c.head_dim as usize, c.heads as usize);
+        let (query_width, kv_width) = (c.query_width() as usize, c.kv_width() as usize);
+        let (key_at, value_at) = (padded_rows(query_width), padded_rows(query_width) + padded_rows(kv_width));
+        let width = value_at + padded_rows(kv_width);
+
+        self.norm(weights.norm(Kind::AttentionNorm), n)?;
+        let linears = [Kind::Query, Kind::Key, Kind::Value].map(|kind| weights.linear(kind));
+        self.linears(layer, &linears, hidden, n, width)?;
+
+        let s = &mut self.scratch;
+        let position = state.position();
+        for (t, row) in s.projected.chunks_exact_mut(width).take(n).enumerate() {
+            let rotation = &s.rotation[t * head_dim..][..head_dim];
+            for head in row[..query_width].chunks_exact_mut(head_dim) {
+                rotate(c.rope, head, rotation);
+            }
+            for head in row[key_at..][..kv_width].chunks_exact_mut(head_dim) {
+                rotate(c.rope, head, rotation);
+            }
+            state.put(layer as usize, position + t, &row[key_at..][..kv_width], &row[value_at..][..kv_width]);
+        }
+
+        let scale = 1.0 / libm::sqrtf(head_dim as f32);
+        let group = heads / c.kv_heads as usize;
+        let (kernels, projected, state) = (self.machine.kernels, &*s.projected, &*state);
+        let work = n * (position + n) * query_width;
+        let parallel: &dyn Parallel = if work < PARALLEL_WORK_MIN { &Serial } else { self.machine.parallel };
+        parallel.for_each_chunk(&mut s.attention[..n * query_width], head_dim, &|i, out| {
+            let (t, head) = (i / heads, i % heads);
+            let (keys, values) = state.head(layer as usize, head / group, position + t + 1);
+            let query = &projected[t * width + head * head_dim..][..head_dim];
+            kernels.attend(query, keys, values, scale, out);
+        });
+
+        s.norm[..n * query_width].copy_from_slice(&s.attention[..n * query_width]);
+        self.sub_norm(weights.norm(Kind::AttentionSubNorm), query_width, n)?;
+        self.linears(layer, &[weights.linear(Kind::Output)], query_width, n, padded_rows(hidden))?;
+        self.add_projected(n);
+        Ok(())
+    }
+
+    /// `x += down(sub_norm(activation(gate(norm(x))) · up(norm(x))))`
+    fn feed_forward(&mut self, layer: u32, n: usize) -> Result<(), Error> {
+        let (c, weights) = (self.config, self.weights.layer(layer));
+        let (hidden, ffn) = (c.hidden as usize, c.ffn as usize);
+        let width = 2 * padded_rows(ffn);
+
+        self.norm(weights.norm(Kind::FfnNorm), n)?;
+        self.linears(layer, &[weights.linear(Kind::Gate), weights.linear(Kind::Up)], hidden, n, width)?;
+
+        let s = &mut self.scratch;
+        for (row, out) in s.projected.chunks_exact(width).zip(s.norm.chunks_exact_mut(ffn)).take(n) {
+            let gate_up = row[..ffn].iter().zip(&row[padded_rows(ffn)..]);
+            match c.activation {
+                Activation::SquaredRelu => {
+                    out.iter_mut().zip(gate_up).for_each(|(out, (&gate, &up))| *out = ops::squared_relu(gate) * up);
+                }
+                Activation::Silu => {
+                    out.iter_mut().zip(gate_up).for_each(|(out, (&gate, &up))| *out = ops::silu(gate) * up);
+                }
+            }
+        }
+        self.sub_norm(weights.norm(Kind::FfnSubNorm), ffn, n)?;
+        self.linears(layer, &[weights.linear(Kind::Down)], ffn, n, padded_rows(hidden))?;
+        self.add_projected(n);
+        Ok(())
+    }
+
+    /// The logits of token `t` of the batch.
+    fn head(&mut self, t: usize) -> Result<(), Error> {
+        let (c, tensor) = (self.config, self.weights.head());
+        let (hidden, stride) = (c.hidden as usize, self.quantized_stride());
+        let weight = ops::floats(self.machine.source.fetch(self.weights.final_norm())?);
+        let s = &mut self.scratch;
+        let norm = &mut s.norm[..hidden];
+        ops::rmsnorm(norm, &s.x[t * hidden..][..hidden], weight, c.norm_eps);
+        if tensor.format == Format::F16 {
+            if !norm.iter().all(|v| v.is_finite()) {
+                return Err(Error::NotFinite { layer: c.layers });
+            }
+            self.machine.linear_f16(tensor, norm, s.logits)?;
+            return Ok(());
+        }
+        let q = &mut s.quantized[..stride];
+        let scale = self.machine.kernels.quantize(norm, q).ok_or(Error::NotFinite { layer: c.layers })?;
+        let x = Quantized { values: q, stride, scales: &[scale], tables: s.tables };
+        let mut out = Output { rows: s.logits, stride: 0, first: 0, units: s.units };
+        self.machine.linear(&[tensor], x, &mut out)?;
+        Ok(())
+    }
+
+    /// Token `t`'s row of the embedding, into `x`.
+    fn embed(&mut self, t: usize, token: u32) -> Result<(), Error> {
+        let (tensor, hidden, source) =
+            (self.weights.embedding(), self.config.hidden as usize, &mut self.machine.source);
+        let x = &mut self.scratch.x[t * hidden..][..hidden];
+        let (tile, row, scale) = tensor.row(token);
+        let steps = source.fetch(tile)?.chunks_exact(tensor.format.step_blocks());
+        for (step, x) in steps.zip(x.chunks_mut(tensor.format.step_cols())) {
+            for (c, x) in x.iter_mut().enumerate() {
+                *x = match tensor.format {
+                    Format::F16 => bitnet_kernel::float::f16_to_f32(format::decode_f16(step, row, c)),
+                    format => f32::from(format::decode(format, step, row, c)),
+                };
+            }
+        }
+        if let Some((extent, i)) = scale {
+            let scale = ops::floats(source.fetch(extent)?)[i];
+            x.iter_mut().for_each(|x| *x *= scale);
+        }
+        Ok(())
+    }
+
+    /// Cosines and sines of the angles of positions `first..first + n`.
+    fn angles(&mut self, first: usize, n: usize) -> Result<(), Error> {
+        let frequencies = ops::floats(self.machine.source.fetch(self.weights.rope_frequencies())?);
+        let head_dim = self.config.head_dim as usize;
+        for (t, rotation) in self.scratch.rotation.chunks_exact_mut(head_dim).take(n).enumerate() {
+            let (cos, sin) = rotation.split_at_mut(head_dim / 2);
+            for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(frequencies) {
+                let angle = (first + t) as f32 * frequency;
+                (*cos, *sin) = (libm::cosf(angle), libm::sinf(angle));
+            }
+        }
+        Ok(())
+    }
+
+    /// `norm = rmsnorm(x)`, for `n` tokens.
+    fn norm(&mut self, weight: Option<Extent>, n: usize) -> Result<(), Error> {
+        let weight = weight.expect("every block has its norms");
+        let (hidden, eps) = (self.config.hidden as usize, self.config.norm_eps);
+        let weight = ops::floats(self.machine.source.fetch(weight)?);
+        let s = &mut self.scratch;
+        for (out, x) in s.norm.chunks_exact_mut(hidden).zip(s.x.chunks_exact(hidden)).take(n) {
+            ops::rmsnorm(out, x, weight, eps);
+        }
+        Ok(())
+    }
+
+    /// `norm = rmsnorm(norm)`, for `n` tokens of `width`, in models that have this norm.
+    fn sub_norm(&mut self, weight: Option<Extent>, width: usize, n: usize) -> Result<(), Error> {
+        let Some(weight) = weight else { return Ok(()) };
+        let weight = ops::floats(self.machine.source.fetch(weight)?);
+        for x in self.scratch.norm.chunks_exact_mut(width).take(n) {
+            ops::rmsnorm_in_place(x, weight, self.config.norm_eps);
+        }
+        Ok(())
+    }
+
+    /// `projected = linears(norm)`, for `n` tokens of `cols`; all results of a token together are `width` wide.
+    fn linears(&mut self, layer: u32, linears: &[Linear], cols: usize, n: usize, width: usize) -> Result<(), Error> {
+        // Linears that normalize their own input have inputs of their own, the others share one.
+        let apart = if self.config.linear_norm_eps.is_some() { 1 } else { linears.len() };
+        let mut first = 0;
+        for linears in linears.chunks(apart) {
+            let mut scales = [0.0; Limits::BATCH_MAX as usize];
+            self.quantize(layer, linears[0].input_norm, cols, &mut scales[..n])?;
+            let mut tensors = [linears[0].tensor; 3];
+            for (tensor, linear) in tensors.iter_mut().zip(linears) {
+                *tensor = linear.tensor;
+            }
+            let stride = self.quantized_stride();
+            let s = &mut self.scratch;
+            let x = Quantized { values: s.quantized, stride, scales: &scales[..n], tables: s.tables };
+            let mut out = Output { rows: s.projected, stride: width, first, units: s.units };
+            self.machine.linear(&tensors[..linears.len()], x, &mut out)?;
+            first += linears.iter().map(|l| padded_rows(l.tensor.rows as usize)).sum::<usize>();
+        }
+        Ok(())
+    }
+
+    /// `quantized = int8(norm)`, normalized once more if the linear does so; one scale a token.
+    fn quantize(&mut self, layer: u32, norm: Option<Extent>, cols: usize, scales: &mut [f32]) -> Result<(), Error> {
+        let stride = self.quantized_stride();
+        let weight = match norm {
+            Some(extent) => Some(ops::floats(self.machine.source.fetch(extent)?)),
+            None => None,
+        };
+        let s = &mut self.scratch;
+        for (t, scale) in scales.iter_mut().enumerate() {
+            let x = &s.norm[t * cols..][..cols];
+            let x = match (weight, self.config.linear_norm_eps) {
+                (Some(weight), Some(eps)) => {
+                    ops::rmsnorm(&mut s.input[..cols], x, weight, eps);
+                    &s.input[..cols]
+                }
+                _ => x,
+            };
+            let q = &mut s.quantized[t * stride..][..stride];
+            *scale = self.machine.kernels.quantize(x, q).ok_or(Error::NotFinite { layer })?;
+        }
+        Ok(())
+    }
+
+    /// Elements from one token's int8 activations to the next's.
+    const fn quantized_stride(&self) -> usize {
+        self.scratch.quantized.len() / self.limits.batch as usize
+    }
+
+    /// `x += projected`, for `n` tokens.
+    fn add_projected(&mut self, n: usize) {
+        let hidden = self.config.hidden as usize;
+        let rows = self.scratch.projected.chunks_exact(padded_rows(hidden));
+        for (x, row) in self.scratch.x.chunks_exact_mut(hidden).zip(rows).take(n) {
+            for (x, y) in x.iter_mut().zip(row) {
+                *x += y;
+            }
+        }
+    }
+}
+
+/// Turns one head by the angles of its position: pairs `(a, b)` become `(a cos - b sin, b cos + a sin)`.
+fn rotate(rope: Rope, head: &mut [f32], rotation: &[f32]) {
+    let half = head.len() / 2;
+    let (cos, sin) = rotation.split_at(half);
+    for i in 0..half {
+        let (a, b) = match rope {
+            Rope::HalfSplit => (i, i + half),
+            Rope::Interleaved => (2 * i, 2 * i + 1),
+        };
+        let (x, y) = (head[a], head[b]);
+        head[a] = x * cos[i] - y * sin[i];
+        head[b] = y * cos[i] + x * sin[i];
+    }
+}

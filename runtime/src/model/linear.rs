@@ -1,0 +1,170 @@
+//! Matrices times the activations of a batch: fetched piece by piece, shared among threads unit by unit.
+use super::{Machine, ops::floats};
+use crate::error::SourceError;
+use crate::image::{Tensor, UNIT_ROWS};
+use crate::memory::{Limits, padded_rows};
+use crate::source::Extent;
+use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
+
+const BATCH_MAX: usize = Limits::BATCH_MAX as usize;
+
+/// The int8 input of linears, one row of `stride` a token.
+#[derive(Debug)]
+pub(super) struct Quantized<'a> {
+    /// `[tokens][stride]`, zero past the columns.
+    pub values: &'a [i8],
+    /// Elements from one token to the next.
+    pub stride: usize,
+    /// What the floats were multiplied by, one a token.
+    pub scales: &'a [f32],
+    /// Room for what the backend prepares.
+    pub tables: &'a mut [Block],
+}
+
+/// Where results go: token `t`'s from `rows[t · stride + first]` on, each tensor padded to whole units.
+#[derive(Debug)]
+pub(super) struct Output<'a> {
+    pub rows: &'a mut [f32],
+    pub stride: usize,
+    pub first: usize,
+    /// Room for the results of several tokens in the order in which threads write them.
+    pub units: &'a mut [f32],
+}
+
+/// Computes one unit: the tensor, the unit's number, its blocks, and its results, `[tokens][UNIT_ROWS]`.
+type UnitTask<'a> = &'a (dyn Fn(&Tensor, u32, &[Block], &mut [f32]) + Sync);
+
+impl Machine<'_> {
+    /// Multiplies `tensors`, which all have the same columns, with int8 activations.
+    pub(super) fn linear(
+        &mut self,
+        tensors: &[Tensor],
+        x: Quantized<'_>,
+        out: &mut Output<'_>,
+    ) -> Result<(), SourceError> {
+        let (tokens, kernels) = (x.scales.len(), self.kernels);
+        let (stride, scales) = (x.stride, x.scales);
+        let mut first = out.first;
+        // Tensors of one format are one job: they share what the backend prepares, and threads share all their units.
+        for tensors in tensors.chunk_by(|a, b| a.format == b.format) {
+            let (format, cols) = (tensors[0].format, tensors[0].cols as usize);
+            let table_blocks = format.table_blocks(cols);
+            let mut rows = x.values.chunks_exact(stride);
+            let mut tables = x.tables[..tokens * table_blocks].chunks_exact_mut(table_blocks.max(1));
+            let prepared: [Option<Activations<'_>>; BATCH_MAX] = core::array::from_fn(|t| {
+                let values = rows.next().filter(|_| t < tokens)?;
+                Some(kernels.prepare(format, cols, values, tables.next().unwrap_or_default()))
+            });
+            let inert = prepared[0].expect("a pass has at least one token");
+            let prepared = prepared.map(|x| x.unwrap_or(inert));
+            let x = &prepared[..tokens];
+
+            let width: usize = tensors.iter().map(|t| padded_rows(t.rows as usize)).sum();
+            let task: UnitTask<'_> = &|tensor, u, blocks, y| match x {
+                [_] => unit::<1>(kernels, tensor, u, blocks, x, scales, y),
+                _ => unit::<BATCH_MAX>(kernels, tensor, u, blocks, x, scales, y),
+            };
+            if tokens == 1 {
+                // The order of units is the order of rows.
+                self.run(tensors, 1, &mut out.rows[first..first + width], task)?;
+            } else {
+                let units = &mut out.units[..tokens * width];
+                self.run(tensors, tokens, units, task)?;
+                for (i, y) in units.chunks_exact(UNIT_ROWS).enumerate() {
+                    let (unit, t) = (i / tokens, i % tokens);
+                    out.rows[t * out.stride + first + unit * UNIT_ROWS..][..UNIT_ROWS].copy_from_slice(y);
+                }
+            }
+            first += width;
+        }
+        Ok(())
+    }
+
+    /// Multiplies a [`Format::F16`] tensor with one token's floats. `out` is padded to whole units.
+    pub(super) fn linear_f16(&mut self, tensor: Tensor, x: &[f32], out: &mut [f32]) -> Result<(), SourceError> {
+        let kernels = self.kernels;
+        self.run(&[tensor], 1, out, &|tensor, u, blocks, y| {
+            let rows = tensor.unit_rows(u);
+            let w = Matrix::new(Format::F16, rows, tensor.cols as usize, blocks).expect("a unit of this tensor");
+            kernels.matvec_f16(w, x, &mut y[..rows]);
+        })
+    }
+
+    /// Runs `task` for every unit of the tensors, which lie in the image in this order. `y` has `[units][tokens][UNIT_ROWS]`.
+    fn run(&mut self, tensors: &[Tensor], tokens: usize, y: &mut [f32], task: UnitTask<'_>) -> Result<(), SourceError> {
+        let unit_len = tokens * UNIT_ROWS;
+        let count = tensors.iter().map(Tensor::units).sum::<u32>();
+        debug_assert_eq!(y.len(), count as usize * unit_len);
+        let mut first = 0;
+        while first < count {
+            // As many units as the source lends at once: all of them if the image is mapped.
+            let extent = |i| {
+                let (tensor, u) = locate(tensors, i);
+                tensor.unit(u)
+            };
+            let start = extent(first).start;
+            let fits = |i: &u32| extent(*i).end() - start <= self.source.piece_blocks();
+            let end = (first + 1..count).take_while(fits).last().unwrap_or(first) + 1;
+            let piece = self.source.fetch(Extent { start, blocks: extent(end - 1).end() - start })?;
+
+            let y = &mut y[first as usize * unit_len..end as usize * unit_len];
+            let threads = self.parallel.threads() as u32;
+            // Several chunks a thread, so that one that is held up does not hold up all.
+            let chunk = if threads == 1 { end - first } else { (end - first).div_ceil(4 * threads) };
+            self.parallel.for_each_chunk(y, chunk as usize * unit_len, &|i, y| {
+                for (unit, y) in (first + i as u32 * chunk..).zip(y.chunks_exact_mut(unit_len)) {
+                    let (tensor, u) = locate(tensors, unit);
+                    let Extent { start: at, blocks } = tensor.unit(u);
+                    task(tensor, u, &piece[(at - start) as usize..][..blocks as usize], y);
+                }
+            });
+            first = end;
+        }
+        Ok(())
+    }
+}
+
+/// The tensor and the unit in it that is number `i` of all.
+fn locate(tensors: &[Tensor], mut i: u32) -> (&Tensor, u32) {
+    for tensor in tensors {
+        if i < tensor.units() {
+            return (tensor, i);
+        }
+        i -= tensor.units();
+    }
+    panic!("a unit past the last tensor")
+}
+
+/// One unit's results for `x.len() <= N` tokens: `y = sum · (scale of the weights / scale of the activations)`.
+fn unit<const N: usize>(
+    kernels: &dyn Kernels,
+    tensor: &Tensor,
+    u: u32,
+    blocks: &[Block],
+    x: &[Activations<'_>],
+    scales: &[f32],
+    y: &mut [f32],
+) {
+    let rows = tensor.unit_rows(u);
+    let (weights, row_scales) = blocks.split_at(tensor.weight_blocks(rows));
+    let w = Matrix::new(tensor.format, rows, tensor.cols as usize, weights).expect("a unit of this tensor");
+    let mut sums = [[0; UNIT_ROWS]; N];
+    let sums = &mut sums.as_flattened_mut()[..rows * x.len()];
+    match x {
+        [x] => kernels.matvec(w, *x, sums),
+        _ => kernels.matmat(w, Batch::new(x), sums),
+    }
+    for ((sums, y), scale) in sums.chunks_exact(rows).zip(y.chunks_exact_mut(UNIT_ROWS)).zip(scales) {
+        let inverse = 1.0 / scale;
+        if tensor.format.has_row_scales() {
+            for ((y, &sum), row_scale) in y.iter_mut().zip(sums).zip(floats(row_scales)) {
+                *y = sum as f32 * (row_scale * inverse);
+            }
+        } else {
+            let factor = tensor.scale * inverse;
+            for (y, &sum) in y.iter_mut().zip(sums) {
+                *y = sum as f32 * factor;
+            }
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! Finds the sections of a layer in a checked image.
+use super::Config;
+use crate::image::{Image, Kind, Record, Tensor};
+use crate::source::Extent;
+
+/// The sections of one model.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Weights<'m> {
+    /// One entry a section of the weight region, in execution order.
+    records: &'m [Record],
+    /// Index of the first layer's first section, and sections in a layer.
+    first: usize,
+    per_layer: usize,
+}
+
+/// One linear, with the norm of its input if it has one.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Linear {
+    pub tensor: Tensor,
+    pub input_norm: Option<Extent>,
+}
+
+impl<'m> Weights<'m> {
+    pub(super) fn new(image: &Image<'m>) -> Self {
+        let config: &Config = &image.header().config;
+        let records = &image.sections().records()[usize::from(image.tokenizer().is_some())..];
+        let first = if config.tied { 1 } else { 2 };
+        let per_layer = (records.len() - first - 2) / config.layers as usize;
+        Self { records, first, per_layer }
+    }
+    /// The angles a position turns by.
+    pub(super) const fn rope_frequencies(&self) -> Extent {
+        self.records[0].extent()
+    }
+    /// The embedding's matrix: the head's where they are tied.
+    pub(super) fn embedding(&self) -> Tensor {
+        if self.first == 2 { tensor(&self.records[1]) } else { self.head() }
+    }
+    pub(super) fn final_norm(&self) -> Extent {
+        self.records[self.records.len() - 2].extent()
+    }
+    pub(super) fn head(&self) -> Tensor {
+        tensor(&self.records[self.records.len() - 1])
+    }
+    /// The sections of one layer.
+    pub(super) fn layer(&self, layer: u32) -> Layer<'m> {
+        Layer(&self.records[self.first + layer as usize * self.per_layer..][..self.per_layer])
+    }
+}
+
+/// The sections of one layer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layer<'m>(&'m [Record]);
+
+impl Layer<'_> {
+    /// A norm of this layer, which may not have it.
+    pub(super) fn norm(&self, kind: Kind) -> Option<Extent> {
+        self.0.iter().find(|r| r.kind == kind as u8).map(Record::extent)
+    }
+    /// A linear of this layer. The record before it is its input's norm, if linears have one.
+    pub(super) fn linear(&self, kind: Kind) -> Linear {
+        let at = self.0.iter().position(|r| r.kind == kind as u8).expect("a checked layer has all its linears");
+        let before = self.0[..at].last().filter(|r| r.kind == kind.input_norm() as u8);
+        Linear { tensor: tensor(&self.0[at]), input_norm: before.map(Record::extent) }
+    }
+}
+
+fn tensor(record: &Record) -> Tensor {
+    record.tensor().expect("a checked matrix")
+}
