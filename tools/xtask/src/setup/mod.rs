@@ -38,15 +38,22 @@ fn present(need: Need) -> bool {
             let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]));
             sysroot.is_some_and(|path| Path::new(path.trim()).join("lib/rustlib").join(target).join("lib").is_dir())
         }
-        Need::Qemu => output(Command::new("qemu-aarch64").args(["-cpu", "help"])).is_some_and(|list| has_cpus(&list)),
+        Need::Qemu => {
+            printed(Command::new("qemu-aarch64").args(["-cpu", "help"])).is_some_and(|(list, _)| has_cpus(&list))
+        }
         Need::Linker => output(Command::new("cc").arg("--version")).is_some(),
     }
 }
 
 /// What a command prints, if there is such a program and it succeeds.
 fn output(command: &mut Command) -> Option<String> {
+    printed(command).and_then(|(text, success)| success.then_some(text))
+}
+
+/// What a command prints and whether it succeeds, if there is such a program. (QEMU calls help an error.)
+fn printed(command: &mut Command) -> Option<(String, bool)> {
     let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+    Some((String::from_utf8_lossy(&output.stdout).into_owned(), output.status.success()))
 }
 
 /// Whether QEMU's list names every CPU of the matrix; what follows a comma is a property of that CPU.
@@ -179,7 +186,8 @@ fn by_hand(missing: &[Need]) -> String {
             Need::Component { name, .. } => format!("{name} of the Rust toolchain: rustup component add {name}"),
             Need::Target(name) => format!("the Rust target {name}: rustup target add {name}"),
             Need::Qemu => {
-                let models: Vec<&str> = CPUS.iter().filter_map(|cpu| cpu.qemu.split(',').next()).collect();
+                let mut models: Vec<&str> = CPUS.iter().filter_map(|cpu| cpu.qemu.split(',').next()).collect();
+                models.dedup();
                 format!(
                     "qemu-aarch64 whose `-cpu help` names {}: QEMU 8.2 or newer (Debian and Ubuntu: package qemu-user; on \
                      Debian 12 from bookworm-backports: apt-get install -t bookworm-backports qemu-user)",
