@@ -1,10 +1,12 @@
 //! AVX2: 16 registers of 32 bytes, byte products by `vpmaddubsw`, tables of 16 entries by `vpshufb`.
 //!
-//! The loops, and what was tried and lost, each measured on a Zen 3 core:
+//! The loops, and what was tried and lost, measured on a Zen 3 core unless another is named:
 //!
-//! - One software prefetch a cache line, 2 to 4 KiB ahead, is worth 35 to 50 % where weights come from memory (the hardware
-//!   prefetcher alone reached 65 to 70 % of the bandwidth), and costs nothing where they come from a cache. [`Format::I8`]
-//!   gained nothing: it is bound by arithmetic and reads plain streams.
+//! - One software prefetch a cache line, 4 to 8 KiB ahead, into the *second* level. Without any, 35 to 50 % is lost where
+//!   weights come from memory; it costs nothing where they come from a cache. Into the first level (T0) TL reached 77 and B1
+//!   115 weights/ns from memory on a Zen 4 core at any distance, into the second (T1) 102 and 181: there are few requests that
+//!   the first level can wait for, and the tables need its room. [`Format::I8`] gained nothing: it reads a plain stream at the
+//!   speed of memory.
 //! - T2: tiles of 8 rows spill registers, 5 to 10 % slower than 4. One sum a row and three shifts in place of two sums and
 //!   one shift: 30 operations for 256 weights against 26. Masks without any shift are no use: at weight 64 one lane of
 //!   `vpmaddubsw` overflows.
@@ -110,12 +112,12 @@ fn load_twice<T: Bytes, const N: usize>(bytes: &[T; N], at: usize) -> __m256i {
     _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(bytes.as_ptr().add(at).cast()) })
 }
 
-/// Asks for the cache line `bytes` after `block`.
+/// Asks for the cache line `bytes` after `block`, into the second level.
 #[inline(always)]
 fn prefetch(block: &Block, bytes: usize) {
     let p = block.0.as_ptr().wrapping_add(bytes).cast();
     // SAFETY: a prefetch reads nothing that the program sees and never faults; the address need not exist.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(p) }
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(p) }
 }
 
 /// The lanes.
@@ -208,7 +210,7 @@ fn planes_of(
 /// of two halves, so 4 steps stay within `-32768..=32512`. At weight 1 it is a quarter of that, and the sum of both after the
 /// division by 4 at most 16384 in magnitude. All sums at weight 4 are multiples of 4, so the shift is exact.
 const T2_FLUSH: usize = 4;
-const T2_PREFETCH: usize = 2048;
+const T2_PREFETCH: usize = 4096;
 
 /// The dot products of 4 rows.
 ///
@@ -396,8 +398,8 @@ fn dots_of_codes_avx2<const COLS: usize, const BITS: i32, const FLUSH: usize>(
 /// Within a step 8 groups add up in byte lanes to `-128..=120` for either part. Widened, that is at most `31·128 + 128 = 4096`
 /// a step in magnitude for TL, 7 steps 28672, and `32·128 + 128 = 4224` for B1, 7 steps 29568.
 const LANES_FLUSH: usize = 7;
-const TL_PREFETCH: usize = 4096;
-const B1_PREFETCH: usize = 2048;
+const TL_PREFETCH: usize = 8192;
+const B1_PREFETCH: usize = 8192;
 
 /// A tile of a format in lanes: 64 rows, `BLOCKS` blocks a step, the last 4 of nibbles and one of signs before them in TL.
 type Lanes<'a, const BLOCKS: usize> = &'a [[Block; BLOCKS]];
@@ -570,6 +572,7 @@ fn tokens_of_lanes_avx2<const BLOCKS: usize, const BASE: i16, const PREFETCH: us
 /// and the whole was slower than one token at a time.
 #[target_feature(enable = "avx2")]
 #[inline(never)]
+#[allow(unused_assignments, reason = "the last group needs no further sign")]
 fn add_step_of_lanes_avx2<const BLOCKS: usize, const BASE: i16>(
     step: &[Block; BLOCKS],
     half: usize,
@@ -578,11 +581,11 @@ fn add_step_of_lanes_avx2<const BLOCKS: usize, const BASE: i16>(
 ) {
     let (nibble, zero) = (_mm256_set1_epi8(15), _mm256_setzero_si256());
     let (mut lo, mut hi) = ([zero; TOKENS], [zero; TOKENS]);
-    let mut sign = [load(&step[0].0, half)];
+    let mut sign = load(&step[0].0, half);
     macro_rules! group {
         ($v:expr, $i:expr, $odd:expr) => {
             let n = _mm256_and_si256($v, nibble);
-            let negative = _mm256_cmpgt_epi8(zero, sign[0]);
+            let negative = _mm256_cmpgt_epi8(zero, sign);
             for t in 0..TOKENS {
                 let table = &tables[t][$i].0;
                 let mut l = _mm256_shuffle_epi8(load_twice(table, 32 * $odd), n);
@@ -594,7 +597,7 @@ fn add_step_of_lanes_avx2<const BLOCKS: usize, const BASE: i16>(
                 hi[t] = _mm256_add_epi8(hi[t], h);
             }
             if BLOCKS == 5 {
-                sign[0] = opaque(_mm256_add_epi8(sign[0], sign[0]));
+                sign = opaque(_mm256_add_epi8(sign, sign));
             }
         };
     }
