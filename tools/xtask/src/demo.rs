@@ -35,7 +35,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     let mut generate = Command::new(bitnet);
     generate.arg("run").arg(&image).args([PROMPT, "--temperature", "0", "--max-tokens", "120", "--stats"]);
     let success = generate.status().with_context(|| format!("starting {bitnet}"))?.success();
-    println!("image: {}", image.display());
+    say!("image: {}", image.display());
     Ok(success)
 }
 

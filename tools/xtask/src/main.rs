@@ -6,6 +6,14 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::std_instead_of_core, clippy::std_instead_of_alloc, reason = "a host tool; it always has std")]
 
+/// `println!`, but for a reader that went away (`cargo xtask list | head`), which is no reason to panic.
+macro_rules! say {
+    ($($arguments:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stdout(), $($arguments)*);
+    }};
+}
+
 mod demo;
 mod elf;
 mod matrix;
@@ -61,18 +69,18 @@ fn command(arguments: &[String]) -> Result<bool> {
         }
         "setup" => {
             setup::ensure(matrix::steps().iter().flat_map(|step| &step.needs))?;
-            println!("everything that `cargo xtask test` needs is installed");
+            say!("everything that `cargo xtask test` needs is installed");
             Ok(true)
         }
         "tidy" => {
             let (passed, failed) = tidy::report(&Workspace::load()?)?;
-            println!("{passed} passed, {failed} failed");
+            say!("{passed} passed, {failed} failed");
             Ok(failed == 0)
         }
         "demo" => demo::run(&Workspace::load()?),
         "deny" => run::deny(),
         "help" | "--help" | "-h" => {
-            println!("{USAGE}");
+            say!("{USAGE}");
             Ok(true)
         }
         other => bail!("there is no command `{other}`\n\n{USAGE}"),

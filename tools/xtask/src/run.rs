@@ -27,39 +27,39 @@ pub(crate) fn all(workspace: &Workspace, steps: &[Step]) -> Result<bool> {
     let mut repeat = Vec::new();
     let mut total = Count::default();
     for (index, step) in steps.iter().enumerate() {
-        println!("\n== {} ({} of {}): {}", step.name, index + 1, steps.len(), describe(&step.action));
+        say!("\n== {} ({} of {}): {}", step.name, index + 1, steps.len(), describe(&step.action));
         let start = Instant::now();
         let count = one(workspace, step).unwrap_or_else(|error| {
-            println!("error: {error:#}");
+            say!("error: {error:#}");
             FAILED
         });
         let seconds = start.elapsed().as_secs_f64();
         let word = if count.failed == 0 { "ok" } else { "FAILED" };
-        println!("-- {}: {word}, {seconds:.1} s", step.name);
+        say!("-- {}: {word}, {seconds:.1} s", step.name);
         if count.failed > 0 {
             let command = format!("{}\n     or: cargo xtask test {}", describe(&step.action), step.name);
-            println!("   repeat with: {command}");
+            say!("   repeat with: {command}");
             repeat.push(command);
         }
         lines.push(format!("{:<28} {word:<7} {:>6} {:>6} {seconds:>8.1} s", step.name, count.passed, count.failed));
         total.passed += count.passed;
         total.failed += count.failed;
     }
-    println!("\n{:<28} {:<7} {:>6} {:>6} {:>10}", "step", "", "passed", "failed", "time");
+    say!("\n{:<28} {:<7} {:>6} {:>6} {:>10}", "step", "", "passed", "failed", "time");
     for line in &lines {
-        println!("{line}");
+        say!("{line}");
     }
     for command in &repeat {
-        println!("\nrepeat with: {command}");
+        say!("\nrepeat with: {command}");
     }
-    println!("\n{} passed, {} failed", total.passed, total.failed);
+    say!("\n{} passed, {} failed", total.passed, total.failed);
     Ok(total.failed == 0)
 }
 
 /// Prints the table of steps.
 pub(crate) fn list(steps: &[Step]) {
     for step in steps {
-        println!("{:<28} {}", step.name, describe(&step.action));
+        say!("{:<28} {}", step.name, describe(&step.action));
     }
 }
 
@@ -120,7 +120,7 @@ fn tests(workspace: &Workspace, command: &Command) -> Result<Count> {
     let output = child.stdout.take().context("the output of cargo")?;
     for line in BufReader::new(output).split(b'\n') {
         let line = String::from_utf8_lossy(&line?).into_owned();
-        println!("{line}");
+        say!("{line}");
         if let Some(program) = result(&line) {
             count.passed += program.passed;
             count.failed += program.failed;
@@ -128,7 +128,7 @@ fn tests(workspace: &Workspace, command: &Command) -> Result<Count> {
     }
     let success = child.wait()?.success();
     if success && count.passed == 0 {
-        println!("error: no test ran, so nothing was checked");
+        say!("error: no test ran, so nothing was checked");
     }
     // Cargo fails without a failed test where the code does not build or a test program dies.
     if count.failed == 0 && (!success || count.passed == 0) {
@@ -162,11 +162,11 @@ fn static_programs(workspace: &Workspace, target: &str, machine: elf::Machine) -
         let bytes = std::fs::read(&path).with_context(|| format!("reading {path}"))?;
         match elf::check_static(&bytes, machine) {
             Ok(()) => {
-                println!("{name}: static, {:.1} MB", bytes.len() as f64 / 1e6);
+                say!("{name}: static, {:.1} MB", bytes.len() as f64 / 1e6);
                 count.passed += 1;
             }
             Err(error) => {
-                println!("error: {name}: {error}");
+                say!("error: {name}: {error}");
                 count.failed += 1;
             }
         }
@@ -208,8 +208,8 @@ pub(crate) fn build(workspace: &Workspace, arguments: &[String]) -> Result<Vec<(
 pub(crate) fn deny() -> Result<bool> {
     let present = cargo().args(["deny", "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status()?.success();
     if !present {
-        println!("cargo-deny is not installed; get it with: cargo install --locked cargo-deny");
-        println!("Without network access, `cargo deny check licenses bans sources` needs no advisories.");
+        say!("cargo-deny is not installed; get it with: cargo install --locked cargo-deny");
+        say!("Without network access, `cargo deny check licenses bans sources` needs no advisories.");
         return Ok(false);
     }
     std::io::stdout().flush()?;

@@ -74,11 +74,11 @@ fn rustup(missing: &[Need]) -> Result<()> {
         .collect();
     for (kind, names) in [("target", targets), ("component", components)] {
         if !names.is_empty() {
-            println!("setup: rustup {kind} add {}", names.join(" "));
+            say!("setup: rustup {kind} add {}", names.join(" "));
             let status = Command::new("rustup").args([kind, "add"]).args(&names).status();
             // A failure is not the end: whether all is there in the end is what counts, and by_hand() names the rest.
             if !status.is_ok_and(|status| status.success()) {
-                println!("setup: rustup could not add it");
+                say!("setup: rustup could not add it");
             }
         }
     }
@@ -95,7 +95,7 @@ fn packages(missing: &[Need]) -> Result<()> {
     let suite = if qemu { qemu_suite(&root)? } else { None };
     // An update that fails for one source of many (a vendor's that is down) need not matter to the packages wanted here.
     if !privileged(&root, &["apt-get", "update", "--quiet", "-o", "Acquire::Retries=3"])? {
-        println!("setup: apt-get update failed; trying to install all the same");
+        say!("setup: apt-get update failed; trying to install all the same");
     }
     let mut install =
         vec!["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"];
@@ -109,7 +109,7 @@ fn packages(missing: &[Need]) -> Result<()> {
         install.extend(["gcc", "libc6-dev"]);
     }
     if !privileged(&root, &install)? {
-        println!("setup: apt-get install failed");
+        say!("setup: apt-get install failed");
     }
     Ok(())
 }
@@ -123,7 +123,7 @@ fn root_prefix() -> Option<Vec<&'static str>> {
 }
 
 fn privileged(root: &[&str], words: &[&str]) -> Result<bool> {
-    println!("setup: {}", [root, words].concat().join(" "));
+    say!("setup: {}", [root, words].concat().join(" "));
     Ok(privileged_command(root, words).status().with_context(|| format!("starting {}", words[0]))?.success())
 }
 
@@ -145,7 +145,7 @@ fn qemu_suite(root: &[&str]) -> Result<Option<String>> {
         apt::Backports::Present => Ok(Some(suite)),
         apt::Backports::Add { name, text } => {
             let path = format!("/etc/apt/sources.list.d/{name}");
-            println!("setup: writing {path}");
+            say!("setup: writing {path}");
             let mut tee =
                 privileged_command(root, &["tee", &path]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
             tee.stdin.take().context("the input of tee")?.write_all(text.as_bytes())?;
@@ -155,7 +155,7 @@ fn qemu_suite(root: &[&str]) -> Result<Option<String>> {
             Ok(Some(suite))
         }
         apt::Backports::Unknown => {
-            println!("setup: found no source of {codename} to copy, so {suite} cannot be added");
+            say!("setup: found no source of {codename} to copy, so {suite} cannot be added");
             Ok(None)
         }
     }

@@ -53,9 +53,9 @@ pub(crate) fn report(workspace: &Workspace) -> Result<(usize, usize)> {
     let mut passed = 0;
     for (name, rule) in RULES {
         let findings = rule(&tree);
-        println!("tidy: {name}: {}", if findings.is_empty() { "ok" } else { "FAILED" });
+        say!("tidy: {name}: {}", if findings.is_empty() { "ok" } else { "FAILED" });
         for finding in &findings {
-            println!("  {}: {}", finding.place, finding.what);
+            say!("  {}: {}", finding.place, finding.what);
         }
         passed += usize::from(findings.is_empty());
     }
