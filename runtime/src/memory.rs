@@ -89,7 +89,7 @@ impl Plan {
                 + blocks::<f32>(batch * c.query_width() as usize)
                 + blocks::<f32>(batch * c.head_dim as usize)
                 + blocks::<f32>(padded_rows(c.vocab as usize)),
-            sampler: blocks::<f32>(c.vocab as usize) + blocks::<u32>(c.vocab as usize),
+            sampler: sampler_blocks(c.vocab),
         }
     }
     /// All parts together, in blocks.
@@ -129,6 +129,11 @@ impl Sizes {
         let projected = max(attention, max(2 * padded_rows(c.ffn as usize), padded_rows(c.hidden as usize)));
         Self { quantized: quantized.next_multiple_of(Block::BYTES), tables, projected }
     }
+}
+
+/// Blocks of a sampler's scores and candidates.
+pub(crate) const fn sampler_blocks(vocab: u32) -> usize {
+    blocks::<f32>(vocab as usize) + blocks::<u32>(vocab as usize)
 }
 
 /// Rows rounded up to whole units of an image, so that every unit's results have a place of their own.

@@ -1,7 +1,6 @@
 //! From logits to a token. The same seed gives the same tokens on every machine.
 use crate::error::Error;
-use crate::memory::{Arena, Plan};
-use crate::model::Model;
+use crate::memory::{Arena, sampler_blocks};
 use bitnet_kernel::Block;
 use libm::expf;
 
@@ -30,7 +29,7 @@ impl Sampling {
         Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 };
 }
 
-/// Chooses tokens in memory of [`Plan::sampler`] blocks.
+/// Chooses tokens in memory of [`crate::Plan::sampler`] blocks.
 #[derive(Debug)]
 pub struct Sampler<'m> {
     sampling: Sampling,
@@ -40,14 +39,13 @@ pub struct Sampler<'m> {
 }
 
 impl<'m> Sampler<'m> {
-    /// A sampler for the vocabulary of `model`.
+    /// A sampler for a vocabulary of `vocab` tokens.
     ///
     /// # Errors
     /// If the memory is too small.
-    pub fn new(model: &Model<'_>, sampling: Sampling, memory: &'m mut [Block]) -> Result<Self, Error> {
-        let plan = Plan::new(model.config(), model.limits());
-        let mut arena = Arena::new("the sampler", memory, plan.sampler)?;
-        let vocab = model.config().vocab as usize;
+    pub fn new(vocab: u32, sampling: Sampling, memory: &'m mut [Block]) -> Result<Self, Error> {
+        let mut arena = Arena::new("the sampler", memory, sampler_blocks(vocab))?;
+        let vocab = vocab as usize;
         let (scores, candidates) = (arena.take(vocab), arena.take(vocab));
         arena.finish();
         Ok(Self { sampling, random: sampling.seed, scores, candidates })

@@ -6,7 +6,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use bitnet_kernel::Block;
 use core::str;
-use kitoken::{Definition, Kitoken};
+use kitoken::{Definition, Kitoken, SpecialTokenKind};
 use zerocopy::IntoBytes;
 
 /// A model's tokenizer.
@@ -16,6 +16,8 @@ use zerocopy::IntoBytes;
 pub struct Tokenizer {
     kitoken: Kitoken,
     bos: Option<u32>,
+    /// Control tokens and how templates spell them.
+    control: Vec<(String, u32)>,
     /// The bytes of token `i` are `bytes[ends[i - 1]..ends[i]]`; control tokens have none.
     bytes: Vec<u8>,
     ends: Vec<u32>,
@@ -54,6 +56,8 @@ impl Tokenizer {
         if tokens.is_empty() || !in_range {
             return Err(Error::Tokenizer);
         }
+        let control = definition.specials.iter().filter(|s| s.kind == SpecialTokenKind::Control && !s.bytes.is_empty());
+        let control = control.filter_map(|s| Some((String::from_utf8(s.bytes.clone()).ok()?, s.id))).collect();
         let ids: Vec<u32> = tokens.iter().map(|t| t.id).collect();
         let kitoken = Kitoken::from_definition(definition).map_err(|_| Error::Tokenizer)?;
         let decode = |ids: &[u32]| kitoken.decode(ids, false).unwrap_or_default();
@@ -69,7 +73,7 @@ impl Tokenizer {
             ends.push(bytes.len() as u32);
         }
         bytes.shrink_to_fit();
-        Ok(Self { kitoken, bos: text.bos, bytes, ends })
+        Ok(Self { kitoken, bos: text.bos, control, bytes, ends })
     }
 
     /// The tokens of plain text: whatever it contains, no control tokens.
@@ -79,12 +83,14 @@ impl Tokenizer {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
         self.kitoken.encode(text, false).map_err(|_| Error::Tokenizer)
     }
-    /// The tokens of a template's own text, where the names of control tokens stand for them.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`].
-    pub fn encode_with_control(&self, text: &str) -> Result<Vec<u32>, Error> {
-        self.kitoken.encode(text, true).map_err(|_| Error::Tokenizer)
+    /// The first control token that `text` spells: where, how long, and which. Of several in one place the longest.
+    pub fn find_control(&self, text: &str) -> Option<(usize, usize, u32)> {
+        let found = self.control.iter().filter_map(|(name, id)| Some((text.find(&**name)?, name.len(), *id)));
+        found.min_by_key(|&(at, len, _)| (at, usize::MAX - len))
+    }
+    /// How a control token is spelled in templates.
+    pub fn control_text(&self, id: u32) -> Option<&str> {
+        self.control.iter().find(|c| c.1 == id).map(|c| &*c.0)
     }
     /// The token that starts a conversation, if the model has one.
     pub const fn bos(&self) -> Option<u32> {

@@ -1,0 +1,150 @@
+//! `bitnet bench`: prefill and decode, beside what the memory can give.
+use crate::open::{ModelArgs, Opened, mib, with_model};
+use crate::{output, system};
+use bitnet_kernel::Block;
+use bitnet_runtime::image::Kind;
+use bitnet_runtime::parallel::Parallel;
+use bitnet_runtime::{Image, Model, State};
+use serde::Serialize;
+use std::time::Instant;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Tokens of the prompt.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    prompt_tokens: u32,
+    /// Tokens to decode.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    tokens: u32,
+    /// Times each is measured.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    repetitions: u32,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was measured. Rates are medians, with the lowest and the highest.
+#[derive(Debug, Serialize)]
+struct Report {
+    prefill_tokens_per_s: f64,
+    prefill_range: [f64; 2],
+    decode_tokens_per_s: f64,
+    decode_range: [f64; 2],
+    /// Bytes of weights and of the cache that decoding one token reads.
+    bytes_per_token: u64,
+    /// What as many threads read from memory in this run, at most.
+    read_gb_per_s: f64,
+    /// Bytes that decoding read a second, as a share of that. Above 1 if the caches hold the model.
+    bandwidth_share: f64,
+    plan_bytes: u64,
+    peak_rss_bytes: Option<u64>,
+    threads: usize,
+    backend: &'static str,
+    prompt_tokens: u32,
+    tokens: u32,
+    repetitions: u32,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let mut report = with_model(&args.model, |opened| measure(args, opened))?;
+    report.read_gb_per_s = system::read_bandwidth(report.threads)? / 1e9;
+    let read = report.bytes_per_token as f64 * report.decode_tokens_per_s / 1e9;
+    report.bandwidth_share = read / report.read_gb_per_s;
+    if args.json {
+        return Ok(output::write(&format!("{}\n", serde_json::to_string(&report)?))?);
+    }
+    let Report { prefill_range: [p0, p1], decode_range: [d0, d1], .. } = report;
+    let peak = report.peak_rss_bytes.map_or("unknown".to_owned(), mib);
+    Ok(output::write(&format!(
+        "backend    {}, {} threads\n\
+         prefill    {:.2} tokens/s ({p0:.2} to {p1:.2}), {} tokens\n\
+         decode     {:.2} tokens/s ({d0:.2} to {d1:.2}), {} tokens, median of {}\n\
+         reads      {} a token, {read:.2} GB/s: {:.0} % of the {:.2} GB/s that this memory gives\n\
+         RAM        {} planned, {peak} used at most\n",
+        report.backend,
+        report.threads,
+        report.prefill_tokens_per_s,
+        report.prompt_tokens,
+        report.decode_tokens_per_s,
+        report.tokens,
+        report.repetitions,
+        mib(report.bytes_per_token),
+        100.0 * report.bandwidth_share,
+        report.read_gb_per_s,
+        mib(report.plan_bytes),
+    ))?)
+}
+
+fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
+    let (backend, threads, plan_bytes) = (opened.kernels.name(), opened.pool.threads(), opened.plan_bytes());
+    let image = opened.image;
+    let room = opened.limits.context;
+    let tokens = args.tokens.min(room.saturating_sub(1)).max(1);
+    let prompt_tokens = args.prompt_tokens.min(room - tokens).max(1);
+    let kv_bytes = kv_bytes_per_position(&opened) * u64::from(prompt_tokens + tokens / 2);
+
+    let (mut model, mut state, _) = opened.load()?;
+    let vocab = model.config().vocab;
+    // Any tokens do: the time does not depend on them.
+    let prompt: Vec<u32> = (0..prompt_tokens).map(|i| i * 7_919 % vocab).collect();
+    // Once for nothing: caches, pages, clocks.
+    repetition(&mut model, &mut state, &prompt, 1)?;
+    let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+    for _ in 0..args.repetitions {
+        let (p, d) = repetition(&mut model, &mut state, &prompt, tokens)?;
+        prefill.push(p);
+        decode.push(d);
+    }
+    let ((prefill_tokens_per_s, prefill_range), (decode_tokens_per_s, decode_range)) =
+        (median(prefill), median(decode));
+    Ok(Report {
+        prefill_tokens_per_s,
+        prefill_range,
+        decode_tokens_per_s,
+        decode_range,
+        bytes_per_token: weight_bytes_per_token(&image) + kv_bytes,
+        read_gb_per_s: 0.0,
+        bandwidth_share: 0.0,
+        plan_bytes,
+        peak_rss_bytes: system::peak_rss(),
+        threads,
+        backend,
+        prompt_tokens,
+        tokens,
+        repetitions: args.repetitions,
+    })
+}
+
+/// Tokens a second of one prefill and one decode.
+fn repetition(model: &mut Model<'_>, state: &mut State<'_>, prompt: &[u32], tokens: u32) -> anyhow::Result<(f64, f64)> {
+    state.truncate(0);
+    let start = Instant::now();
+    model.prefill(state, prompt)?;
+    let prefill = prompt.len() as f64 / start.elapsed().as_secs_f64();
+    let start = Instant::now();
+    for i in 0..tokens {
+        model.step(state, i % model.config().vocab)?;
+    }
+    Ok((prefill, f64::from(tokens) / start.elapsed().as_secs_f64()))
+}
+
+/// The median, and the lowest and the highest.
+fn median(mut values: Vec<f64>) -> (f64, [f64; 2]) {
+    values.sort_by(f64::total_cmp);
+    (values[values.len() / 2], [values[0], values[values.len() - 1]])
+}
+
+/// All sections but the tokenizer and an embedding of its own, of which one row is read.
+fn weight_bytes_per_token(image: &Image<'_>) -> u64 {
+    let unread = [Kind::Tokenizer as u8, Kind::Embedding as u8];
+    let read = image.sections().records().iter().filter(|r| !unread.contains(&r.kind));
+    read.map(|r| u64::from(r.blocks.get()) * Block::BYTES as u64).sum()
+}
+
+/// Keys and values of one position.
+fn kv_bytes_per_position(opened: &Opened<'_>) -> u64 {
+    (opened.plan.state * Block::BYTES) as u64 / u64::from(opened.limits.context)
+}

@@ -1,0 +1,218 @@
+//! From arguments to a model in memory.
+use anyhow::{Context as _, bail, ensure};
+use bitnet_kernel::{Block, Kernels};
+use bitnet_runtime::image::{HEADER_BYTES_MAX, PREFIX_BYTES};
+use bitnet_runtime::memory::KvFormat;
+use bitnet_runtime::parallel::Pool;
+use bitnet_runtime::source::{ImageFile, Mapped, Streamed, WeightSource, map_file};
+use bitnet_runtime::{Image, Limits, Model, Plan, State, backend};
+use clap::ValueEnum;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// The image and how to run it.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct ModelArgs {
+    /// The image, made by `bitnet-pack pack`.
+    pub image: PathBuf,
+    /// Threads; by default one a core, at most four.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub threads: Option<u16>,
+    #[command(flatten)]
+    pub backend: BackendArgs,
+    /// Positions a conversation can have [default: what the image plans].
+    #[arg(long)]
+    pub context: Option<u32>,
+    /// Prompt tokens that share one pass over the weights, 1 to 16 [default: what the image plans].
+    #[arg(long)]
+    pub batch: Option<u32>,
+    /// How keys and values are kept [default: what the image plans].
+    #[arg(long, value_enum)]
+    pub kv: Option<Kv>,
+    /// Where weights are read from.
+    #[arg(long, value_enum, default_value_t = Source::Mapped)]
+    pub source: Source,
+}
+
+/// Which kernels compute.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct BackendArgs {
+    /// Kernels to use in place of the best that this CPU runs.
+    #[arg(long, env = backend::VARIABLE, value_parser = backend_names())]
+    pub backend: Option<String>,
+}
+
+fn backend_names() -> clap::builder::PossibleValuesParser {
+    backend::names().collect::<Vec<_>>().into()
+}
+
+/// How keys and values are kept.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Kv {
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+    /// Eight bits and a scale a head and position.
+    I8,
+}
+
+/// Where weights are read from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Source {
+    /// A memory map: the system's page cache holds what fits.
+    Mapped,
+    /// Read piece by piece into one small buffer for every pass: slow, but memory stays small.
+    Streamed,
+}
+
+impl BackendArgs {
+    /// The kernels to use.
+    pub(crate) fn kernels(&self) -> anyhow::Result<&'static dyn Kernels> {
+        let Some(name) = &self.backend else { return Ok(backend::best()) };
+        let available = || backend::available().map(Kernels::name).collect::<Vec<_>>().join(", ");
+        backend::by_name(name).with_context(|| {
+            format!("this CPU has no {name} kernels, or they are not written yet; it runs {}", available())
+        })
+    }
+}
+
+/// A model that is open but not yet in memory.
+pub(crate) struct Opened<'a> {
+    pub image: Image<'a>,
+    pub limits: Limits,
+    pub plan: Plan,
+    pub kernels: &'static dyn Kernels,
+    pub pool: &'a Pool,
+    pub source: &'a mut dyn WeightSource,
+    /// Bytes of weights in memory: the mapped file, or the staging buffer.
+    pub weight_bytes: u64,
+    pub memory: &'a mut Memory,
+}
+
+impl Opened<'_> {
+    /// Memory that running takes, in bytes: weights, conversation, activations and sampler.
+    pub(crate) const fn plan_bytes(&self) -> u64 {
+        self.weight_bytes + self.plan.bytes()
+    }
+    /// The plan in words.
+    pub(crate) fn plan_text(&self) -> String {
+        let block = |n: usize| mib((n * Block::BYTES) as u64);
+        let Plan { state, scratch, sampler } = self.plan;
+        format!(
+            "{} (weights {}, conversation of {} tokens {}, activations {})",
+            mib(self.plan_bytes()),
+            mib(self.weight_bytes),
+            self.limits.context,
+            block(state),
+            block(scratch + sampler),
+        )
+    }
+}
+
+/// Memory for a model and one conversation, as large as the plan says.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    state: Vec<Block>,
+    scratch: Vec<Block>,
+    sampler: Vec<Block>,
+}
+
+impl Memory {
+    fn new(plan: &Plan) -> Self {
+        let blocks = |n| vec![Block::ZERO; n];
+        Self { state: blocks(plan.state), scratch: blocks(plan.scratch), sampler: blocks(plan.sampler) }
+    }
+}
+
+impl<'a> Opened<'a> {
+    /// Makes a model and an empty conversation of it, and gives the memory of a sampler.
+    pub(crate) fn load(self) -> anyhow::Result<(Model<'a>, State<'a>, &'a mut [Block])> {
+        let Self { image, limits, kernels, pool, source, memory, .. } = self;
+        let state = State::new(&image.header().config, &limits, &mut memory.state)?;
+        Ok((Model::new(&image, limits, kernels, pool, source, &mut memory.scratch)?, state, &mut memory.sampler))
+    }
+}
+
+/// Opens the image and runs `f` with it on the threads that were asked for.
+pub(crate) fn with_model<R: Send>(
+    args: &ModelArgs,
+    f: impl FnOnce(Opened<'_>) -> anyhow::Result<R> + Send,
+) -> anyhow::Result<R> {
+    let kernels = args.backend.kernels()?;
+    let pool = Pool::new(args.threads.map_or_else(Pool::default_threads, usize::from)).context("starting threads")?;
+    let path = args.image.display();
+    let (file, file_bytes) = open_file(&args.image)?;
+    let header = read_header(&file, file_bytes).with_context(|| format!("{path}"))?;
+    let image = Image::check(&header, file_bytes).with_context(|| format!("{path}"))?;
+    let limits = limits(args, &image)?;
+    let plan = Plan::new(&image.header().config, &limits);
+    let (pool, memory) = (&pool, &mut Memory::new(&plan));
+    match args.source {
+        Source::Mapped => {
+            let map = map_file(&file).with_context(|| format!("mapping {path}"))?;
+            // Between the check and the map the file may have become another one.
+            ensure!(map.len() as u64 == file_bytes, "{path}: the file changed while it was opened");
+            pool.enter(|| {
+                let source = &mut Mapped::from_bytes(&map)?;
+                f(Opened { image, limits, plan, kernels, pool, source, weight_bytes: file_bytes, memory })
+            })
+        }
+        Source::Streamed => {
+            let blocks = Streamed::<ImageFile>::staging_blocks_min(&image).max(STAGING_BLOCKS);
+            let mut staging = vec![Block::ZERO; blocks];
+            let weight_bytes = (blocks * Block::BYTES) as u64;
+            pool.enter(|| {
+                let source = &mut Streamed::new(ImageFile(file), &mut staging);
+                f(Opened { image, limits, plan, kernels, pool, source, weight_bytes, memory })
+            })
+        }
+    }
+}
+
+/// A megabyte: long enough for a disk to read at full speed.
+const STAGING_BLOCKS: usize = (1 << 20) / Block::BYTES;
+
+fn limits(args: &ModelArgs, image: &Image<'_>) -> anyhow::Result<Limits> {
+    let mut limits = image.header().plan.limits;
+    limits.context = args.context.unwrap_or(limits.context);
+    limits.batch = args.batch.unwrap_or(limits.batch);
+    limits.kv = match args.kv {
+        None => limits.kv,
+        Some(Kv::F32) => KvFormat::F32,
+        Some(Kv::F16) => KvFormat::F16,
+        Some(Kv::I8) => KvFormat::I8,
+    };
+    limits.check(&image.header().config)?;
+    Ok(limits)
+}
+
+/// Opens a regular file; anything else could block or have no length.
+fn open_file(path: &Path) -> anyhow::Result<(File, u64)> {
+    let name = path.display();
+    let metadata = std::fs::metadata(path).with_context(|| format!("{name}"))?;
+    if metadata.is_dir() {
+        bail!("{name} is a directory, not an image (a checkpoint? convert it with `bitnet-pack pack`)");
+    }
+    ensure!(metadata.is_file(), "{name} is not a regular file");
+    let file = File::open(path).with_context(|| format!("{name}"))?;
+    let len = file.metadata().with_context(|| format!("{name}"))?.len();
+    Ok((file, len))
+}
+
+/// Reads the start of an image, as much as its prefix asks for and the limits allow.
+fn read_header(file: &File, file_bytes: u64) -> anyhow::Result<Vec<u8>> {
+    let mut start = Vec::with_capacity(PREFIX_BYTES);
+    file.take(PREFIX_BYTES as u64).read_to_end(&mut start)?;
+    let len = Image::header_bytes(&start)?.min(PREFIX_BYTES + HEADER_BYTES_MAX as usize);
+    let rest = (len as u64).min(file_bytes).saturating_sub(PREFIX_BYTES as u64);
+    start.reserve_exact(rest as usize);
+    file.take(rest).read_to_end(&mut start)?;
+    Ok(start)
+}
+
+/// Mebibytes for people.
+pub(crate) fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}

@@ -1,0 +1,154 @@
+//! `bitnet run`: continue a prompt.
+use crate::open::{ModelArgs, Opened, mib, with_model};
+use crate::sampling::SamplingArgs;
+use crate::{output, system};
+use anyhow::{Context as _, ensure};
+use bitnet_runtime::generate::{Event, Finish, Session, Until};
+use bitnet_runtime::sampler::Sampler;
+use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
+use std::fmt::Write as _;
+use std::io::Read as _;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The text to continue; `-` or nothing reads standard input.
+    #[arg(conflicts_with_all = ["file", "ids"])]
+    prompt: Option<String>,
+    /// Read the text to continue from a file.
+    #[arg(long, conflicts_with = "ids")]
+    file: Option<PathBuf>,
+    /// Token ids in place of a text, separated by commas; nothing is added to them.
+    #[arg(long, value_delimiter = ',', num_args = 1..)]
+    ids: Option<Vec<u32>>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Print the ids of the reply's tokens, separated by commas, in place of text.
+    #[arg(long)]
+    print_ids: bool,
+    /// Do not print the prompt before its continuation.
+    #[arg(long)]
+    no_echo: bool,
+    /// Print speed, sizes and memory on standard error afterwards.
+    #[arg(long)]
+    stats: bool,
+}
+
+/// Longest prompt file: far beyond any context.
+const PROMPT_BYTES_MAX: u64 = 64 << 20;
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let prompt = match &args.ids {
+        Some(_) => String::new(),
+        None => prompt(args)?,
+    };
+    with_model(&args.model, |opened| generate(args, &prompt, opened))
+}
+
+fn prompt(args: &Args) -> anyhow::Result<String> {
+    let read = |reader: &mut dyn std::io::Read, what: &str| {
+        let mut bytes = Vec::new();
+        reader.take(PROMPT_BYTES_MAX + 1).read_to_end(&mut bytes).with_context(|| what.to_owned())?;
+        ensure!(bytes.len() as u64 <= PROMPT_BYTES_MAX, "{what} is longer than {PROMPT_BYTES_MAX} bytes");
+        String::from_utf8(bytes)
+            .map_err(|e| anyhow::anyhow!("{what} is not UTF-8 (byte {})", e.utf8_error().valid_up_to()))
+    };
+    match (&args.prompt, &args.file) {
+        (Some(prompt), None) if prompt != "-" => Ok(prompt.clone()),
+        (None, Some(path)) => {
+            let name = path.display().to_string();
+            ensure!(path.is_file(), "{name} is not a file");
+            read(&mut std::fs::File::open(path).with_context(|| name.clone())?, &name)
+        }
+        _ => read(&mut std::io::stdin().lock(), "standard input"),
+    }
+}
+
+fn generate(args: &Args, prompt: &str, opened: Opened<'_>) -> anyhow::Result<()> {
+    let text = opened.image.header().text;
+    let (image, needs_text) = (opened.image, args.ids.is_none() || !args.print_ids);
+    let tokenizer = match Tokenizer::load(&image, opened.source) {
+        Ok(tokenizer) => Some(tokenizer),
+        Err(e) => {
+            ensure!(!needs_text, "{e}; use --ids together with --print-ids for an image without one");
+            None
+        }
+    };
+    let ids = match (&args.ids, &tokenizer) {
+        (Some(ids), _) => ids.clone(),
+        (None, Some(tokenizer)) => tokenizer.bos().into_iter().chain(tokenizer.encode(prompt)?).collect(),
+        (None, None) => Vec::new(),
+    };
+    ensure!(!ids.is_empty(), "the prompt is empty");
+
+    let (backend, threads) = (opened.kernels.name(), bitnet_runtime::parallel::Parallel::threads(opened.pool));
+    let (planned, file_bytes) = (opened.plan_text(), image.file_bytes());
+    let (model, state, sampler) = opened.load()?;
+    let sampler = Sampler::new(model.config().vocab, args.sampling.sampling(), sampler)?;
+    let mut session = Session::new(model, state, sampler);
+
+    let start = Instant::now();
+    session.prompt(&ids)?;
+    let prefill = start.elapsed();
+    if !args.print_ids && !args.no_echo {
+        output::write(prompt)?;
+    }
+    let mut stream = tokenizer.as_ref().map(|t| TextStream::new(t, &args.sampling.stops));
+    let (mut produced, mut failure) = (0, None);
+    let start = Instant::now();
+    let until = Until { max_tokens: args.sampling.max_tokens, stop_ids: text.stop.ids() };
+    let finish = session.generate(until, stream.as_mut(), &mut |event| {
+        let written = match event {
+            Event::Token(token) => {
+                produced += 1;
+                let separator = if produced == 1 { "" } else { "," };
+                if args.print_ids { output::write(&format!("{separator}{token}")) } else { Ok(()) }
+            }
+            Event::Text(text) if !args.print_ids => output::write(text),
+            Event::Text(_) => Ok(()),
+        };
+        failure = written.err();
+        if failure.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    let decode = start.elapsed();
+    if let Some(e) = failure {
+        return Err(e.into());
+    }
+    output::write("\n")?;
+    if finish == Finish::Context {
+        eprintln!("(the context of {} tokens is full)", session.model().limits().context);
+    }
+    if args.stats {
+        let speed = Speed { prompt: ids.len(), prefill, produced, decode };
+        eprint!("{}", stats(&speed, backend, threads, &planned, file_bytes));
+    }
+    Ok(())
+}
+
+struct Speed {
+    prompt: usize,
+    prefill: Duration,
+    produced: usize,
+    decode: Duration,
+}
+
+fn stats(speed: &Speed, backend: &str, threads: usize, planned: &str, file_bytes: u64) -> String {
+    let rate = |n: usize, t: Duration| n as f64 / t.as_secs_f64().max(1e-9);
+    let Speed { prompt, prefill, produced, decode } = *speed;
+    let mut s = String::new();
+    let _ = writeln!(s, "prefill: {prompt} tokens, {:.1} tokens/s", rate(prompt, prefill));
+    // The first token's logits are the prompt's.
+    let steps = produced.saturating_sub(1);
+    let _ = writeln!(s, "decode: {produced} tokens, {:.1} tokens/s", rate(steps, decode));
+    let _ = writeln!(s, "backend: {backend}, {threads} threads");
+    let _ = writeln!(s, "image size: {}", mib(file_bytes));
+    let _ = writeln!(s, "RAM planned: {planned}");
+    if let (Some(peak), Some(anonymous)) = (system::peak_rss(), system::anonymous_rss()) {
+        let _ = writeln!(s, "RAM used: {} at most, {} of it not backed by a file", mib(peak), mib(anonymous));
+    }
+    s
+}

@@ -1,0 +1,41 @@
+//! `bitnet selftest`: is this CPU's arithmetic what it should be?
+use crate::open::BackendArgs;
+use crate::{output, system};
+use bitnet_kernel::Kernels;
+use bitnet_kernel::conformance::{Workspace, check};
+use bitnet_runtime::backend;
+use std::time::Instant;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    backend: BackendArgs,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let chosen: Vec<&dyn Kernels> = match args.backend.backend {
+        Some(_) => vec![args.backend.kernels()?],
+        None => backend::available().collect(),
+    };
+    output::write(&format!("bitnet {}\n", system::VERSION))?;
+    let mut memory = Box::new(Workspace::ZERO);
+    let mut failed = None;
+    for kernels in &chosen {
+        let start = Instant::now();
+        let result = check(*kernels, &mut memory);
+        let verdict = match &result {
+            Ok(()) => "same as portable".to_owned(),
+            Err(difference) => format!("WRONG: {difference}"),
+        };
+        output::write(&format!("{:<13} {verdict} ({} ms)\n", kernels.name(), start.elapsed().as_millis()))?;
+        failed = failed.or(result.err());
+    }
+    if args.backend.backend.is_none() {
+        let runs = |name: &str| chosen.iter().any(|k| k.name() == name);
+        for name in backend::names().filter(|name| !runs(name)) {
+            output::write(&format!("{name:<13} not for this CPU\n"))?;
+        }
+        output::write(&format!("in use: {}\n", backend::best().name()))?;
+    }
+    failed.map_or(Ok(()), |difference| Err(difference.into()))
+}
