@@ -4,6 +4,7 @@
 //! it, the caller gives it, and nothing is allocated per token. `no_std`; a heap is needed only for the tokenizer (feature
 //! `alloc`), an operating system only for memory maps and threads (feature `std`).
 #![no_std]
+#![warn(clippy::alloc_instead_of_core, clippy::std_instead_of_alloc, clippy::std_instead_of_core)]
 #![deny(unsafe_code)]
 #[cfg(feature = "alloc")]
 extern crate alloc;

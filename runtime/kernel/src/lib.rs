@@ -6,6 +6,7 @@
 //! right answer, [`float`] is the same for floating point with one order of summation, and [`conformance`] compares any
 //! backend with all of that.
 #![no_std]
+#![warn(clippy::alloc_instead_of_core, clippy::std_instead_of_alloc, clippy::std_instead_of_core)]
 #![forbid(unsafe_code)]
 
 pub mod block;

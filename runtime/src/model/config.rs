@@ -90,19 +90,19 @@ impl Config {
             let value = u64::from(value);
             if ok { Ok(()) } else { Err(ImageError::Config { field, value }) }
         };
-        let width = |name, v| field(name, v, 1 <= v && v <= Self::WIDTH_MAX);
-        field("vocab", self.vocab, 1 <= self.vocab && self.vocab <= Self::VOCAB_MAX)?;
+        let width = |name, v| field(name, v, (1..=Self::WIDTH_MAX).contains(&v));
+        field("vocab", self.vocab, (1..=Self::VOCAB_MAX).contains(&self.vocab))?;
         width("hidden", self.hidden)?;
         width("ffn", self.ffn)?;
-        field("layers", self.layers, 1 <= self.layers && self.layers <= Self::LAYERS_MAX)?;
+        field("layers", self.layers, (1..=Self::LAYERS_MAX).contains(&self.layers))?;
         width("heads", self.heads)?;
         let grouped = 1 <= self.kv_heads && self.heads.is_multiple_of(self.kv_heads.max(1));
         field("kv_heads", self.kv_heads, grouped)?;
-        let even = self.head_dim.is_multiple_of(2) && 2 <= self.head_dim && self.head_dim <= Self::HEAD_DIM_MAX;
+        let even = self.head_dim.is_multiple_of(2) && (2..=Self::HEAD_DIM_MAX).contains(&self.head_dim);
         field("head_dim", self.head_dim, even)?;
         width("heads * head_dim", self.heads.saturating_mul(self.head_dim))?;
-        field("context", self.context, 1 <= self.context && self.context <= Self::CONTEXT_MAX)?;
-        let eps = |name, v: f32| field(name, v as u32, v.is_finite() && v >= 0.0 && v < 1.0);
+        field("context", self.context, (1..=Self::CONTEXT_MAX).contains(&self.context))?;
+        let eps = |name, v: f32| field(name, v as u32, (0.0..1.0).contains(&v));
         eps("norm_eps", self.norm_eps)?;
         eps("linear_norm_eps", self.linear_norm_eps.unwrap_or(0.0))?;
         let integer = Format::INTEGER.iter().fold(0, |set, &f| set | 1 << f as u8);

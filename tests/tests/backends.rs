@@ -1,0 +1,31 @@
+//! Every backend of this CPU against the portable one.
+use bitnet_kernel::Kernels;
+use bitnet_kernel::conformance::{Workspace, check};
+use bitnet_runtime::backend;
+
+#[test]
+fn every_backend_agrees_with_portable() {
+    let mut memory = Box::new(Workspace::ZERO);
+    for kernels in backend::available() {
+        check(kernels, &mut memory).unwrap_or_else(|difference| panic!("{difference}"));
+        println!("{}: same as portable", kernels.name());
+    }
+    let runs = |name: &str| backend::available().any(|k| k.name() == name);
+    for name in backend::names().filter(|name| !runs(name)) {
+        println!("{name}: not for this CPU; it runs {}", backend::best().name());
+    }
+}
+
+/// The list is in order, without doubles, and ends with what runs everywhere.
+#[test]
+fn backends_have_the_names_they_are_listed_under() {
+    let names: Vec<_> = backend::names().collect();
+    let available: Vec<_> = backend::available().map(Kernels::name).collect();
+    let listed: Vec<_> = names.iter().copied().filter(|name| available.contains(name)).collect();
+    assert_eq!(listed, available);
+    assert_eq!(available.last(), Some(&"portable"));
+    for name in available {
+        assert_eq!(backend::by_name(name).map(Kernels::name), Some(name));
+    }
+    assert!(backend::by_name("abacus").is_none());
+}

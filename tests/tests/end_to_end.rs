@@ -1,0 +1,249 @@
+//! The bundled model: the same logits and the same text, bit for bit, whatever computes them and wherever the weights lie.
+use bitnet_kernel::portable::Portable;
+use bitnet_kernel::{Format, Kernels};
+use bitnet_pack::Options;
+use bitnet_runtime::generate::{Event, Finish, Session, Until};
+use bitnet_runtime::memory::KvFormat;
+use bitnet_runtime::sampler::{Sampler, Sampling};
+use bitnet_runtime::source::Mapped;
+use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
+use bitnet_runtime::{Error, Limits, Model, Plan, State, backend};
+use bitnet_tests::images::{Packed, Way, fingerprint};
+use bitnet_tests::{golden, ids, json, max_difference, model};
+use core::ops::ControlFlow;
+use std::sync::LazyLock;
+
+/// The bundled checkpoint as `cargo demo` packs it.
+static STORIES: LazyLock<Packed> = LazyLock::new(|| Packed::pack(&model("stories-ternary"), &Options::default()));
+
+/// The same with a head of half-precision floats: all that transformers computes in full precision is nearly so here.
+static EXACT: LazyLock<Packed> =
+    LazyLock::new(|| Packed::pack(&model("stories-ternary"), &Options { head: Format::F16, ..Options::default() }));
+
+/// Fingerprints of the logits of `expected.json`'s prompt and first 40 tokens. Committed: they are the promise.
+const FINGERPRINTS: [(KvFormat, u64); 3] =
+    [(KvFormat::F32, 0xfc59693fe6996590), (KvFormat::F16, 0x0f3e92ddf49d90e5), (KvFormat::I8, 0xfa5b1eb2f98886e2)];
+
+fn expected() -> serde_json::Value {
+    json(golden("stories-ternary").join("expected.json"))
+}
+
+/// The prompt and the tokens that follow it.
+fn story(tokens: usize) -> Vec<u32> {
+    let expected = expected();
+    let mut story = ids(&expected["prompt_ids"]);
+    story.extend(&ids(&expected["greedy_ids"])[..tokens]);
+    story
+}
+
+#[test]
+fn logits_have_one_fingerprint() {
+    let story = story(40);
+    for (kv, expected) in FINGERPRINTS {
+        let mut ways = Vec::new();
+        for kernels in backend::available() {
+            let way = Way { kv, ..Way::plain(kernels) };
+            ways.push(way);
+            ways.extend([2, 3].map(|threads| Way { threads, batch: 8, ..way }));
+            ways.push(Way { streamed: true, batch: 3, ..way });
+        }
+        for way in ways {
+            let found = fingerprint(&way.logits(&STORIES, &story));
+            assert_eq!(found, expected, "{found:#018x} by {way:?}");
+        }
+    }
+}
+
+/// Every format of linears and of the head: one result on all backends.
+#[test]
+fn every_format_gives_one_result_on_every_backend() {
+    let story = story(3);
+    for format in [Format::TL, Format::T2] {
+        for head in [Format::I8, Format::I4, Format::F16] {
+            let packed = Packed::pack(&model("stories-ternary"), &Options { format, head, ..Options::default() });
+            let expected = Way::plain(&Portable).logits(&packed, &story);
+            for kernels in backend::available() {
+                let found = Way { batch: 5, threads: 2, ..Way::plain(kernels) }.logits(&packed, &story);
+                assert_eq!(fingerprint(&found), fingerprint(&expected), "{format:?} {head:?} {}", kernels.name());
+            }
+        }
+    }
+}
+
+/// Both ternary formats hold the same weights, so the sums are the same too.
+#[test]
+fn ternary_formats_agree() {
+    let story = story(10);
+    let t2 = Packed::pack(&model("stories-ternary"), &Options { format: Format::T2, ..Options::default() });
+    let way = Way::plain(backend::best());
+    assert_eq!(fingerprint(&way.logits(&t2, &story)), fingerprint(&way.logits(&STORIES, &story)));
+}
+
+/// With an exact head the logits are transformers', and so are 60 greedy tokens.
+#[test]
+fn the_story_is_that_of_transformers() {
+    let expected = expected();
+    let prompt = ids(&expected["prompt_ids"]);
+    let way = Way { kv: KvFormat::F32, ..Way::plain(backend::best()) };
+    let logits: Vec<f32> = serde_json::from_value(expected["last_prompt_logits"].clone()).unwrap();
+    let found = way.logits(&EXACT, &prompt).pop().unwrap();
+    let difference = max_difference(&found, &logits);
+    println!("largest difference from transformers: {difference}");
+    assert!(difference < 2e-3);
+    assert_eq!(way.greedy(&EXACT, &prompt, 60).unwrap(), ids(&expected["greedy_ids"]));
+}
+
+/// Runs `f` with a session on the bundled model.
+fn with_session<R>(
+    packed: &Packed,
+    limits: Limits,
+    sampling: Sampling,
+    f: impl FnOnce(&mut Session<'_>, &Tokenizer) -> R,
+) -> R {
+    let image = packed.image();
+    let plan = Plan::new(&image.header().config, &limits);
+    let blocks = |n| vec![bitnet_kernel::Block::ZERO; n];
+    let (mut scratch, mut state, mut sampler) = (blocks(plan.scratch), blocks(plan.state), blocks(plan.sampler));
+    let mut source = Mapped::new(packed.blocks());
+    let tokenizer = Tokenizer::load(&image, &mut source).unwrap();
+    let serial = bitnet_runtime::parallel::Serial;
+    let state = State::new(&image.header().config, &limits, &mut state).unwrap();
+    let model = Model::new(&image, limits, backend::best(), &serial, &mut source, &mut scratch).unwrap();
+    let sampler = Sampler::new(model.config().vocab, sampling, &mut sampler).unwrap();
+    f(&mut Session::new(model, state, sampler), &tokenizer)
+}
+
+fn limits() -> Limits {
+    STORIES.image().header().plan.limits
+}
+
+/// Continues a text.
+fn continue_text(
+    session: &mut Session<'_>,
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    max_tokens: usize,
+) -> (String, Finish) {
+    let tokens: Vec<u32> = tokenizer.bos().into_iter().chain(tokenizer.encode(prompt).unwrap()).collect();
+    session.prompt(&tokens).unwrap();
+    let mut stream = TextStream::new(tokenizer, &[]);
+    let mut text = prompt.to_owned();
+    let until = Until { max_tokens, stop_ids: &[2] };
+    let finish = session.generate(until, Some(&mut stream), &mut |event| {
+        if let Event::Text(piece) = event {
+            text.push_str(piece);
+        }
+        ControlFlow::Continue(())
+    });
+    (text, finish.unwrap())
+}
+
+#[test]
+fn the_text_is_that_of_transformers() {
+    let expected = expected();
+    let limits = Limits { kv: KvFormat::F32, ..limits() };
+    with_session(&EXACT, limits, Sampling::GREEDY, |session, tokenizer| {
+        let prompt = expected["prompt"].as_str().unwrap();
+        let (text, finish) = continue_text(session, tokenizer, prompt, 60);
+        assert_eq!(text, expected["text"].as_str().unwrap());
+        assert_eq!(finish, Finish::Length);
+        assert_eq!(session.history()[..5], ids(&expected["prompt_ids"]));
+    });
+}
+
+/// The int8 head that images have by default takes another of two words that are about as likely, later than this.
+#[test]
+fn with_an_int8_head_the_story_begins_the_same() {
+    with_session(&STORIES, limits(), Sampling::GREEDY, |session, tokenizer| {
+        let (text, _) = continue_text(session, tokenizer, "Once upon a time", 40);
+        assert!(expected()["text"].as_str().unwrap().starts_with(&text), "{text}");
+    });
+}
+
+/// Replay A-17: a session answers every request as a fresh one does.
+#[test]
+fn requests_do_not_see_each_other() {
+    let prompts = ["Once upon a time", "Lily had a cat", "Once upon a time", "Lily", "The", "Once upon a time there"];
+    let fresh = |prompt| with_session(&STORIES, limits(), Sampling::GREEDY, |s, t| continue_text(s, t, prompt, 20));
+    with_session(&STORIES, limits(), Sampling::GREEDY, |session, tokenizer| {
+        for prompt in prompts {
+            assert_eq!(continue_text(session, tokenizer, prompt, 20), fresh(prompt), "{prompt}");
+        }
+    });
+}
+
+#[test]
+fn a_full_context_ends_the_text() {
+    let limits = Limits { context: 12, ..limits() };
+    with_session(&STORIES, limits, Sampling::GREEDY, |session, tokenizer| {
+        let (_, finish) = continue_text(session, tokenizer, "Once upon a time", 60);
+        assert_eq!(finish, Finish::Context);
+        assert_eq!(session.history().len(), 12);
+        let error = session.prompt(&[1; 13]).unwrap_err();
+        assert_eq!(error, Error::ContextFull { context: 12 });
+        // The conversation goes on with what was common.
+        assert_eq!(continue_text(session, tokenizer, "Once", 3).1, Finish::Length);
+    });
+}
+
+/// After an error the state is what it was before.
+#[test]
+fn an_error_leaves_the_state_as_it_was() {
+    let way = Way { batch: 2, ..Way::plain(backend::best()) };
+    way.run(&STORIES, |model, state| {
+        let tokens = story(4);
+        let before = model.prefill(state, &tokens).unwrap().to_vec();
+        let position = state.position();
+        let error = model.prefill(state, &[3, 4, 512]).unwrap_err();
+        assert_eq!(error, Error::Token { token: 512, vocab: 512 });
+        assert_eq!(state.position(), position);
+        state.truncate(position - 1);
+        let again = model.step(state, tokens[position - 1]).unwrap();
+        assert_eq!(again, before);
+    });
+}
+
+/// Breaking off touches nothing but the reply.
+#[test]
+fn breaking_off_stops_within_a_token() {
+    with_session(&STORIES, limits(), Sampling::GREEDY, |session, _| {
+        session.prompt(&story(0)).unwrap();
+        let mut tokens = 0;
+        let finish = session.generate(Until { max_tokens: 100, stop_ids: &[] }, None, &mut |_| {
+            tokens += 1;
+            if tokens == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        assert_eq!(finish, Ok(Finish::Cancelled));
+        assert_eq!((tokens, session.history().len()), (3, 5 + 2));
+    });
+}
+
+/// Replay A-04: a batch is its tokens, one by one. (The kernels' own suite has rows of zeros and extremes.)
+#[test]
+fn batches_of_any_size_give_the_same() {
+    let story = story(30);
+    let one = Way::plain(backend::best()).logits(&STORIES, &story);
+    for batch in [2, 3, 7, 8, 9, 16] {
+        let way = Way { batch, ..Way::plain(backend::best()) };
+        assert_eq!(fingerprint(&way.logits(&STORIES, &story)), fingerprint(&one), "{batch}");
+    }
+}
+
+#[test]
+fn limits_beyond_the_model_are_refused() {
+    let image = STORIES.image();
+    let config = &image.header().config;
+    let mut memory = [];
+    for (context, batch) in [(0, 1), (513, 1), (1, 0), (1, 17)] {
+        let limits = Limits { context, batch, kv: KvFormat::F16 };
+        assert!(matches!(State::new(config, &limits, &mut memory), Err(Error::Limit { .. })), "{limits:?}");
+    }
+    let too_small = State::new(config, &limits(), &mut memory).unwrap_err();
+    assert!(matches!(too_small, Error::Memory { given: 0, .. }), "{too_small}");
+}
+
+/// What the name says is what runs.
+#[test]
+fn portable_is_portable() {
+    assert_eq!(Portable.name(), "portable");
+}

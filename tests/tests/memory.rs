@@ -1,0 +1,68 @@
+//! Memory is a number: what the plan says is what is used, and nothing is allocated per token.
+//!
+//! One test, alone in its file: the counting heap counts for the whole program.
+use bitnet_kernel::Block;
+use bitnet_pack::Options;
+use bitnet_runtime::generate::{Session, Until};
+use bitnet_runtime::parallel::Pool;
+use bitnet_runtime::sampler::{Sampler, Sampling};
+use bitnet_runtime::source::Mapped;
+use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
+use bitnet_runtime::{Limits, Model, Plan, State, backend};
+use bitnet_tests::alloc::{self, Counting};
+use bitnet_tests::images::Packed;
+use core::ops::ControlFlow;
+
+#[global_allocator]
+static HEAP: Counting = alloc::counting();
+
+/// What the program may need for itself: the tokenizer of a small model, threads, buffers.
+const OWN: usize = 1 << 20;
+
+#[test]
+fn memory_is_what_the_plan_says_and_tokens_allocate_nothing() {
+    let packed = Packed::pack(&bitnet_tests::model("stories-ternary"), &Options::default());
+    let image = packed.image();
+    let config = image.header().config;
+    let limits = Limits { batch: 8, ..image.header().plan.limits };
+    let plan = Plan::new(&config, &limits);
+    for threads in [1, 2] {
+        let before = HEAP.allocated();
+        let pool = Pool::new(threads).unwrap();
+        pool.enter(|| {
+            let blocks = |n| vec![Block::ZERO; n];
+            let (mut scratch, mut state, mut sampler) =
+                (blocks(plan.scratch), blocks(plan.state), blocks(plan.sampler));
+            let mut source = Mapped::new(packed.blocks());
+            let tokenizer = Tokenizer::load(&image, &mut source).unwrap();
+            let state = State::new(&config, &limits, &mut state).unwrap();
+            let model = Model::new(&image, limits, backend::best(), &pool, &mut source, &mut scratch).unwrap();
+            let sampling =
+                Sampling { temperature: 0.9, top_k: 40, top_p: 0.9, repetition_penalty: 1.1, ..Sampling::GREEDY };
+            let sampler = Sampler::new(config.vocab, sampling, &mut sampler).unwrap();
+            let mut session = Session::new(model, state, sampler);
+            let mut stream = TextStream::new(&tokenizer, &[]);
+            session.prompt(&[1, 403, 407, 261, 378]).unwrap();
+            let mut generate = |max_tokens| {
+                let calls = alloc::calls();
+                let until = Until { max_tokens, stop_ids: &[] };
+                session.generate(until, Some(&mut stream), &mut |_| ControlFlow::Continue(())).unwrap();
+                alloc::calls() - calls
+            };
+            // The pool makes its queues on first use.
+            generate(2);
+            let (few, many) = (generate(10), generate(100));
+            println!("{threads} threads: {few} allocations for 10 tokens, {many} for 100");
+            if threads == 1 {
+                assert_eq!((few, many), (0, 0));
+            } else {
+                // Rayon's queue of jobs takes a block now and then, not one a token.
+                assert!(many < 10, "{many} allocations for 100 tokens");
+            }
+            let used = HEAP.allocated() - before;
+            println!("{threads} threads: planned {} bytes, used {used}", plan.bytes());
+            assert!(used as u64 <= plan.bytes() + OWN as u64);
+            assert!(used as u64 >= plan.bytes());
+        });
+    }
+}
