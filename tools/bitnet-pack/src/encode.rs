@@ -1,0 +1,166 @@
+//! Packs rows of integers into blocks: what `bitnet_kernel::format::encode` defines, at the speed of memory.
+//!
+//! The definition asks a closure for each weight, which takes seconds for a large matrix. Here every format has a loop over
+//! whole rows; a test compares the two over all formats and odd shapes.
+use bitnet_kernel::{Block, Format, Geometry};
+
+/// Encodes rows as the tiles of one unit (or of a whole matrix).
+///
+/// `weights` holds the rows one after another, each `format.padded_cols(cols)` long with zeros past the matrix. Values must
+/// lie within `format.range()` (any value but zero counts as its sign in [`Format::B1`]).
+///
+/// # Panics
+/// If lengths disagree, or for [`Format::F16`].
+pub fn encode(format: Format, rows: usize, cols: usize, weights: &[i8], blocks: &mut [Block]) {
+    let stride = format.padded_cols(cols);
+    assert_eq!(weights.len(), rows * stride);
+    assert_eq!(blocks.len(), format.matrix_blocks(rows, cols));
+    if blocks.is_empty() {
+        return;
+    }
+    let tiles = weights.chunks(format.tile_rows() * stride).zip(blocks.chunks_exact_mut(format.tile_blocks(cols)));
+    for (weights, tile) in tiles {
+        match format.geometry() {
+            Geometry::Lanes => lanes(format, stride, weights, tile),
+            Geometry::Planes => planes(format, stride, weights, tile),
+        }
+    }
+}
+
+fn lanes(format: Format, stride: usize, weights: &[i8], tile: &mut [Block]) {
+    tile.fill(Block::ZERO);
+    let cols = format.step_cols();
+    for (s, step) in tile.chunks_exact_mut(format.step_blocks()).enumerate() {
+        for (r, row) in weights.chunks_exact(stride).enumerate() {
+            let row = &row[s * cols..][..cols];
+            if format == Format::TL { tl_row(row, r, step) } else { b1_row(row, r, step) }
+        }
+    }
+}
+
+/// 24 ternary weights: a byte of signs and four of nibbles, in lane `r` of five blocks.
+fn tl_row(row: &[i8], r: usize, step: &mut [Block]) {
+    let (groups, _) = row.as_chunks::<3>();
+    let mut signs = 0;
+    for (block, pair) in step[1..].iter_mut().zip(groups.chunks_exact(2)) {
+        let sum = |g: [i8; 3]| 9 * g[0] + 3 * g[1] + g[2];
+        let (low, high) = (sum(pair[0]), sum(pair[1]));
+        signs = signs << 2 | u8::from(low < 0) << 1 | u8::from(high < 0);
+        block.0[r] = low.unsigned_abs() | high.unsigned_abs() << 4;
+    }
+    step[0].0[r] = signs;
+}
+
+/// 32 signs: four bytes, in lane `r` of four blocks.
+fn b1_row(row: &[i8], r: usize, step: &mut [Block]) {
+    for (block, eight) in step.iter_mut().zip(row.chunks_exact(8)) {
+        block.0[r] = eight.iter().rev().fold(0, |byte, &w| byte << 1 | u8::from(w > 0));
+    }
+}
+
+fn planes(format: Format, stride: usize, weights: &[i8], tile: &mut [Block]) {
+    // The first block holds a row of zeros where a row is missing.
+    let zeros = match format {
+        Format::T2 => 0x55,
+        Format::I4 => 0x88,
+        _ => 0,
+    };
+    let cols = format.step_cols();
+    for (s, step) in tile.chunks_exact_mut(4).enumerate() {
+        let mut rows = weights.chunks_exact(stride);
+        for block in step {
+            match rows.next() {
+                Some(row) => plane_row(format, &row[s * cols..][..cols], &mut block.0),
+                None => block.0.fill(zeros),
+            }
+        }
+    }
+}
+
+fn plane_row(format: Format, row: &[i8], block: &mut [u8; 64]) {
+    let (planes, _) = row.as_chunks::<64>();
+    for (j, byte) in block.iter_mut().enumerate() {
+        let code = |plane: usize, zero: i8| (planes[plane][j] + zero) as u8;
+        *byte = match format {
+            Format::T2 => code(0, 1) | code(1, 1) << 2 | code(2, 1) << 4 | code(3, 1) << 6,
+            Format::I4 => code(0, 8) | code(1, 8) << 4,
+            Format::I8 => code(0, 0),
+            _ => panic!("{} is not encoded here", format.name()),
+        };
+    }
+}
+
+/// [`encode`] for [`Format::F16`]: bits of half-precision floats, rows padded to multiples of 32.
+///
+/// # Panics
+/// If lengths disagree.
+pub fn encode_f16(rows: usize, cols: usize, weights: &[u16], blocks: &mut [Block]) {
+    let stride = Format::F16.padded_cols(cols);
+    assert_eq!(weights.len(), rows * stride);
+    assert_eq!(blocks.len(), Format::F16.matrix_blocks(rows, cols));
+    blocks.fill(Block::ZERO);
+    for (r, row) in weights.chunks_exact(stride).enumerate() {
+        let tile = &mut blocks[r / 4 * Format::F16.tile_blocks(cols)..][..Format::F16.tile_blocks(cols)];
+        for (step, values) in tile.chunks_exact_mut(4).zip(row.chunks_exact(32)) {
+            for (bytes, bits) in step[r % 4].0.chunks_exact_mut(2).zip(values) {
+                bytes.copy_from_slice(&bits.to_le_bytes());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A cheap sequence of numbers without visible order.
+    fn noise(seed: u32) -> impl Iterator<Item = u32> {
+        let mut x = seed;
+        core::iter::from_fn(move || {
+            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            Some(x >> 16)
+        })
+    }
+
+    /// Shapes: one weight, tails of rows and columns of every format, whole steps, several tiles.
+    const SHAPES: [(usize, usize); 8] = [(1, 1), (3, 23), (4, 64), (5, 257), (63, 24), (64, 96), (65, 25), (130, 300)];
+
+    #[test]
+    fn all_formats_agree_with_the_definition() {
+        for format in Format::INTEGER {
+            for (rows, cols) in SHAPES {
+                let (low, high) = format.range();
+                let stride = format.padded_cols(cols);
+                let mut weights = vec![0; rows * stride];
+                let mut random = noise(rows as u32 * 1000 + cols as u32);
+                for row in weights.chunks_exact_mut(stride) {
+                    for w in &mut row[..cols] {
+                        let span = (i32::from(high) - i32::from(low) + 1) as u32;
+                        *w = (i32::from(low) + (random.next().unwrap() % span) as i32) as i8;
+                    }
+                }
+                let mut expected = vec![Block::ZERO; format.matrix_blocks(rows, cols)];
+                let mut found = vec![Block([0xa5; 64]); expected.len()];
+                bitnet_kernel::format::encode(format, rows, cols, &mut expected, |r, c| weights[r * stride + c]);
+                encode(format, rows, cols, &weights, &mut found);
+                assert!(expected == found, "{} {rows}x{cols}", format.name());
+            }
+        }
+    }
+
+    #[test]
+    fn f16_agrees_with_the_definition() {
+        for (rows, cols) in SHAPES {
+            let stride = Format::F16.padded_cols(cols);
+            let mut weights = vec![0; rows * stride];
+            for (row, r) in weights.chunks_exact_mut(stride).zip(0..) {
+                row[..cols].iter_mut().zip(noise(r)).for_each(|(w, n)| *w = n as u16);
+            }
+            let mut expected = vec![Block::ZERO; Format::F16.matrix_blocks(rows, cols)];
+            let mut found = vec![Block([0xa5; 64]); expected.len()];
+            bitnet_kernel::format::encode_f16(rows, cols, &mut expected, |r, c| weights[r * stride + c]);
+            encode_f16(rows, cols, &weights, &mut found);
+            assert!(expected == found, "{rows}x{cols}");
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! checkpoint → [`checkpoint`] → [`quantize`] → [`encode`] → [`write`] → image; then [`verify`] and [`inspect`]
+//!
+//! Reads a checkpoint of the Hugging Face bitnet families, checks it, and writes one image that `bitnet-runtime` runs. The
+//! whole passes through in units of 64 rows, so the memory it takes is known before it starts and does not depend on the
+//! size of the model.
+#![forbid(unsafe_code)]
+
+pub mod checkpoint;
+pub mod dummy;
+pub mod encode;
+pub mod error;
+pub mod inspect;
+pub mod pack;
+pub mod quantize;
+pub mod report;
+pub mod tokenizer;
+pub mod verify;
+pub mod write;
+
+mod files;
+
+//pub use dummy::{Preset, Shape, dummy};
+pub use error::Error;
+//pub use inspect::{Summary, inspect};
+pub use pack::{Options, pack};
+pub use report::{Progress, Report};
+pub use verify::{Verified, verify};

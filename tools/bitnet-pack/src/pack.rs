@@ -1,0 +1,525 @@
+//! A checkpoint becomes an image, one unit of 64 rows after another.
+use crate::checkpoint::sections::{self, Source};
+use crate::checkpoint::{Checkpoint, Table, TensorInfo};
+use crate::encode::{encode, encode_f16};
+use crate::quantize::{self, Absmean, Distance, MagnitudeSum};
+use crate::report::{LayerBits, Progress, Report, SectionReport, planned_bits};
+use crate::verify::{Opened, verify_with};
+use crate::write::{BUFFER_BYTES, Finished, ImageWriter, Layout, Parts};
+use crate::{Error, tokenizer};
+use bitnet_kernel::{Block, Format};
+use bitnet_runtime::image::{Encoding, Kind, Section, UNIT_ROWS};
+use bitnet_runtime::memory::KvFormat;
+use bitnet_runtime::{Config, Limits};
+use std::path::{Path, PathBuf};
+use zerocopy::IntoBytes;
+
+/// What the user chooses.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The linears' format.
+    pub format: Format,
+    /// The head's format.
+    pub head: Format,
+    /// The embedding's format, where it is not the head; the head's if `None`.
+    pub embedding: Option<Format>,
+    /// The tokenizer file, where the choice is not left to the packer.
+    pub tokenizer: Option<PathBuf>,
+    /// A name for people; the directory's if `None`.
+    pub name: Option<String>,
+    /// Positions that the memory plan is for.
+    pub context: Option<u32>,
+    /// Tokens in a batch that it is for.
+    pub batch: Option<u32>,
+    /// How keys and values are kept in it.
+    pub kv: Option<KvFormat>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            format: Format::TL,
+            head: Format::I8,
+            embedding: None,
+            tokenizer: None,
+            name: None,
+            context: None,
+            batch: None,
+            kv: None,
+        }
+    }
+}
+
+impl Options {
+    /// The encoding of a section.
+    pub(crate) fn encoding(&self, kind: Kind) -> Encoding {
+        let encoding = match kind {
+            Kind::Head => Encoding::Matrix(self.head),
+            Kind::Embedding => Encoding::Matrix(self.embedding.unwrap_or(self.head)),
+            Kind::Query | Kind::Key | Kind::Value | Kind::Output | Kind::Gate | Kind::Up | Kind::Down => {
+                Encoding::Matrix(self.format)
+            }
+            Kind::Tokenizer => Encoding::Bytes,
+            _ => Encoding::Vector,
+        };
+        debug_assert!(kind.allows(encoding) || matches!(encoding, Encoding::Matrix(_)));
+        encoding
+    }
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        for (option, kind) in [("--format", Kind::Query), ("--head", Kind::Head), ("--embedding", Kind::Embedding)] {
+            let encoding = self.encoding(kind);
+            if !kind.allows(encoding) {
+                let Encoding::Matrix(format) = encoding else { unreachable!("{kind:?}") };
+                return Err(Error::Options(format!("{option} cannot be {}", format.name())));
+            }
+        }
+        Ok(())
+    }
+    /// The limits that the header's plan is for.
+    pub(crate) fn limits(&self, config: &Config) -> Result<Limits, Error> {
+        let default = Limits::default_for(config);
+        let limits = Limits {
+            context: self.context.unwrap_or(default.context),
+            batch: self.batch.unwrap_or(default.batch),
+            kv: self.kv.unwrap_or(default.kv),
+        };
+        limits.check(config).map_err(|e| Error::Options(e.to_string()))?;
+        Ok(limits)
+    }
+}
+
+/// Packs `source`, a directory or a `.safetensors` file in one, as `output`.
+///
+/// # Errors
+/// The first thing that is wrong. Then nothing is there under the name `output` that was not there before.
+pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn Progress) -> Result<Report, Error> {
+    options.check()?;
+    let checkpoint = Checkpoint::open(source)?;
+    let mut table = Table::read(&checkpoint.config_path(), checkpoint.config())?;
+    table.config.formats = 1 << options.format as u8;
+    let limits = options.limits(&table.config)?;
+    let bound = sections::bind(&checkpoint, &mut table)?;
+    let peak_bytes = peak(&checkpoint, &bound, options)?;
+    progress.say(&format!("peak memory: {} MiB", peak_bytes.div_ceil(1 << 20)));
+
+    let text = tokenizer::read(&checkpoint, &mut table, options.tokenizer.as_deref())?;
+    let parts = Parts {
+        config: table.config,
+        limits,
+        name: options.name.clone().unwrap_or_else(|| name(source)),
+        architecture: table.architecture.clone(),
+        bos: text.bos,
+        stop: text.stop,
+        chat_template: text.chat_template,
+    };
+    let layout = Layout::new(&parts, text.tokenizer.as_ref().map(Vec::len), |s| options.encoding(s.kind))?;
+    let mut reports: Vec<SectionReport> = layout.records().iter().filter_map(SectionReport::of).collect();
+    progress.start(layout.file_bytes());
+    let mut writer = ImageWriter::create(output, parts, layout)?;
+    let mut written = 0;
+    if let Some(tokenizer) = &text.tokenizer {
+        writer.begin(1.0)?;
+        writer.put(tokenizer)?;
+        writer.end()?;
+        written = 1;
+    }
+    let mut packer = Packer { checkpoint: &checkpoint, writer: &mut writer, progress, buffers: Buffers::default() };
+    for ((section, source), report) in bound.iter().zip(&mut reports[written..]) {
+        packer.section(section, source, options.encoding(section.kind), report)?;
+    }
+    let finished = writer.finish()?;
+    let layers = check_written(&finished, &bound, options)?;
+    finished.publish()?;
+    Ok(Report {
+        name: options.name.clone().unwrap_or_else(|| name(source)),
+        architecture: table.architecture,
+        config: table.config,
+        limits,
+        image_bytes: reports_end(output)?,
+        peak_bytes,
+        sections: reports,
+        layers,
+        notes: table.notes,
+    })
+}
+
+fn reports_end(output: &Path) -> Result<u64, Error> {
+    output.metadata().map(|m| m.len()).map_err(|e| Error::io(output, "read", e))
+}
+
+/// Reads the image back: every checksum, every code, and whether it has the bits that were planned.
+fn check_written(finished: &Finished, bound: &[(Section, Source)], options: &Options) -> Result<Vec<LayerBits>, Error> {
+    verify_with(finished.path(), &mut ())?;
+    let opened = Opened::open(finished.path())?;
+    let image = opened.image()?;
+    let found = LayerBits::of(&image);
+    let planned = bound.iter().filter_map(|(section, _)| match options.encoding(section.kind) {
+        Encoding::Matrix(format) => {
+            let (rows, cols) = (section.rows.into(), section.cols.into());
+            Some((section.layer, rows * cols, planned_bits(format, rows, cols)))
+        }
+        _ => None,
+    });
+    let planned = LayerBits::sum(planned);
+    if let Some((p, f)) = planned.iter().zip(&found).find(|(p, f)| p != f) {
+        let layer = p.layer.map_or("embedding and head".into(), |l| format!("layer {l}"));
+        let (planned, found) = (p.average(), f.average());
+        return Err(Error::Planned(format!(
+            "{layer}: {planned:.4} bits a weight were planned, {found:.4} were written"
+        )));
+    }
+    if planned.len() != found.len() {
+        return Err(Error::Planned(format!("{} layers were planned, {} were written", planned.len(), found.len())));
+    }
+    Ok(found)
+}
+
+/// A name for people: the directory's, or the repository's in a Hugging Face cache.
+fn name(source: &Path) -> String {
+    let path = source.canonicalize().unwrap_or_else(|_| source.into());
+    let directory = if path.is_dir() { Some(path.as_path()) } else { path.parent() };
+    let last = |p: &Path| p.file_name().map(|n| n.to_string_lossy().into_owned());
+    let cached = directory.and_then(Path::parent).filter(|p| p.ends_with("snapshots")).and_then(Path::parent);
+    let cached = cached.and_then(last).and_then(|n| n.strip_prefix("models--").map(|n| n.replace("--", "/")));
+    cached.or_else(|| directory.and_then(last)).unwrap_or_else(|| "model".into())
+}
+
+/// Memory of the program itself, its libraries and its stack.
+const PROGRAM_BYTES: u64 = 10 << 20;
+/// What a tensor's entry in the header costs, in the maps and in the lists made from them.
+const ENTRY_BYTES: u64 = 1024;
+/// Bytes that converting a tokenizer takes for each byte of its file, measured with vocabularies of 32,000 to 128,000 tokens.
+const TOKENIZER_FACTOR: u64 = 24;
+
+/// The most memory that packing will take.
+fn peak(checkpoint: &Checkpoint, bound: &[(Section, Source)], options: &Options) -> Result<u64, Error> {
+    let files = match &options.tokenizer {
+        Some(path) => vec![path.clone()],
+        None => tokenizer::candidates(checkpoint.directory())?,
+    };
+    let tokenizers: u64 = files.iter().filter_map(|path| path.metadata().ok()).map(|m| m.len()).sum();
+    let mut most = Sizes::default();
+    for (section, source) in bound {
+        most = most.max(Sizes::of(section, source, options.encoding(section.kind)));
+    }
+    let entries = checkpoint.tensors().count() as u64 * ENTRY_BYTES;
+    Ok(PROGRAM_BYTES + entries + tokenizers * TOKENIZER_FACTOR + most.bytes() + 3 * BUFFER_BYTES as u64)
+}
+
+/// Elements in each buffer while one section is packed.
+#[derive(Clone, Copy, Default)]
+struct Sizes {
+    raw: usize,
+    floats: usize,
+    codes: usize,
+    halves: usize,
+    blocks: usize,
+}
+
+impl Sizes {
+    fn of(section: &Section, source: &Source, encoding: Encoding) -> Self {
+        let rows = UNIT_ROWS.min(section.rows as usize);
+        let cols = section.cols as usize;
+        let bytes = source.tensor().map_or(0, |t| t.dtype.bytes() as usize);
+        let Encoding::Matrix(format) = encoding else {
+            return Self { raw: cols * bytes, floats: cols, ..Self::default() };
+        };
+        let padded = rows * format.padded_cols(cols);
+        let dense = format == Format::F16;
+        Self {
+            raw: rows * cols * bytes,
+            floats: if matches!(source, Source::Packed(..)) { 0 } else { rows * cols },
+            codes: if dense { 0 } else { padded },
+            halves: if dense { padded } else { 0 },
+            blocks: format.matrix_blocks(rows, cols),
+        }
+    }
+    fn max(self, other: Self) -> Self {
+        Self {
+            raw: self.raw.max(other.raw),
+            floats: self.floats.max(other.floats),
+            codes: self.codes.max(other.codes),
+            halves: self.halves.max(other.halves),
+            blocks: self.blocks.max(other.blocks),
+        }
+    }
+    const fn bytes(self) -> u64 {
+        (self.raw + 4 * self.floats + self.codes + 2 * self.halves + 64 * self.blocks) as u64
+    }
+}
+
+/// One unit on its way. Reused, and never larger than [`peak`] counted.
+#[derive(Default)]
+struct Buffers {
+    raw: Vec<u8>,
+    floats: Vec<f32>,
+    codes: Vec<i8>,
+    halves: Vec<u16>,
+    blocks: Vec<Block>,
+}
+
+/// Gives a buffer a length without ever reserving more than that.
+fn fit<T: Clone>(buffer: &mut Vec<T>, length: usize, value: T) -> &mut [T] {
+    buffer.reserve_exact(length.saturating_sub(buffer.len()));
+    buffer.resize(length, value);
+    buffer
+}
+
+/// A matrix that is being packed, and a unit of it.
+#[derive(Clone, Copy)]
+struct Unit<'a> {
+    tensor: &'a TensorInfo,
+    format: Format,
+    /// Rows and columns of the matrix.
+    shape: (usize, usize),
+    /// First row of the unit, and their number.
+    first: usize,
+    rows: usize,
+}
+
+/// The units of a matrix.
+fn units<'a>(tensor: &'a TensorInfo, format: Format, section: &Section) -> impl Iterator<Item = Unit<'a>> + use<'a> {
+    let shape = (section.rows as usize, section.cols as usize);
+    (0..shape.0).step_by(UNIT_ROWS).map(move |first| {
+        let rows = UNIT_ROWS.min(shape.0 - first);
+        Unit { tensor, format, shape, first, rows }
+    })
+}
+
+struct Packer<'a> {
+    checkpoint: &'a Checkpoint,
+    writer: &'a mut ImageWriter,
+    progress: &'a mut dyn Progress,
+    buffers: Buffers,
+}
+
+impl Packer<'_> {
+    fn section(
+        &mut self,
+        section: &Section,
+        source: &Source,
+        encoding: Encoding,
+        report: &mut SectionReport,
+    ) -> Result<(), Error> {
+        match section.layer {
+            Some(layer) => self.progress.section(&format!("layer {layer}: {}", section.kind.name())),
+            None => self.progress.section(section.kind.name()),
+        }
+        match (source, encoding) {
+            (Source::Values(values), Encoding::Vector) => self.vector(values)?,
+            (Source::Vector(tensor), Encoding::Vector) => {
+                let mut values = vec![0.0; section.cols as usize];
+                self.read_floats(tensor, 0, 1, &mut values)?;
+                self.vector(&values)?;
+            }
+            (Source::Packed(tensor, multiplier), Encoding::Matrix(format)) => {
+                self.begin_ternary(format, *multiplier, report)?;
+                for unit in units(tensor, format, section) {
+                    self.read_packed(&unit)?;
+                    self.put_ternary(&unit, *multiplier)?;
+                }
+            }
+            (Source::Masters(tensor), Encoding::Matrix(format)) => self.masters(tensor, format, section, report)?,
+            (Source::Rows(tensor), Encoding::Matrix(format)) => {
+                self.writer.begin(1.0)?;
+                for unit in units(tensor, format, section) {
+                    self.dense(&unit)?;
+                }
+            }
+            _ => unreachable!("{encoding:?} from {source:?}"),
+        }
+        self.writer.end()
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        if self.progress.cancelled() {
+            return Err(Error::Interrupted);
+        }
+        self.writer.put(bytes)?;
+        self.progress.advance(bytes.len() as u64);
+        Ok(())
+    }
+
+    fn vector(&mut self, values: &[f32]) -> Result<(), Error> {
+        self.writer.begin(1.0)?;
+        self.put(values.as_bytes())
+    }
+
+    fn begin_ternary(&mut self, format: Format, multiplier: f32, report: &mut SectionReport) -> Result<(), Error> {
+        let scale = if format.has_row_scales() { 1.0 } else { multiplier };
+        report.scale = (!format.has_row_scales()).then_some(multiplier);
+        self.writer.begin(scale)
+    }
+
+    /// Ternarizes float masters: once over them for the mean, once for the weights.
+    fn masters(
+        &mut self,
+        tensor: &TensorInfo,
+        format: Format,
+        section: &Section,
+        report: &mut SectionReport,
+    ) -> Result<(), Error> {
+        let mut floats = core::mem::take(&mut self.buffers.floats);
+        let mut sum = MagnitudeSum::default();
+        for unit in units(tensor, format, section) {
+            let values = fit(&mut floats, unit.rows * unit.shape.1, 0.0);
+            self.read_floats(tensor, unit.first, unit.rows, values)?;
+            sum.add(values);
+        }
+        let rule = Absmean::new(sum.mean());
+        self.begin_ternary(format, rule.multiplier, report)?;
+        let mut distance = Distance::default();
+        for unit in units(tensor, format, section) {
+            let (cols, stride) = (unit.shape.1, format.padded_cols(unit.shape.1));
+            let values = fit(&mut floats, unit.rows * cols, 0.0);
+            self.read_floats(tensor, unit.first, unit.rows, values)?;
+            let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
+            for (values, codes) in values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride)) {
+                let (codes, padding) = codes.split_at_mut(cols);
+                padding.fill(0);
+                rule.ternarize(values, codes);
+                distance.add(values, codes, rule.multiplier);
+            }
+            self.put_ternary(&unit, rule.multiplier)?;
+        }
+        self.buffers.floats = floats;
+        report.distance = Some(distance.relative());
+        Ok(())
+    }
+
+    /// Reads whole rows of a float tensor; all of them must be finite.
+    fn read_floats(&mut self, tensor: &TensorInfo, first: usize, rows: usize, into: &mut [f32]) -> Result<(), Error> {
+        let row_bytes = into.len() / rows * tensor.dtype.bytes() as usize;
+        let raw = fit(&mut self.buffers.raw, rows * row_bytes, 0);
+        self.checkpoint.read(tensor, (first * row_bytes) as u64, raw)?;
+        quantize::widen(tensor.dtype, raw, into);
+        // The sum of differences from oneself is zero, or NaN if anything was not finite: quicker than a test for each.
+        if into.iter().map(|v| v - v).sum::<f32>() == 0.0 {
+            return Ok(());
+        }
+        let at = into.iter().position(|v| !v.is_finite()).expect("one is not finite");
+        let (row, column) = (first + at / (into.len() / rows), at % (into.len() / rows));
+        let what = format!("row {row}, column {column}: {} is not a finite number", into[at]);
+        Err(Error::tensor(self.checkpoint.path_of(tensor), &tensor.name, what))
+    }
+
+    /// Unpacks a unit of codes. Byte row `r % R` holds row `r` at bit `2 (r / R)`, `R` being a quarter of the rows, rounded
+    /// up; where that rounding leaves codes without a row, nobody looks at them.
+    fn read_packed(&mut self, unit: &Unit<'_>) -> Result<(), Error> {
+        let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
+        let quarter = unit.shape.0.div_ceil(4);
+        let Buffers { raw, codes, .. } = &mut self.buffers;
+        let codes = fit(codes, unit.rows * stride, 0);
+        let mut done = 0;
+        while done < unit.rows {
+            let row = unit.first + done;
+            let (plane, byte_row) = (row / quarter, row % quarter);
+            let run = (unit.rows - done).min(quarter - byte_row);
+            let raw = fit(raw, run * cols, 0);
+            self.checkpoint.read(unit.tensor, (byte_row * cols) as u64, raw)?;
+            let rows = raw.chunks_exact(cols).zip(codes[done * stride..].chunks_exact_mut(stride));
+            for (r, (bytes, codes)) in rows.enumerate() {
+                let (codes, padding) = codes.split_at_mut(cols);
+                padding.fill(0);
+                for (code, byte) in codes.iter_mut().zip(bytes) {
+                    *code = (byte >> (2 * plane) & 3) as i8 - 1;
+                }
+                if let Some(column) = codes.iter().position(|&c| c == 2) {
+                    let what = format!("row {}, column {column}: code 3, which no weight has", row + r);
+                    return Err(Error::tensor(self.checkpoint.path_of(unit.tensor), &unit.tensor.name, what));
+                }
+            }
+            done += run;
+        }
+        Ok(())
+    }
+
+    /// Encodes the codes and writes them.
+    fn put_ternary(&mut self, unit: &Unit<'_>, multiplier: f32) -> Result<(), Error> {
+        if unit.format == Format::B1 {
+            self.refuse_zeros(unit)?;
+        }
+        self.put_codes(unit)?;
+        let scales = [multiplier; UNIT_ROWS];
+        self.put_scales(unit, &scales[..unit.rows])
+    }
+
+    fn refuse_zeros(&self, unit: &Unit<'_>) -> Result<(), Error> {
+        let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
+        for (r, row) in self.buffers.codes.chunks_exact(stride).enumerate() {
+            if let Some(column) = row[..cols].iter().position(|&w| w == 0) {
+                let what = format!("row {}, column {column} is zero, which b1 cannot hold; use tl", unit.first + r);
+                return Err(Error::tensor(self.checkpoint.path_of(unit.tensor), &unit.tensor.name, what));
+            }
+        }
+        Ok(())
+    }
+
+    fn put_codes(&mut self, unit: &Unit<'_>) -> Result<(), Error> {
+        let mut blocks = core::mem::take(&mut self.buffers.blocks);
+        let out = fit(&mut blocks, unit.format.matrix_blocks(unit.rows, unit.shape.1), Block::ZERO);
+        encode(unit.format, unit.rows, unit.shape.1, &self.buffers.codes, out);
+        self.put(out.as_bytes())?;
+        self.buffers.blocks = blocks;
+        Ok(())
+    }
+
+    /// Writes a unit's row scales, padded with zeros to whole blocks, in formats that have them.
+    fn put_scales(&mut self, unit: &Unit<'_>, scales: &[f32]) -> Result<(), Error> {
+        if !unit.format.has_row_scales() {
+            return Ok(());
+        }
+        let mut padded = [0.0; UNIT_ROWS];
+        padded[..scales.len()].copy_from_slice(scales);
+        self.put(padded[..scales.len().next_multiple_of(16)].as_bytes())
+    }
+
+    /// Quantizes and writes one unit of the head or the embedding.
+    fn dense(&mut self, unit: &Unit<'_>) -> Result<(), Error> {
+        let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
+        let mut floats = core::mem::take(&mut self.buffers.floats);
+        let values = fit(&mut floats, unit.rows * cols, 0.0);
+        self.read_floats(unit.tensor, unit.first, unit.rows, values)?;
+        if unit.format == Format::F16 {
+            self.dense_f16(unit, values)?;
+        } else {
+            let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
+            let mut scales = [0.0; UNIT_ROWS];
+            let rows = values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride));
+            for ((values, codes), scale) in rows.zip(&mut scales) {
+                let (codes, padding) = codes.split_at_mut(cols);
+                padding.fill(0);
+                *scale = match unit.format {
+                    Format::I4 => quantize::row_i4(values, codes),
+                    _ => quantize::row_i8(values, codes),
+                };
+            }
+            self.put_codes(unit)?;
+            self.put_scales(unit, &scales[..unit.rows])?;
+        }
+        self.buffers.floats = floats;
+        Ok(())
+    }
+
+    fn dense_f16(&mut self, unit: &Unit<'_>, values: &[f32]) -> Result<(), Error> {
+        let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
+        let Buffers { halves, blocks, .. } = &mut self.buffers;
+        let halves = fit(halves, unit.rows * stride, 0);
+        let rows = values.chunks_exact(cols).zip(halves.chunks_exact_mut(stride));
+        for (r, (values, halves)) in rows.enumerate() {
+            let (halves, padding) = halves.split_at_mut(cols);
+            padding.fill(0);
+            quantize::row_f16(values, halves).map_err(|column| {
+                let (row, value) = (unit.first + r, values[column]);
+                let what = format!("row {row}, column {column}: {value} is beyond f16; use --head i8");
+                Error::tensor(self.checkpoint.path_of(unit.tensor), &unit.tensor.name, what)
+            })?;
+        }
+        let mut out = core::mem::take(blocks);
+        let filled = fit(&mut out, Format::F16.matrix_blocks(unit.rows, cols), Block::ZERO);
+        encode_f16(unit.rows, cols, halves, filled);
+        self.put(filled.as_bytes())?;
+        self.buffers.blocks = out;
+        Ok(())
+    }
+}

@@ -1,0 +1,271 @@
+//! What a person is told: while it runs, and at the end.
+use bitnet_kernel::Format;
+use bitnet_runtime::image::{Encoding, Image, Kind, Record, UNIT_ROWS};
+use bitnet_runtime::memory::KvFormat;
+use bitnet_runtime::{Config, Limits, Plan};
+use core::fmt;
+
+/// Hears how far a long operation is. `()` does not listen.
+pub trait Progress {
+    /// Before it starts: the number of bytes that will be written or checked.
+    fn start(&mut self, bytes: u64) {
+        let _ = bytes;
+    }
+    /// A line for the person, in between.
+    fn say(&mut self, line: &str) {
+        let _ = line;
+    }
+    /// A section begins.
+    fn section(&mut self, name: &str) {
+        let _ = name;
+    }
+    /// Bytes done since the last call.
+    fn advance(&mut self, bytes: u64) {
+        let _ = bytes;
+    }
+    /// Asked now and then: whether to stop.
+    fn cancelled(&self) -> bool {
+        false
+    }
+}
+
+impl Progress for () {}
+
+/// One section of a packed image.
+#[derive(Clone, Debug)]
+pub struct SectionReport {
+    /// What it holds.
+    pub kind: Kind,
+    /// Its layer.
+    pub layer: Option<u32>,
+    /// How it is encoded.
+    pub encoding: Encoding,
+    /// Rows.
+    pub rows: u32,
+    /// Columns.
+    pub cols: u32,
+    /// Bytes, padding included.
+    pub bytes: u64,
+    /// What all weights are multiplied by; `None` where rows have scales of their own, and of vectors.
+    pub scale: Option<f32>,
+    /// How far float masters were from ternary, if it was made from such: see [`crate::quantize::Distance`].
+    pub distance: Option<f32>,
+}
+
+impl SectionReport {
+    /// A report of what a section table says.
+    pub fn of(record: &Record) -> Option<Self> {
+        let layer = record.layer.get();
+        let encoding = Encoding::from_tag(record.encoding)?;
+        let one_scale = matches!(encoding, Encoding::Matrix(f) if !f.has_row_scales() && f != Format::F16);
+        Some(Self {
+            kind: kind(record.kind)?,
+            layer: (layer != Record::NO_LAYER).then_some(layer.into()),
+            encoding,
+            rows: record.rows.get(),
+            cols: record.cols.get(),
+            bytes: u64::from(record.blocks.get()) * 64,
+            scale: one_scale.then_some(record.scale.get()),
+            distance: None,
+        })
+    }
+    /// Weights of a matrix.
+    pub const fn weights(&self) -> u64 {
+        match self.encoding {
+            Encoding::Matrix(_) => self.rows as u64 * self.cols as u64,
+            _ => 0,
+        }
+    }
+    /// `"tl"`, `"f32"`, `"bytes"`.
+    pub const fn format_name(&self) -> &'static str {
+        match self.encoding {
+            Encoding::Matrix(format) => format.name(),
+            Encoding::Vector => "f32",
+            Encoding::Bytes => "bytes",
+        }
+    }
+}
+
+/// The kind with this tag.
+pub(crate) fn kind(tag: u8) -> Option<Kind> {
+    const ALL: [Kind; 23] = [
+        Kind::Tokenizer,
+        Kind::RopeFrequencies,
+        Kind::Embedding,
+        Kind::AttentionNorm,
+        Kind::Query,
+        Kind::Key,
+        Kind::Value,
+        Kind::AttentionSubNorm,
+        Kind::Output,
+        Kind::FfnNorm,
+        Kind::Gate,
+        Kind::Up,
+        Kind::FfnSubNorm,
+        Kind::Down,
+        Kind::QueryInputNorm,
+        Kind::KeyInputNorm,
+        Kind::ValueInputNorm,
+        Kind::OutputInputNorm,
+        Kind::GateInputNorm,
+        Kind::UpInputNorm,
+        Kind::DownInputNorm,
+        Kind::FinalNorm,
+        Kind::Head,
+    ];
+    ALL.into_iter().find(|&k| k as u8 == tag)
+}
+
+/// Bits that one layer's linears take, padding included; the embedding and the head count as layer `None`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerBits {
+    /// The layer.
+    pub layer: Option<u32>,
+    /// Weights.
+    pub weights: u64,
+    /// Bits.
+    pub bits: u64,
+}
+
+impl LayerBits {
+    /// Sums sections by layer, in their order.
+    pub fn sum(sections: impl Iterator<Item = (Option<u32>, u64, u64)>) -> Vec<Self> {
+        let mut layers: Vec<Self> = Vec::new();
+        for (layer, weights, bits) in sections {
+            if !layers.iter().any(|l| l.layer == layer) {
+                layers.push(Self { layer, weights: 0, bits: 0 });
+            }
+            let sum = layers.iter_mut().rev().find(|l| l.layer == layer).expect("just pushed");
+            sum.weights += weights;
+            sum.bits += bits;
+        }
+        layers
+    }
+    /// What a section table holds.
+    pub fn of(image: &Image<'_>) -> Vec<Self> {
+        let sections = image.sections().records().iter().filter_map(SectionReport::of);
+        Self::sum(sections.filter(|s| s.weights() > 0).map(|s| (s.layer, s.weights(), s.bytes * 8)))
+    }
+    /// Bits a weight.
+    pub fn average(&self) -> f64 {
+        self.bits as f64 / self.weights as f64
+    }
+}
+
+/// Bits of a matrix by the definition of its format: whole steps of whole tiles, and one f32 a row where rows have scales.
+/// Written without the image format's own arithmetic, which it is compared with.
+pub(crate) fn planned_bits(format: Format, rows: u64, cols: u64) -> u64 {
+    let tile = (format.tile_rows() * format.step_cols()) as f64 * f64::from(format.bits());
+    let tiles = rows.div_ceil(format.tile_rows() as u64) * cols.div_ceil(format.step_cols() as u64);
+    let scales = |rows: u64| if format.has_row_scales() { rows.next_multiple_of(16) * 32 } else { 0 };
+    let (units, rest) = (rows / UNIT_ROWS as u64, rows % UNIT_ROWS as u64);
+    tiles * tile.round() as u64 + units * scales(UNIT_ROWS as u64) + scales(rest)
+}
+
+/// What was packed.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The model's name.
+    pub name: String,
+    /// The checkpoint's class.
+    pub architecture: String,
+    /// The model.
+    pub config: Config,
+    /// What the memory plan is for.
+    pub limits: Limits,
+    /// Length of the image.
+    pub image_bytes: u64,
+    /// The packer's own peak memory, as promised before it started.
+    pub peak_bytes: u64,
+    /// All sections in their order.
+    pub sections: Vec<SectionReport>,
+    /// Bits a layer, read back from the image and equal to those planned.
+    pub layers: Vec<LayerBits>,
+    /// What a person should know.
+    pub notes: Vec<String>,
+}
+
+/// `"1.2 MB"`.
+pub(crate) fn size(bytes: u64) -> String {
+    match bytes {
+        0..10_000 => format!("{bytes} B"),
+        10_000..10_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        10_000_000..10_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.1} GB", bytes as f64 / 1e9),
+    }
+}
+
+/// Writes the table of sections, those of one kind and shape in one line.
+pub(crate) fn table(f: &mut dyn fmt::Write, sections: &[SectionReport]) -> fmt::Result {
+    writeln!(f, "{:<19} {:>4}  {:<6} {:>14} {:>7} {:>10}  scale", "section", "n", "format", "shape", "bits", "bytes")?;
+    let mut done: Vec<(Kind, Encoding)> = Vec::new();
+    for s in sections {
+        if done.contains(&(s.kind, s.encoding)) {
+            continue;
+        }
+        done.push((s.kind, s.encoding));
+        let same = || sections.iter().filter(|t| (t.kind, t.encoding) == (s.kind, s.encoding));
+        let (n, bytes): (usize, u64) = (same().count(), same().map(|t| t.bytes).sum());
+        let shape = if s.weights() > 0 { format!("{}x{}", s.rows, s.cols) } else { s.cols.to_string() };
+        let bits = match s.weights() {
+            0 => String::new(),
+            weights => format!("{:.3}", (bytes * 8) as f64 / (weights * n as u64) as f64),
+        };
+        write!(f, "{:<19} {n:>4}  {:<6} {shape:>14} {bits:>7} {:>10}", s.kind.name(), s.format_name(), size(bytes))?;
+        let scales = || same().filter_map(|t| t.scale);
+        let (low, high) = (scales().fold(f32::INFINITY, f32::min), scales().fold(f32::NEG_INFINITY, f32::max));
+        match (s.weights() > 0, scales().count()) {
+            (true, 0) if s.encoding != Encoding::Matrix(Format::F16) => write!(f, "  one a row")?,
+            (_, 0) => {}
+            _ if low == high => write!(f, "  {low:.4}")?,
+            _ => write!(f, "  {low:.4} to {high:.4}")?,
+        }
+        if let Some(distance) = same().filter_map(|t| t.distance).reduce(f32::max) {
+            write!(f, ", masters {:.0}% from ternary", distance * 100.0)?;
+        }
+        writeln!(f)?;
+    }
+    Ok(())
+}
+
+/// Writes the lines about totals and memory.
+pub(crate) fn totals(
+    f: &mut dyn fmt::Write,
+    image_bytes: u64,
+    layers: &[LayerBits],
+    config: &Config,
+    limits: &Limits,
+) -> fmt::Result {
+    let linears = || layers.iter().filter(|l| l.layer.is_some());
+    let (weights, bits): (u64, u64) = (linears().map(|l| l.weights).sum(), linears().map(|l| l.bits).sum());
+    writeln!(f, "linears: {:.1} M weights, {:.3} bits each", weights as f64 / 1e6, bits as f64 / weights as f64)?;
+    writeln!(f, "image:   {} ({image_bytes} bytes)", size(image_bytes))?;
+    let plan = Plan::new(config, limits);
+    let kv = match limits.kv {
+        KvFormat::F32 => "f32",
+        KvFormat::F16 => "f16",
+        KvFormat::I8 => "i8",
+    };
+    let bytes = |blocks: usize| size(blocks as u64 * 64);
+    writeln!(
+        f,
+        "memory:  {} = state {} (context {}, {kv} keys and values) + scratch {} (batch {}) + sampler {}; weights are \
+         used where the image lies",
+        size(plan.bytes()),
+        bytes(plan.state),
+        limits.context,
+        bytes(plan.scratch),
+        limits.batch,
+        bytes(plan.sampler),
+    )
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} ({})", self.name, self.architecture)?;
+        self.notes.iter().try_for_each(|note| writeln!(f, "  {note}"))?;
+        table(f, &self.sections)?;
+        totals(f, self.image_bytes, &self.layers, &self.config, &self.limits)?;
+        writeln!(f, "planned and actual bits agree in all {} layers", self.config.layers)
+    }
+}

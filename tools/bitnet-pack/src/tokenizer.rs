@@ -1,0 +1,204 @@
+//! The tokenizer, the chat template, and the tokens that start and end things.
+//!
+//! Which tokenizer is told by the files that are there and by what is in them, never by the model's name. It is converted
+//! once, here, into the form that the runtime loads.
+use crate::Error;
+use crate::checkpoint::{Checkpoint, Table, table};
+use crate::files::{Input, read_capped};
+use bitnet_runtime::image::{CHAT_TEMPLATE_MAX, StopIds};
+use kitoken::{Definition, InsertionPosition, Kitoken, Processing, Token};
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// Longest tokenizer file.
+pub const FILE_BYTES_MAX: u64 = 1 << 26;
+
+/// What turns text into tokens and back, ready for an image.
+#[derive(Clone, Debug, Default)]
+pub struct Text {
+    /// kitoken's own form, if there is a tokenizer.
+    pub tokenizer: Option<Vec<u8>>,
+    /// The token that starts a conversation.
+    pub bos: Option<u32>,
+    /// Tokens that end a reply.
+    pub stop: StopIds,
+    /// Jinja, or empty.
+    pub chat_template: String,
+}
+
+/// Tokens that end a turn wherever they are control tokens, whatever the configuration says.
+const TURN_ENDS: [&str; 4] = ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"];
+
+/// The tokenizer files of a directory, the preferred kind first.
+///
+/// # Errors
+/// If the directory cannot be read.
+pub fn candidates(directory: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut found: Vec<PathBuf> = ["tokenizer.json", "tokenizer.model"].map(|name| directory.join(name)).into();
+    let entries = directory.read_dir().map_err(|e| Error::io(directory, "read", e))?;
+    let paths = entries.flatten().map(|e| e.path());
+    let mut tiktoken: Vec<PathBuf> = paths.filter(|p| p.extension().is_some_and(|e| e == "tiktoken")).collect();
+    tiktoken.sort();
+    found.append(&mut tiktoken);
+    found.retain(|path| path.exists());
+    Ok(found)
+}
+
+/// Reads everything that belongs to text. `chosen` overrides the choice among several tokenizers.
+///
+/// # Errors
+/// If files disagree with one another or with the configuration, or cannot be read.
+pub fn read(checkpoint: &Checkpoint, table: &mut Table, chosen: Option<&Path>) -> Result<Text, Error> {
+    let definition = match chosen {
+        Some(path) => Some((path.to_path_buf(), convert(path)?)),
+        None => choose(&candidates(checkpoint.directory())?)?,
+    };
+    let vocab = table.config.vocab;
+    let settings = checkpoint.json("tokenizer_config.json")?.unwrap_or(Value::Null);
+    let generation = checkpoint.json("generation_config.json")?;
+    let (generation_bos, generation_eos) = match &generation {
+        Some(config) => table::generation_ids(&checkpoint.directory().join("generation_config.json"), config)?,
+        None => (None, Vec::new()),
+    };
+    let mut tokenizer = None;
+    if let Some((path, definition)) = &definition {
+        let bytes = definition.to_vec();
+        check(path, definition, &bytes, vocab)?;
+        let (name, tokens) = (path.file_name().unwrap_or_default().to_string_lossy(), ids(definition).len());
+        table.notes.push(format!("tokenizer: {name}, {tokens} tokens, {} bytes in the image", bytes.len()));
+        tokenizer = Some(bytes);
+    } else {
+        table.notes.push("tokenizer: none found; the image takes and gives token ids only".into());
+    }
+    let definition = definition.map(|(_, definition)| definition);
+    let bos = bos(&settings, definition.as_ref(), table.bos.or(generation_bos), &mut table.notes);
+    let mut stop = table.eos.clone();
+    stop.extend(generation_eos);
+    stop.extend(TURN_ENDS.iter().filter_map(|name| special(definition.as_ref()?, name)));
+    let mut seen = BTreeSet::new();
+    stop.retain(|&id| seen.insert(id));
+    if let Some(id) = bos.iter().chain(&stop).find(|&&id| id >= vocab) {
+        let (key, what) = ("bos_token_id or eos_token_id".into(), format!("the vocabulary has {vocab} tokens"));
+        return Err(Error::Config { path: checkpoint.config_path(), key, value: id.to_string(), what });
+    }
+    let stop = StopIds::new(&stop)
+        .ok_or_else(|| Error::Options(format!("{} tokens end a reply, at most {} fit", stop.len(), StopIds::MAX)))?;
+    Ok(Text { tokenizer, bos, stop, chat_template: chat_template(checkpoint, &settings)? })
+}
+
+/// The tokenizer among several: any, if they agree in the number of tokens.
+fn choose(paths: &[PathBuf]) -> Result<Option<(PathBuf, Definition)>, Error> {
+    let mut chosen: Option<(PathBuf, Definition)> = None;
+    for path in paths {
+        let definition = convert(path)?;
+        let Some((first, chosen)) = &chosen else {
+            chosen = Some((path.clone(), definition));
+            continue;
+        };
+        let (a, b) = (ids(chosen).len(), ids(&definition).len());
+        if a != b {
+            let what = format!(
+                "has {b} tokens, but {} has {a}; choose one of them with --tokenizer FILE",
+                first.file_name().unwrap_or_default().to_string_lossy()
+            );
+            return Err(Error::tokenizer(path, what));
+        }
+    }
+    Ok(chosen)
+}
+
+/// Reads a tokenizer of any kind that is known; the kind is told by the bytes.
+fn convert(path: &Path) -> Result<Definition, Error> {
+    let input = Input::open(path)?;
+    let start = input.start()?;
+    let trimmed = start.trim_ascii_start();
+    if !trimmed.starts_with(b"{")
+        && let Some(foreign) = input.foreign()?
+    {
+        return Err(Error::foreign(path, foreign));
+    }
+    let bytes = read_capped(path, FILE_BYTES_MAX)?;
+    let (kind, definition) = if trimmed.starts_with(b"{") {
+        ("tokenizer.json", Definition::from_tokenizers_slice(&bytes))
+    } else if start.starts_with(b"\n") {
+        // The first field of a sentencepiece model is a list of pieces: tag 1, a length-delimited value.
+        ("sentencepiece", Definition::from_sentencepiece_slice(&bytes))
+    } else if start.contains(&b' ') || bytes.iter().take(4096).any(|&b| b == b' ') {
+        ("tiktoken", Definition::from_tiktoken_slice(&bytes))
+    } else {
+        return Err(Error::tokenizer(path, "neither tokenizer.json nor a sentencepiece model nor a tiktoken file"));
+    };
+    let mut definition = definition.map_err(|e| Error::tokenizer(path, format!("cannot be read as {kind}: {e}")))?;
+    // Sentencepiece models without padding have a padding token of number -1.
+    definition.specials.retain(|special| special.id != Token::INVALID);
+    // A training run's settings for batches: they would cut off or fill up every text.
+    definition.config.processing.retain(|p| !matches!(p, Processing::Pad { .. } | Processing::Truncate { .. }));
+    Ok(definition)
+}
+
+/// Every token that can come out.
+fn ids(definition: &Definition) -> BTreeSet<u32> {
+    let vocab = definition.model.vocab().iter().map(|t| t.id);
+    vocab.chain(definition.specials.iter().map(|s| s.id)).collect()
+}
+
+/// Checks that the runtime can load the tokenizer, and that it makes no tokens beyond the vocabulary.
+fn check(path: &Path, definition: &Definition, bytes: &[u8], vocab: u32) -> Result<(), Error> {
+    let ids = ids(definition);
+    if let Some(id) = ids.last().filter(|&&id| id >= vocab) {
+        return Err(Error::tokenizer(path, format!("token {id} lies outside the model's vocabulary of {vocab}")));
+    }
+    if ids.is_empty() {
+        return Err(Error::tokenizer(path, "holds no tokens"));
+    }
+    Kitoken::from_slice(bytes).map_err(|e| Error::tokenizer(path, format!("not supported: {e}")))?;
+    Ok(())
+}
+
+fn special(definition: &Definition, name: &str) -> Option<u32> {
+    definition.specials.iter().find(|s| s.bytes == name.as_bytes()).map(|s| s.id)
+}
+
+/// The token that starts a conversation. A model's configuration often names one that its tokenizer never adds, so the
+/// tokenizer decides where there is one.
+fn bos(
+    settings: &Value,
+    definition: Option<&Definition>,
+    configured: Option<u32>,
+    notes: &mut Vec<String>,
+) -> Option<u32> {
+    let named = || {
+        let token = &settings["bos_token"];
+        let token = token.as_str().or_else(|| token["content"].as_str())?;
+        special(definition?, token)
+    };
+    match settings["add_bos_token"].as_bool() {
+        Some(false) => return None,
+        Some(true) => return configured.or_else(named),
+        None => {}
+    }
+    let Some(definition) = definition else { return configured };
+    // kitoken calls it the start of a part where the tokenizer adds it to both parts of a pair.
+    let starts = [InsertionPosition::SequenceStart, InsertionPosition::SubSequenceStart];
+    let start = definition.config.templates.iter().find(|t| starts.contains(&t.position));
+    let added = start.and_then(|template| special(definition, &template.content));
+    if let (None, Some(id)) = (added, configured) {
+        notes.push(format!("bos: none; the tokenizer does not add {id}, which config.json names"));
+    }
+    added
+}
+
+/// From `chat_template.jinja`, or from `tokenizer_config.json`: one template, or that called "default".
+fn chat_template(checkpoint: &Checkpoint, settings: &Value) -> Result<String, Error> {
+    let path = checkpoint.directory().join("chat_template.jinja");
+    let template = if path.exists() {
+        let bytes = read_capped(&path, CHAT_TEMPLATE_MAX as u64)?;
+        String::from_utf8(bytes).map_err(|_| Error::not_readable(&path, "not UTF-8"))?
+    } else {
+        let template = &settings["chat_template"];
+        let of_list = || template.as_array()?.iter().find(|t| t["name"] == "default")?["template"].as_str();
+        template.as_str().or_else(of_list).unwrap_or_default().into()
+    };
+    Ok(template)
+}

@@ -1,0 +1,226 @@
+//! Whether an image is sound: header, lengths, zeros where zeros must be, every checksum, and every weight's code.
+use crate::Error;
+use crate::files::Input;
+use crate::report::{Progress, SectionReport};
+use bitnet_kernel::{Block, Format};
+use bitnet_runtime::Image;
+use bitnet_runtime::error::ImageError;
+use bitnet_runtime::image::{Encoding, HEADER_BYTES_MAX, Kind, PREFIX_BYTES, Record, UNIT_ROWS};
+use kitoken::Kitoken;
+use std::path::Path;
+use xxhash_rust::xxh3::Xxh3Default;
+use zerocopy::{FromBytes, IntoBytes};
+
+/// What was verified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verified {
+    /// Bytes of the image.
+    pub bytes: u64,
+    /// Its sections.
+    pub sections: usize,
+    /// Weights in its matrices.
+    pub weights: u64,
+}
+
+/// An image's file and the bytes of its header. Nothing has been believed yet.
+#[derive(Debug)]
+pub struct Opened {
+    input: Input,
+    header: Vec<u8>,
+}
+
+impl Opened {
+    /// Reads as much of a file as a header can take.
+    ///
+    /// # Errors
+    /// If it is no regular file, or does not start as an image does.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let input = Input::open(path)?;
+        let mut start = vec![0; input.bytes.min(PREFIX_BYTES as u64) as usize];
+        input.read_at(0, &mut start)?;
+        let claimed = Image::header_bytes(&start).map_err(|error| Error::Image { path: path.into(), error })?;
+        // The claim is capped by what is allowed and by what is there; the validator tells what is wrong with it.
+        let most = (PREFIX_BYTES + HEADER_BYTES_MAX as usize).min(usize::try_from(input.bytes).unwrap_or(usize::MAX));
+        let mut header = vec![0; claimed.min(most)];
+        input.read_at(0, &mut header)?;
+        Ok(Self { input, header })
+    }
+    /// The checked header.
+    ///
+    /// # Errors
+    /// What the validator says.
+    pub fn image(&self) -> Result<Image<'_>, Error> {
+        Image::check(&self.header, self.input.bytes).map_err(|error| self.wrong(error))
+    }
+    fn wrong(&self, error: ImageError) -> Error {
+        Error::Image { path: self.input.path.clone(), error }
+    }
+    fn damaged(&self, offset: u64, what: impl Into<String>) -> Error {
+        Error::Damaged { path: self.input.path.clone(), offset, what: what.into() }
+    }
+}
+
+/// Verifies all of an image.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn verify(path: &Path) -> Result<Verified, Error> {
+    verify_with(path, &mut ())
+}
+
+/// [`verify`], telling how far it is.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn verify_with(path: &Path, progress: &mut dyn Progress) -> Result<Verified, Error> {
+    let opened = Opened::open(path)?;
+    let image = opened.image()?;
+    progress.start(image.file_bytes());
+    let mut verifier = Verifier { opened: &opened, progress, buffer: Vec::new() };
+    let mut end = opened.header.len() as u64;
+    let mut weights = 0;
+    for (index, record) in image.sections().records().iter().enumerate() {
+        let start = u64::from(record.start.get()) * Block::BYTES as u64;
+        verifier.zeros(end, start)?;
+        verifier.section(&image, index, record)?;
+        end = start + u64::from(record.blocks.get()) * Block::BYTES as u64;
+        weights += SectionReport::of(record).map_or(0, |s| s.weights());
+    }
+    let sections = image.sections().records().len();
+    Ok(Verified { bytes: image.file_bytes(), sections, weights })
+}
+
+/// Bytes that are read at once where a section has no units.
+const CHUNK: usize = 1 << 18;
+
+struct Verifier<'a> {
+    opened: &'a Opened,
+    progress: &'a mut dyn Progress,
+    buffer: Vec<Block>,
+}
+
+impl Verifier<'_> {
+    fn read(&mut self, offset: u64, blocks: usize) -> Result<&[Block], Error> {
+        if self.progress.cancelled() {
+            return Err(Error::Interrupted);
+        }
+        if self.buffer.len() < blocks {
+            self.buffer.resize(blocks, Block::ZERO);
+        }
+        let buffer = &mut self.buffer[..blocks];
+        self.opened.input.read_at(offset, buffer.as_mut_bytes())?;
+        self.progress.advance((blocks * Block::BYTES) as u64);
+        Ok(buffer)
+    }
+
+    fn zeros(&mut self, from: u64, to: u64) -> Result<(), Error> {
+        let mut padding = vec![0; (to - from) as usize];
+        self.opened.input.read_at(from, &mut padding)?;
+        match padding.iter().position(|&b| b != 0) {
+            Some(at) => Err(self.opened.damaged(from + at as u64, "padding that is not zero")),
+            None => Ok(()),
+        }
+    }
+
+    fn section(&mut self, image: &Image<'_>, index: usize, record: &Record) -> Result<(), Error> {
+        let report = SectionReport::of(record).expect("the record was checked");
+        self.progress.section(report.kind.name());
+        let mut sum = Xxh3Default::new();
+        let offset = u64::from(record.start.get()) * Block::BYTES as u64;
+        // The checksum first: damage is better named as such than as one of its consequences.
+        let mut at = 0;
+        while at < record.blocks.get() as usize {
+            let blocks = (record.blocks.get() as usize - at).min(CHUNK / Block::BYTES);
+            sum.update(self.read(offset + (at * Block::BYTES) as u64, blocks)?.as_bytes());
+            at += blocks;
+        }
+        if sum.digest() != record.checksum.get() {
+            return Err(self.opened.wrong(ImageError::SectionChecksum { index: index as u32, kind: report.kind }));
+        }
+        match report.encoding {
+            Encoding::Matrix(_) => self.matrix(record, &report),
+            Encoding::Vector => self.vector(record, &report),
+            Encoding::Bytes => self.tokenizer(image),
+        }
+    }
+
+    fn vector(&mut self, record: &Record, report: &SectionReport) -> Result<(), Error> {
+        let offset = u64::from(record.start.get()) * Block::BYTES as u64;
+        let blocks = self.read(offset, record.blocks.get() as usize)?;
+        let values = <[f32]>::ref_from_bytes(blocks.as_bytes()).expect("a block is 16 floats");
+        let wrong = values
+            .iter()
+            .enumerate()
+            .find(|&(i, v)| if i < report.cols as usize { !v.is_finite() } else { v.to_bits() != 0 });
+        match wrong {
+            Some((i, v)) => {
+                let what = format!("{}: element {i} is {v}", name(report));
+                Err(self.opened.damaged(offset + 4 * i as u64, what))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn matrix(&mut self, record: &Record, report: &SectionReport) -> Result<(), Error> {
+        let tensor = record.tensor().expect("a matrix");
+        for u in 0..tensor.units() {
+            let (extent, rows) = (tensor.unit(u), tensor.unit_rows(u));
+            let offset = u64::from(extent.start) * Block::BYTES as u64;
+            let weights = tensor.weight_blocks(rows);
+            let blocks = self.read(offset, extent.blocks as usize)?;
+            let (codes, scales) = blocks.split_at(weights);
+            if let Some((block, what)) = invalid(tensor.format, codes) {
+                let what = format!("{}: {what} in rows from {}", name(report), u as usize * UNIT_ROWS);
+                return Err(self.opened.damaged(offset + (block * Block::BYTES) as u64, what));
+            }
+            let scales = <[f32]>::ref_from_bytes(scales.as_bytes()).expect("a block is 16 floats");
+            let bad = |&(r, s): &(usize, &f32)| if r < rows { !s.is_finite() } else { s.to_bits() != 0 };
+            if let Some((r, scale)) = scales.iter().enumerate().find(bad) {
+                let what = format!("{}: the scale of row {} is {scale}", name(report), u as usize * UNIT_ROWS + r);
+                return Err(self.opened.damaged(offset + (weights * Block::BYTES + 4 * r) as u64, what));
+            }
+        }
+        Ok(())
+    }
+
+    fn tokenizer(&mut self, image: &Image<'_>) -> Result<(), Error> {
+        let (extent, bytes) = image.tokenizer().expect("it has one");
+        let offset = u64::from(extent.start) * Block::BYTES as u64;
+        let blocks = self.read(offset, extent.blocks as usize)?;
+        let (tokenizer, padding) = blocks.as_bytes().split_at(bytes);
+        if let Some(at) = padding.iter().position(|&b| b != 0) {
+            return Err(self.opened.damaged(offset + (bytes + at) as u64, "padding that is not zero"));
+        }
+        let loaded = Kitoken::from_slice(tokenizer);
+        loaded.map_err(|e| self.opened.damaged(offset, format!("the tokenizer does not load: {e}")))?;
+        Ok(())
+    }
+}
+
+fn name(report: &SectionReport) -> String {
+    match report.layer {
+        Some(layer) => format!("layer {layer}: {}", report.kind.name()),
+        None if report.kind == Kind::Head => "head".into(),
+        None => report.kind.name().into(),
+    }
+}
+
+/// The first block with a code that stands for no weight.
+fn invalid(format: Format, codes: &[Block]) -> Option<(usize, &'static str)> {
+    let (what, bad): (_, fn(&Block) -> bool) = match format {
+        Format::B1 | Format::I4 => return None,
+        Format::T2 => ("code 3", |block| any(block, |b| b & b >> 1 & 0x55 != 0)),
+        Format::TL => ("nibble 14 or 15", |block| any(block, |b| b & 0x0e == 0x0e || b & 0xe0 == 0xe0)),
+        Format::I8 => ("-128", |block| any(block, |b| b == 0x80)),
+        Format::F16 => ("a value that is not finite", |block| {
+            block.0.chunks_exact(2).fold(false, |found, b| found | (b[1] & 0x7c == 0x7c))
+        }),
+    };
+    let signs = |i: usize| format == Format::TL && i.is_multiple_of(format.step_blocks());
+    codes.iter().enumerate().find(|(i, block)| !signs(*i) && bad(block)).map(|(i, _)| (i, what))
+}
+
+/// Whether any byte is such, without a branch for each.
+fn any(block: &Block, bad: impl Fn(u8) -> bool) -> bool {
+    block.0.iter().fold(false, |found, &b| found | bad(b))
+}
