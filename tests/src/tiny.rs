@@ -587,7 +587,8 @@ mod tests {
         for text in ["the the in", odd, ""] {
             assert_eq!(tokenizer.decode(ids(text), false).unwrap(), text.as_bytes());
         }
-        let expected = [vec![BOS], ids("User: hi"), vec![EOT], ids("Assistant: ")].concat();
+        // kitoken leaves the first token to its caller.
+        let expected = [ids("User: hi"), vec![EOT], ids("Assistant: ")].concat();
         assert_eq!(tokenizer.encode("User: hi<|eot_id|>Assistant: ", true).unwrap(), expected);
     }
 }
