@@ -1,0 +1,248 @@
+//! The command as scripts and people use it.
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::LazyLock;
+
+/// The bundled model, packed once.
+static IMAGE: LazyLock<(tempfile::TempDir, PathBuf)> = LazyLock::new(|| {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("stories.bitnet");
+    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/stories-ternary");
+    bitnet_pack::pack(&checkpoint, &image, &bitnet_pack::Options::default(), &mut ()).unwrap();
+    (dir, image)
+});
+
+/// What transformers says after "Once upon a time", 24 tokens of it.
+const STORY: &str = "Once upon a time, there was a little girl named Lily. She loved to play outside in the s";
+
+fn image() -> &'static str {
+    IMAGE.1.to_str().unwrap()
+}
+
+fn bitnet(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+    command.args(args).env_remove("BITNET_BACKEND").stdin(Stdio::null());
+    command
+}
+
+/// Runs the command, which must succeed, and returns what it printed.
+fn output(args: &[&str]) -> String {
+    let Output { status, stdout, stderr } = bitnet(args).output().unwrap();
+    assert!(status.success(), "{args:?}: {}", String::from_utf8_lossy(&stderr));
+    String::from_utf8(stdout).unwrap()
+}
+
+/// Runs the command, which must fail with this code, and returns its message.
+fn failure(args: &[&str], code: i32) -> String {
+    let Output { status, stdout, stderr } = bitnet(args).output().unwrap();
+    assert_eq!(status.code(), Some(code), "{args:?}: {}", String::from_utf8_lossy(&stdout));
+    let message = String::from_utf8(stderr).unwrap();
+    assert!(!message.contains("panicked"), "{message}");
+    message
+}
+
+/// Runs the command with this standard input.
+fn with_input(args: &[&str], input: &str) -> Output {
+    let mut command = bitnet(args);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+fn greedy<'a>(prompt: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    [&["run", image(), prompt, "--temperature", "0", "--max-tokens", "24"], more].concat()
+}
+
+#[test]
+fn run_tells_the_story_however_it_is_run() {
+    let expected = format!("{STORY}\n");
+    assert_eq!(output(&greedy("Once upon a time", &[])), expected);
+    for more in [
+        ["--backend", "portable"],
+        ["--threads", "1"],
+        ["--threads", "3"],
+        ["--source", "streamed"],
+        ["--batch", "1"],
+        ["--batch", "16"],
+        ["--context", "64"],
+    ] {
+        assert_eq!(output(&greedy("Once upon a time", &more)), expected, "{more:?}");
+    }
+    let forced = bitnet(&greedy("Once upon a time", &["--stats"])).env("BITNET_BACKEND", "portable").output().unwrap();
+    assert_eq!(String::from_utf8(forced.stdout).unwrap(), expected);
+    let stats = String::from_utf8(forced.stderr).unwrap();
+    for line in
+        ["prefill: 5 tokens", "decode: 24 tokens", "backend: portable", "image size:", "RAM planned:", "RAM used:"]
+    {
+        assert!(stats.contains(line), "{line} in {stats}");
+    }
+}
+
+#[test]
+fn prompts_come_from_arguments_files_and_standard_input() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("prompt.txt");
+    std::fs::write(&file, "Once upon a time").unwrap();
+    let options = ["--temperature", "0", "--max-tokens", "24"];
+    let from_file = output(&[&["run", image(), "--file", file.to_str().unwrap()], &options[..]].concat());
+    assert_eq!(from_file, format!("{STORY}\n"));
+    for prompt in [&["-"][..], &[]] {
+        let args = [&["run", image()], prompt, &options[..]].concat();
+        let piped = with_input(&args, "Once upon a time");
+        assert_eq!(String::from_utf8(piped.stdout).unwrap(), format!("{STORY}\n"));
+    }
+    let message = failure(&["run", image(), "--file", dir.path().to_str().unwrap()], 1);
+    assert!(message.contains("is not a file"), "{message}");
+}
+
+#[test]
+fn ids_go_in_and_out() {
+    let expected = "432,383,286,261,376,298,315,421\n";
+    let options = ["--temperature", "0", "--max-tokens", "8", "--print-ids"];
+    let run = |prompt: &[&str]| output(&[&["run", image()], prompt, &options[..]].concat());
+    assert_eq!(run(&["Once upon a time"]), expected);
+    assert_eq!(run(&["--ids", "1,403,407,261,378"]), expected);
+    assert!(failure(&["run", image(), "--ids", "1,512"], 1).contains("token 512 is outside the vocabulary of 512"));
+}
+
+#[test]
+fn stop_strings_end_the_text() {
+    let text = output(&greedy("Once upon a time", &["--no-echo", "--stop", "Lily", "--stop", "dragon"]));
+    assert_eq!(text, ", there was a little girl named \n");
+}
+
+#[test]
+fn a_seed_repeats_a_text() {
+    let run = |seed| output(&["run", image(), "The", "--seed", seed, "--max-tokens", "30"]);
+    assert_eq!(run("1"), run("1"));
+    assert_ne!(run("1"), run("2"));
+}
+
+/// Whoever reads our output may go away.
+#[test]
+fn a_closed_pipe_is_no_failure() {
+    let mut child = bitnet(&["run", image(), "The", "--max-tokens", "400"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let Output { status, stderr, .. } = child.wait_with_output().unwrap();
+    assert!(status.success());
+    assert_eq!(String::from_utf8(stderr).unwrap(), "");
+}
+
+#[test]
+fn bench_reports_what_scripts_read() {
+    let args =
+        ["bench", image(), "--threads", "2", "--json", "--tokens", "4", "--prompt-tokens", "8", "--repetitions", "2"];
+    let report: serde_json::Value = serde_json::from_str(&output(&args)).unwrap();
+    for field in [
+        "prefill_tokens_per_s",
+        "decode_tokens_per_s",
+        "bytes_per_token",
+        "read_gb_per_s",
+        "bandwidth_share",
+        "plan_bytes",
+        "peak_rss_bytes",
+        "threads",
+    ] {
+        assert!(report[field].as_f64().unwrap() > 0.0, "{field} in {report}");
+    }
+    assert!(report["backend"].is_string());
+    let bytes = std::fs::metadata(image()).unwrap().len();
+    assert!(report["plan_bytes"].as_u64().unwrap() > bytes, "the image is mapped and part of the plan");
+    assert!(output(&args[..4]).contains("tokens/s"));
+}
+
+#[test]
+fn logits_are_an_array_that_numpy_reads() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("logits.npy");
+    output(&["logits", image(), "--ids", "1,17,255", "--out", out.to_str().unwrap()]);
+    let bytes = std::fs::read(&out).unwrap();
+    assert_eq!(bytes[..8], *b"\x93NUMPY\x01\x00");
+    let header = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+    assert!(header.is_multiple_of(64));
+    let text = std::str::from_utf8(&bytes[10..header]).unwrap();
+    assert!(text.starts_with("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 512), }"), "{text}");
+    assert!(text.ends_with('\n'));
+    assert_eq!(bytes.len() - header, 3 * 512 * 4);
+}
+
+#[test]
+fn perplexity_is_low_on_a_story_and_high_on_noise() {
+    let dir = tempfile::tempdir().unwrap();
+    let score = |text: &str| {
+        let file = dir.path().join("text");
+        std::fs::write(&file, text).unwrap();
+        let json = output(&["perplexity", image(), file.to_str().unwrap(), "--json"]);
+        let report: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(
+            report["bytes"].as_u64().unwrap() as usize,
+            text.len() + 1,
+            "the space before the first word counts"
+        );
+        report["nats_per_token"].as_f64().unwrap()
+    };
+    let story = score("Once upon a time, there was a little girl named Lily. She loved to play outside.");
+    let noise = score("outside. play was upon Lily She there time, Once a a girl to little loved named");
+    assert!(story < 1.5 && noise > 3.0, "{story} {noise}");
+}
+
+#[test]
+fn selftest_says_what_runs() {
+    let text = output(&["selftest"]);
+    assert!(text.contains("portable      same as portable"), "{text}");
+    assert!(text.contains("in use: "), "{text}");
+    assert!(output(&["selftest", "--backend", "portable"]).contains("same as portable"));
+}
+
+#[test]
+fn chat_without_a_template_says_so() {
+    assert!(failure(&["chat", image()], 1).contains("no chat template"));
+}
+
+#[test]
+fn wrong_files_are_named_and_explained() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = std::fs::read(image()).unwrap();
+    let cases: [(&str, &[u8], &str); 8] = [
+        ("empty", b"", "the file is empty"),
+        ("lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-LFS pointer"),
+        ("html", b"<!DOCTYPE html><html>", "HTML page"),
+        ("gguf", b"GGUF\x03\0\0\0", "bitnet-pack pack"),
+        ("ggjt", b"tjgg\x01\0\0\0", "GGJT"),
+        ("noise", b"some other file entirely", "not an image"),
+        ("short", &whole[..20], "20 bytes"),
+        ("cut", &whole[..whole.len() - 4096], "truncated"),
+    ];
+    for (name, bytes, expected) in cases {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        let message = failure(&["run", path.to_str().unwrap(), "x"], 1);
+        assert!(message.starts_with("error: ") && message.contains(name), "{message}");
+        assert!(message.contains(expected), "{name}: {message}");
+    }
+    assert!(failure(&["run", dir.path().to_str().unwrap(), "x"], 1).contains("is a directory"));
+    assert!(failure(&["run", "/nonexistent/image", "x"], 1).contains("/nonexistent/image"));
+}
+
+#[test]
+fn wrong_usage_is_code_2() {
+    for args in [
+        &["run"][..],
+        &["frobnicate"],
+        &["run", image(), "x", "--backend", "abacus"],
+        &["run", image(), "x", "--top-p", "1.5"],
+        &["run", image(), "x", "--temperature", "nan"],
+        &["run", image(), "x", "--ids", "1"],
+        &["run", image(), "x", "--threads", "0"],
+        &["run", image(), "x", "--stop", ""],
+    ] {
+        failure(args, 2);
+    }
+    let message = failure(&["run", image(), "x", "--context", "100000"], 1);
+    assert!(message.contains("context of 100000 asked for, 1 to 512 possible"), "{message}");
+}
