@@ -1,13 +1,14 @@
 //! NEON with dot products (Armv8.2, Cortex-A76 and later): 32 registers of 16 bytes, byte products by `sdot`, tables of 16
 //! entries by `tbl`.
 //!
-//! Cycles in the comments are those of a static model, `llvm-mca` with the Neoverse N1 (which stands for the Cortex-A76 of a
-//! Raspberry Pi 5), for 256 weights; no hardware was at hand. What was tried there and lost:
+//! Cycles in the comments are those of a static model, `llvm-mca-22` with the Neoverse N1 (which stands for the Cortex-A76 of a
+//! Raspberry Pi 5), for 256 products, as Rust 1.95 compiles these loops; no hardware was at hand. What was tried and lost:
 //!
-//! - T2 by one shift and four masks, 21.0 against 16.0 with three masks and one shift; single-register loads, 19.0, since the
-//!   model counts `ldr q` with an offset as two operations. Hence the loads of two and four registers.
-//! - TL with tables of 32 entries (`tbl` of two registers, the sign in the index): 29.4 against 23.3.
-//! - B1 in planes (`cmtst` and `sdot`): 16.0 against 12.3 by tables.
+//! - T2 by one shift and four masks: 5 cycles more than three masks and one shift.
+//! - TL with tables of 32 entries (`tbl` of two registers, the sign in the index): 29.4 against 23.3, both written by hand.
+//! - B1 in planes (`cmtst` and `sdot`): 16.0 against 12.3 by tables, likewise.
+//! - Loads of two registers by `ld1` in place of `ldp`, which the model counts as four operations: T2 20.6 in place of 21.6, but
+//!   TL 27.7 in place of 25.0, by moves out of the registers that `asm!` must name. Of four registers it pays: see [`load4`].
 //!
 //! There is no software prefetch: it could not be measured, and the cores in question follow a sequential stream well.
 //!
@@ -83,13 +84,18 @@ fn load2<const N: usize>(bytes: &[u8; N], at: usize) -> [uint8x16_t; 2] {
     [v.0, v.1]
 }
 
-/// The 64 bytes of a block.
+/// The 64 bytes of a block, by one `ld1`: the intrinsic becomes two `ldp`, and I8 takes 21.0 cycles in place of 16.0.
 #[target_feature(enable = "neon")]
 #[inline]
 fn load4(block: &Block) -> [uint8x16_t; 4] {
-    // SAFETY: a block is 64 bytes.
-    let v = unsafe { vld1q_u8_x4(block.0.as_ptr()) };
-    [v.0, v.1, v.2, v.3]
+    let (a, b, c, d);
+    // SAFETY: a block is 64 bytes. Nothing is written.
+    unsafe {
+        let p = block.0.as_ptr();
+        core::arch::asm!("ld1 {{v28.16b, v29.16b, v30.16b, v31.16b}}, [{0}]", in(reg) p, out("v28") a, out("v29") b,
+            out("v30") c, out("v31") d, options(pure, readonly, nostack, preserves_flags));
+    }
+    [a, b, c, d]
 }
 
 /// [`load`] of activations.
@@ -130,8 +136,8 @@ const TOKENS: usize = 4;
 #[target_feature(enable = "neon,dotprod")]
 fn products(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
     match w.format() {
-        Format::B1 => lanes_of(w, tokens, y, |w, x| matvec_b1_neon(w, x), |w, x| matmat_b1_neon(w, x)),
-        Format::TL => lanes_of(w, tokens, y, |w, x| matvec_tl_neon(w, x), |w, x| matmat_tl_neon(w, x)),
+        Format::B1 => lanes_of(w, tokens, y, |w, x| matvec_b1_neon(w, x)),
+        Format::TL => lanes_of(w, tokens, y, |w, x| matvec_tl_neon(w, x)),
         Format::T2 => planes_of(w, tokens, y, |w, x| matvec_t2_neon_dotprod(w, x), |w, x| matmat_t2_neon_dotprod(w, x)),
         Format::I4 => planes_of(w, tokens, y, |w, x| matvec_i4_neon_dotprod(w, x), |w, x| matmat_i4_neon_dotprod(w, x)),
         Format::I8 => planes_of(w, tokens, y, |w, x| matvec_i8_neon_dotprod(w, x), |w, x| matmat_i8_neon_dotprod(w, x)),
@@ -175,7 +181,7 @@ fn planes_of(
 // T2, I4, I8: planes. A lane of `sdot` is at most `2^31 / 4` in every sum below: the widest row has 65,536 columns, a quarter of
 // them in one lane, and codes at their weights are at most 192 (T2, an invalid one), 15 (I4) and 128 (I8): 16,384·192·128 < 2^29.
 
-/// The dot products of 4 rows: 3 masks, 1 shift and 4 `sdot` for 64 weights of 16 bytes, 16.0 cycles.
+/// The dot products of 4 rows: 3 masks, 1 shift and 4 `sdot` for 64 weights of 16 bytes, 21.6 cycles.
 ///
 /// Planes 1 and 2 keep their weights 4 and 16 in sums of their own, divided once at the end. All sums are multiples of them, so
 /// the shifts are exact.
@@ -208,7 +214,7 @@ fn matvec_t2_neon_dotprod(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
     dots
 }
 
-/// The dot products of 4 rows: 1 mask, 1 shift and 2 `sdot` for 32 weights, 16.0 cycles.
+/// The dot products of 4 rows: 1 mask, 1 shift and 2 `sdot` for 32 weights, 20.5 cycles.
 #[target_feature(enable = "neon,dotprod")]
 #[inline(never)]
 fn matvec_i4_neon_dotprod(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
@@ -230,7 +236,7 @@ fn matvec_i4_neon_dotprod(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
     acc.map(|[a, b]| vaddvq_s32(vaddq_s32(a, b)) - 8 * x.sum())
 }
 
-/// The dot products of 4 rows: `sdot` and nothing else, 15.0 cycles.
+/// The dot products of 4 rows: `sdot` and nothing else, 16.0 cycles.
 #[target_feature(enable = "neon,dotprod")]
 #[inline(never)]
 fn matvec_i8_neon_dotprod(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
@@ -270,7 +276,7 @@ fn matmat_i8_neon_dotprod(steps: Planes<'_>, x: [Activations<'_>; TOKENS]) -> [[
 /// The dot products of 4 rows and 4 tokens, `COLS` columns a step in planes of `BITS` bits, with codes `w + bias`.
 ///
 /// A tile of 4 by 4 sums, 4 vectors of weights, 4 of activations, a mask and a temporary; every load serves four
-/// multiplications: 12.5 cycles for 256 products of T2.
+/// multiplications: 12.9 cycles for T2, 13.2 for I4, 15.2 for I8.
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
 fn dots_of_codes_neon_dotprod<const COLS: usize, const BITS: i32>(
@@ -322,29 +328,24 @@ const LANES_FLUSH: usize = 255;
 /// A tile of a format in lanes: 64 rows, `BLOCKS` blocks a step, the last 4 of nibbles and one of signs before them in TL.
 type Lanes<'a, const BLOCKS: usize> = &'a [[Block; BLOCKS]];
 
-/// As [`planes_of`]. Two or three tokens left over are multiplied as four.
+/// Cuts a product into those of one tile with one token, tile by tile as in [`planes_of`].
+///
+/// Sharing nibbles and signs between tokens, as AVX2 does, was tried: 4 tokens with 16 rows in registers took 26.2 cycles for TL
+/// where one token takes 25.0, and 15.9 against 12.0 for B1; 2 tokens with 32 rows took 26.8. What unpacking saves goes into
+/// loads of tables and spilled sums.
 fn lanes_of<const BLOCKS: usize>(
     w: Matrix<'_>,
     tokens: &[Activations<'_>],
     y: &mut [i32],
     one: impl Fn(Lanes<'_, BLOCKS>, Activations<'_>) -> [i32; 64],
-    four: impl Fn(Lanes<'_, BLOCKS>, [Activations<'_>; TOKENS]) -> [[i32; 64]; TOKENS],
 ) {
     if w.cols() == 0 || w.rows() == 0 {
         return y.fill(0);
     }
     for (first, tile) in (0..w.rows()).step_by(64).zip(w.tiles()) {
-        let (tile, _) = tile.as_chunks();
         let here = first..w.rows().min(first + 64);
-        for (tokens, y) in tokens.chunks(TOKENS).zip(y.chunks_mut(w.rows() * TOKENS)) {
-            if let [x] = tokens {
-                y[here.clone()].copy_from_slice(&one(tile, *x)[..here.len()]);
-                continue;
-            }
-            let dots = four(tile, core::array::from_fn(|t| tokens[t.min(tokens.len() - 1)]));
-            for (y, dots) in y.chunks_exact_mut(w.rows()).zip(dots) {
-                y[here.clone()].copy_from_slice(&dots[..here.len()]);
-            }
+        for (x, y) in tokens.iter().zip(y.chunks_exact_mut(w.rows())) {
+            y[here.clone()].copy_from_slice(&one(tile.as_chunks().0, *x)[..here.len()]);
         }
     }
 }
@@ -363,28 +364,8 @@ fn matvec_tl_neon(steps: Lanes<'_, 5>, x: Activations<'_>) -> [i32; 64] {
     sums_of_lanes_neon::<5, TL_BASE>(steps, x).map(|sum| sum + constant)
 }
 
-#[target_feature(enable = "neon")]
-#[inline(never)]
-fn matmat_b1_neon(steps: Lanes<'_, 4>, x: [Activations<'_>; TOKENS]) -> [[i32; 64]; TOKENS] {
-    let constant = 16 * 8 * steps.len() as i32;
-    let mut dots = tokens_of_lanes_neon::<4, B1_BASE>(steps, x);
-    for (dots, x) in dots.iter_mut().zip(x) {
-        dots.iter_mut().for_each(|sum| *sum = 2 * (*sum + constant) - x.sum());
-    }
-    dots
-}
-
-#[target_feature(enable = "neon")]
-#[inline(never)]
-fn matmat_tl_neon(steps: Lanes<'_, 5>, x: [Activations<'_>; TOKENS]) -> [[i32; 64]; TOKENS] {
-    let constant = 16 * 8 * steps.len() as i32;
-    let mut dots = tokens_of_lanes_neon::<5, TL_BASE>(steps, x);
-    dots.iter_mut().flatten().for_each(|sum| *sum += constant);
-    dots
-}
-
 /// `Σ base · hi + lo` over the groups of 64 rows, 32 rows at a time, which share the tables while these are in registers:
-/// 23.3 cycles for TL (26.7 with 16 rows), 12.3 for B1.
+/// 25.0 cycles for TL (26.7 with 16 rows), 12.0 for B1.
 #[target_feature(enable = "neon")]
 #[inline]
 fn sums_of_lanes_neon<const BLOCKS: usize, const BASE: i16>(steps: Lanes<'_, BLOCKS>, x: Activations<'_>) -> [i32; 64] {
@@ -413,47 +394,6 @@ fn sums_of_lanes_neon<const BLOCKS: usize, const BASE: i16>(steps: Lanes<'_, BLO
             }
             for (wide, y) in wide.into_iter().zip(y.as_chunks_mut::<16>().0) {
                 add_wide::<BASE>(wide, y);
-            }
-        }
-    }
-    y
-}
-
-/// [`sums_of_lanes_neon`] for 4 tokens, 16 rows at a time: nibbles and signs are taken apart once. 8 byte sums, 16 wide ones and
-/// what a group needs just fill the registers.
-#[target_feature(enable = "neon")]
-#[inline]
-fn tokens_of_lanes_neon<const BLOCKS: usize, const BASE: i16>(
-    steps: Lanes<'_, BLOCKS>,
-    x: [Activations<'_>; TOKENS],
-) -> [[i32; 64]; TOKENS] {
-    let tables = x.map(|x| &x.tables().as_chunks::<4>().0[..steps.len()]);
-    let mut y = [[0; 64]; TOKENS];
-    for first in (0..steps.len()).step_by(LANES_FLUSH) {
-        for quarter in [0, 16, 32, 48] {
-            let mut wide = [[vdupq_n_s16(0); 4]; TOKENS];
-            for s in first..steps.len().min(first + LANES_FLUSH) {
-                let tables = [&tables[0][s], &tables[1][s], &tables[2][s], &tables[3][s]];
-                let mut sign = load(&steps[s][0].0, quarter);
-                let (mut lo, mut hi) = ([vdupq_n_s8(0); TOKENS], [vdupq_n_s8(0); TOKENS]);
-                for i in 0..4 {
-                    let v = load(&steps[s][i + BLOCKS - 4].0, quarter);
-                    for odd in 0..2 {
-                        let n = if odd == 0 { vandq_u8(v, vdupq_n_u8(15)) } else { vshrq_n_u8::<4>(v) };
-                        let negative = negative(sign);
-                        for t in 0..TOKENS {
-                            let [t_lo, t_hi] = load2(&tables[t][i].0, 32 * odd);
-                            (lo[t], hi[t]) = add_group::<BLOCKS>((lo[t], hi[t]), (t_lo, t_hi), n, negative);
-                        }
-                        sign = vaddq_u8(sign, sign);
-                    }
-                }
-                for t in 0..TOKENS {
-                    wide[t] = widen(wide[t], lo[t], hi[t]);
-                }
-            }
-            for t in 0..TOKENS {
-                add_wide::<BASE>(wide[t], &mut y[t].as_chunks_mut::<16>().0[quarter / 16]);
             }
         }
     }
