@@ -92,7 +92,8 @@ pub enum Input {
     Random,
     /// Every weight the smallest, every activation -128.
     Lowest,
-    /// Every weight the largest, every activation -128.
+    /// Every weight the largest, every activation -128; the second token of a batch is all zero, where the low parts of all
+    /// partial sums are at their smallest, 8 of them -128, and sums of them overflow first.
     Mixed,
     /// Every weight the largest, every activation 127.
     Highest,
@@ -163,7 +164,7 @@ fn check_products(
     }
     for (t, values) in memory.values.iter_mut().enumerate() {
         values[..cols].fill_with(|| match (input, t) {
-            (Input::Random, 1) => 0,
+            (Input::Random | Input::Mixed, 1) => 0,
             (Input::Random, _) => rng.next() as i8,
             (Input::Highest, _) => 127,
             (Input::Lowest | Input::Mixed, _) => -128,
