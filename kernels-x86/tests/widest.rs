@@ -1,0 +1,64 @@
+//! What the conformance suite has no memory for: the widest rows there may be, at the largest sums; and tables, entry by entry.
+use bitnet_kernel::tables::{self, B1_BASE, TL_BASE};
+use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix, format};
+
+fn backend() -> Option<&'static dyn Kernels> {
+    bitnet_kernels_x86::avx2()
+}
+
+/// Against the sum itself, `cols · w · x`: all weights and all activations of a token are alike.
+#[test]
+fn the_widest_rows_are_exact() {
+    let Some(k) = backend() else { return println!("not on this CPU") };
+    let (rows, cols) = (5, Format::COLS_MAX);
+    for f in Format::INTEGER {
+        let (low, high) = f.range();
+        for weight in [low, high] {
+            let mut blocks = vec![Block::ZERO; f.matrix_blocks(rows, cols)];
+            format::encode(f, rows, cols, &mut blocks, |_, _| weight);
+            let w = Matrix::new(f, rows, cols, &blocks).unwrap();
+            let tokens = [-128, 127, 0, -1];
+            let values = tokens.map(|x| [vec![x; cols], vec![0; f.padded_cols(cols) - cols]].concat());
+            let mut tables = vec![Block::ZERO; 4 * f.table_blocks(cols)];
+            let mut parts = tables.chunks_mut(f.table_blocks(cols).max(1));
+            let x: [Activations<'_>; 4] =
+                core::array::from_fn(|t| k.prepare(f, cols, &values[t], parts.next().unwrap_or_default()));
+            let mut y = vec![0; 4 * rows];
+            k.matmat(w, Batch::new(&x), &mut y);
+            for (t, y) in y.chunks(rows).enumerate() {
+                let want = cols as i32 * i32::from(weight) * i32::from(tokens[t]);
+                assert_eq!(y, [want; 5], "matmat {} of {weight} with {}", f.name(), tokens[t]);
+                let mut y = [0; 5];
+                k.matvec(w, x[t], &mut y);
+                assert_eq!(y, [want; 5], "matvec {} of {weight} with {}", f.name(), tokens[t]);
+            }
+        }
+    }
+}
+
+/// The parts are within `-16..=15`, which the sums rely on, and add up to what the shared tables hold.
+#[test]
+fn tables_hold_the_shared_sums() {
+    let Some(k) = backend() else { return println!("not on this CPU") };
+    // Every first activation with the ends and a middle of the others: all partial sums there are.
+    let ends = [-128, -127, -1, 0, 1, 64, 127];
+    for (f, base) in [(Format::TL, TL_BASE), (Format::B1, B1_BASE)] {
+        for rest in 0..7usize.pow(3) {
+            let group = [0, ends[rest % 7], ends[rest / 7 % 7], ends[rest / 49]];
+            let mut values: Vec<i8> = (-128..=127).flat_map(|x| [&[x], &group[1..f.group_cols()]].concat()).collect();
+            let cols = values.len();
+            values.resize(f.padded_cols(cols), 0);
+            let (mut own, mut shared) =
+                (vec![Block::ZERO; f.table_blocks(cols)], vec![Block::ZERO; f.table_blocks(cols)]);
+            k.prepare(f, cols, &values, &mut own);
+            tables::fill(f, &values, &mut shared);
+            let sums = |blocks: &[Block]| -> Vec<i16> {
+                let tables = blocks.iter().flat_map(|b| b.0.chunks(32));
+                let sum = |(&lo, &hi): (&u8, &u8)| base * i16::from(hi as i8) + i16::from(lo as i8) + 16;
+                tables.flat_map(|t| t[..16].iter().zip(&t[16..]).map(sum)).collect()
+            };
+            assert_eq!(sums(&own), sums(&shared), "{} {group:?}", f.name());
+            assert!(own.iter().flat_map(|b| b.0).all(|part| (-16..=15).contains(&(part as i8))));
+        }
+    }
+}
