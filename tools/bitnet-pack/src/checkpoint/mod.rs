@@ -12,13 +12,16 @@ use crate::files::{Input, read_capped, read_json};
 use bitnet_runtime::error::Foreign;
 use core::fmt;
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Longest `config.json`, and other small JSON files.
 pub const CONFIG_BYTES_MAX: u64 = 1 << 20;
+/// Longest JSON file about text: some `tokenizer_config.json` list every special token. Read as a whole, it takes many times
+/// its length.
+pub const TEXT_BYTES_MAX: u64 = 1 << 21;
 /// Longest shard index.
 pub const INDEX_BYTES_MAX: u64 = 1 << 24;
 /// Most shards.
@@ -167,7 +170,7 @@ impl Checkpoint {
     /// If it is there and cannot be read.
     pub fn json(&self, name: &str) -> Result<Option<Value>, Error> {
         let path = self.directory.join(name);
-        if path.exists() { read_json(&path, INDEX_BYTES_MAX).map(Some) } else { Ok(None) }
+        if path.exists() { read_json(&path, TEXT_BYTES_MAX).map(Some) } else { Ok(None) }
     }
 }
 
@@ -218,6 +221,10 @@ fn read_index(path: &Path) -> Result<WeightMap, Error> {
                 fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pairs, A::Error> {
                     let mut pairs = Vec::new();
                     while let Some(pair) = map.next_entry()? {
+                        if pairs.len() == safetensors::TENSORS_MAX {
+                            let most = safetensors::TENSORS_MAX;
+                            return Err(de::Error::custom(format_args!("more than {most} tensors")));
+                        }
                         pairs.push(pair);
                     }
                     Ok(Pairs(pairs))

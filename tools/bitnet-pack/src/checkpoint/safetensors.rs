@@ -7,14 +7,16 @@ use crate::files::Input;
 use bitnet_runtime::error::Foreign;
 use core::fmt;
 use serde::Deserialize;
-use serde::de::{self, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{self, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use std::io::{BufReader, Read};
 use std::path::Path;
 
-/// Longest header, as in the reference implementation.
-pub const HEADER_BYTES_MAX: u64 = 100_000_000;
+/// Longest header: 256 bytes for each of the most tensors. A file that claims more would be believed with as much memory.
+pub const HEADER_BYTES_MAX: u64 = 1 << 24;
 /// Most tensors in one file.
 pub const TENSORS_MAX: usize = 1 << 16;
+/// Most dimensions of a tensor.
+pub const DIMENSIONS_MAX: usize = 8;
 
 /// Element types that are known by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,8 +93,31 @@ pub struct TensorInfo {
 #[serde(deny_unknown_fields)]
 struct RawTensor {
     dtype: String,
+    #[serde(deserialize_with = "dimensions")]
     shape: Vec<u64>,
     data_offsets: (u64, u64),
+}
+
+/// A list of dimensions that ends early: each takes four times the memory of its text.
+fn dimensions<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D::Error> {
+    struct DimensionsVisitor;
+    impl<'de> Visitor<'de> for DimensionsVisitor {
+        type Value = Vec<u64>;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list of dimensions")
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<u64>, A::Error> {
+            let mut shape = Vec::new();
+            while let Some(dimension) = list.next_element()? {
+                if shape.len() == DIMENSIONS_MAX {
+                    return Err(de::Error::custom(format_args!("more than {DIMENSIONS_MAX} dimensions")));
+                }
+                shape.push(dimension);
+            }
+            Ok(shape)
+        }
+    }
+    deserializer.deserialize_seq(DimensionsVisitor)
 }
 
 /// The header's entries in their order. A map would hide names that occur twice.

@@ -217,12 +217,17 @@ impl Table {
         let (storage, linear_norm_eps) = quantization(&reader, class)?;
         let shape = shape(&reader, class, linear_norm_eps)?;
         let (theta, scaling) = rotation(&reader, default_theta, &mut notes)?;
+        let frequencies = rope::frequencies(theta, shape.head_dim, scaling);
+        if frequencies.iter().any(|f| !f.is_finite()) {
+            return reader
+                .refuse("rope_theta", "with the scaling of rope_parameters, its angles are not finite numbers");
+        }
         Ok(Self {
             architecture: architecture.into(),
             config: shape,
             tie: reader.bool_or_null("tie_word_embeddings")?,
             storage,
-            frequencies: rope::frequencies(theta, shape.head_dim, scaling),
+            frequencies,
             bos: reader.u32_or_null("bos_token_id")?,
             eos: ids(&reader, "eos_token_id")?,
             notes,
