@@ -277,7 +277,7 @@ fn interrupted_packing_leaves_nothing() {
     for after in [0, 1, 8_000, 15_000] {
         let place = Place::new();
         Checkpoint::new(SMALL, Storage::Multiply).write(&place.source());
-        let error = place.refused(&named(), &mut Stop { after, done: 0 });
+        let error = place.refused("interrupted", &named(), &mut Stop { after, done: 0 });
         assert!(matches!(error, Error::Interrupted), "{error}");
     }
     let place = Place::new();

@@ -151,9 +151,9 @@ fn every_bit_of_the_header() {
         file.seek(SeekFrom::Start(at as u64)).unwrap();
         file.write_all(&[byte]).unwrap();
     };
-    for at in 0..64 + header_len(&bytes) {
+    for (at, &byte) in bytes[..64 + header_len(&bytes)].iter().enumerate() {
         for bit in 0..8 {
-            put(at, bytes[at] ^ 1 << bit);
+            put(at, byte ^ 1 << bit);
             let what = format!("bit {bit} of byte {at}");
             let message = refused(&what, &path);
             let expected = match at {
@@ -165,7 +165,7 @@ fn every_bit_of_the_header() {
             };
             assert_says(&what, &message, &[expected]);
         }
-        put(at, bytes[at]);
+        put(at, byte);
     }
     verify(&path).unwrap();
 }

@@ -251,8 +251,9 @@ impl Place {
         image
     }
     /// Packs what is there, which must fail and leave nothing.
-    pub(crate) fn refused(&self, options: &Options, progress: &mut dyn Progress) -> Error {
-        let error = pack(&self.source(), &self.image(), options, progress).expect_err("it must be refused");
+    pub(crate) fn refused(&self, case: &str, options: &Options, progress: &mut dyn Progress) -> Error {
+        let packed = pack(&self.source(), &self.image(), options, progress);
+        let error = packed.err().unwrap_or_else(|| panic!("{case}: it must be refused"));
         assert_eq!(self.left(), [""; 0], "{error}: nothing may be left");
         error
     }
