@@ -1,1 +1,312 @@
-//! Placeholder.
+//! Images of given shapes with pseudo-random weights, for benchmarks without a download.
+//!
+//! Their speed and memory are those of a trained model of the same shape; their tokens are noise. A few MiB of random units
+//! are encoded and written again and again in random order: read from the image, one copy costs as much as another.
+use crate::Error;
+use crate::encode::{encode, encode_f16};
+use crate::pack::{Options, PROGRAM_BYTES};
+use crate::report::{LayerBits, Progress, Report, SectionReport};
+use crate::verify::{Opened, verify_with};
+use crate::write::{BUFFER_BYTES, ImageWriter, Layout, Parts};
+use bitnet_kernel::{Block, Format};
+use bitnet_runtime::Config;
+use bitnet_runtime::image::{Encoding, Kind, Section, StopIds, UNIT_ROWS, expected_sections};
+use bitnet_runtime::model::{Activation, Rope};
+use half::f16;
+use std::path::Path;
+use zerocopy::IntoBytes;
+
+/// Shapes of known models.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preset {
+    /// BitNet b1.58 2B-4T.
+    B2B4T,
+    /// bitnet_b1_58-3B.
+    B3B,
+    /// Llama3-8B-1.58.
+    B8B,
+    /// SmolLM 135M.
+    B135M,
+    /// Nothing but small.
+    Tiny,
+}
+
+impl Preset {
+    /// All of them, as options spell them.
+    pub const ALL: [(&'static str, Self); 5] =
+        [("2b4t", Self::B2B4T), ("3b", Self::B3B), ("8b", Self::B8B), ("135m", Self::B135M), ("tiny", Self::Tiny)];
+
+    /// As options spell it.
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(_, p)| *p == self).expect("all are listed").0
+    }
+    /// Its shape.
+    pub fn shape(self) -> Shape {
+        let bitnet = Config {
+            vocab: 128_256,
+            hidden: 2560,
+            ffn: 6912,
+            layers: 30,
+            heads: 20,
+            kv_heads: 5,
+            head_dim: 128,
+            context: 4096,
+            norm_eps: 1e-5,
+            activation: Activation::SquaredRelu,
+            rope: Rope::HalfSplit,
+            sub_norms: true,
+            linear_norm_eps: None,
+            tied: true,
+            formats: 1 << Format::TL as u8,
+        };
+        let llama = Config { activation: Activation::Silu, sub_norms: false, ..bitnet };
+        let heads = |c: Config, heads, kv_heads, head_dim| Config { heads, kv_heads, head_dim, ..c };
+        let size = |c: Config, vocab, hidden, ffn, layers, context| Config { vocab, hidden, ffn, layers, context, ..c };
+        let (config, theta) = match self {
+            Self::B2B4T => (bitnet, 500_000.0),
+            Self::B3B => {
+                let c = heads(size(bitnet, 32_002, 3200, 8640, 26, 2048), 32, 32, 100);
+                (Config { activation: Activation::Silu, ..c }, 10_000.0)
+            }
+            Self::B8B => {
+                let c = heads(size(llama, 128_256, 4096, 14_336, 32, 8192), 32, 8, 128);
+                (Config { tied: false, ..c }, 500_000.0)
+            }
+            Self::B135M => (heads(size(llama, 49_152, 576, 1536, 30, 2048), 9, 3, 64), 10_000.0),
+            Self::Tiny => (heads(size(bitnet, 320, 256, 512, 2, 256), 4, 2, 64), 10_000.0),
+        };
+        Shape { name: format!("dummy-{}", self.name()), config, theta }
+    }
+}
+
+/// What to make.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    /// A name for people.
+    pub name: String,
+    /// The model. `formats` is set from the options.
+    pub config: Config,
+    /// The base of the rotary frequencies.
+    pub theta: f64,
+}
+
+/// Writes an image of `shape` as `output`. The same seed gives the same bytes. It has no tokenizer.
+///
+/// # Errors
+/// If the shape is beyond the format's limits, or the system refuses.
+pub fn dummy(
+    output: &Path,
+    shape: &Shape,
+    options: &Options,
+    seed: u64,
+    progress: &mut dyn Progress,
+) -> Result<Report, Error> {
+    options.check()?;
+    let config = Config { formats: 1 << options.format as u8, ..shape.config };
+    config.check().map_err(|e| Error::Options(e.to_string()))?;
+    let limits = options.limits(&config)?;
+    let parts = Parts {
+        config,
+        limits,
+        name: options.name.clone().unwrap_or_else(|| shape.name.clone()),
+        architecture: ARCHITECTURE.into(),
+        bos: None,
+        stop: StopIds::default(),
+        chat_template: String::new(),
+    };
+    let name = parts.name.clone();
+    let layout = Layout::new(&parts, None, |s| options.encoding(s.kind))?;
+    let image_bytes = layout.file_bytes();
+    let peak_bytes = peak(&config, options);
+    progress.say(&format!("peak memory: {} MiB", peak_bytes.div_ceil(1 << 20)));
+    progress.start(image_bytes);
+    let mut writer = ImageWriter::create(output, parts, layout)?;
+    let mut maker = Maker { writer: &mut writer, progress, random: Random(seed), pools: Vec::new() };
+    for section in expected_sections(&config) {
+        maker.section(&section, options.encoding(section.kind), shape.theta)?;
+    }
+    drop(maker);
+    let finished = writer.finish()?;
+    verify_with(finished.path(), progress)?;
+    let opened = Opened::open(finished.path())?;
+    let image = opened.image()?;
+    let sections = image.sections().records().iter().filter_map(SectionReport::of).collect();
+    let layers = LayerBits::of(&image);
+    finished.publish()?;
+    let notes = vec![format!("random weights from seed {seed}: true in speed and memory; the tokens are noise")];
+    let architecture = ARCHITECTURE.into();
+    Ok(Report { name, architecture, config, limits, image_bytes, peak_bytes, sections, layers, notes })
+}
+
+/// In place of a checkpoint's class.
+const ARCHITECTURE: &str = "dummy";
+
+/// The most memory that it will take: all pools, one unit while it is made, and what the packer has anyway.
+fn peak(config: &Config, options: &Options) -> u64 {
+    let (mut shapes, mut pools, mut largest) = (Vec::new(), 0, 0);
+    for section in expected_sections(config) {
+        let Encoding::Matrix(format) = options.encoding(section.kind) else { continue };
+        let (rows, cols) = (section.rows as usize, section.cols as usize);
+        for rows in [UNIT_ROWS.min(rows), rows % UNIT_ROWS] {
+            if rows == 0 || shapes.contains(&(format, rows, cols)) {
+                continue;
+            }
+            shapes.push((format, rows, cols));
+            pools += pool_units(format, rows, cols) * format.matrix_blocks(rows, cols) * Block::BYTES;
+            // Codes of a byte, or half-precision floats.
+            largest = largest.max(rows * format.padded_cols(cols) * if format == Format::F16 { 2 } else { 1 });
+        }
+    }
+    PROGRAM_BYTES + (pools + largest + 2 * BUFFER_BYTES) as u64
+}
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+    /// Evenly within `0..n`.
+    fn below(&mut self, n: usize) -> usize {
+        (u128::from(self.next()) * n as u128 >> 64) as usize
+    }
+    /// Evenly within 0 and 1.
+    fn fraction(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 24) as f32
+    }
+    /// Evenly within `low..=high`.
+    fn within(&mut self, low: i8, high: i8) -> i8 {
+        let span = (i16::from(high) - i16::from(low) + 1) as u64;
+        (i64::from(low) + (((self.next() >> 32) * span) >> 32) as i64) as i8
+    }
+}
+
+/// Random units of one shape.
+struct Pool {
+    format: Format,
+    rows: usize,
+    cols: usize,
+    units: Vec<Vec<Block>>,
+}
+
+/// Units in a pool: 6 MiB of them, within 4 and 64.
+fn pool_units(format: Format, rows: usize, cols: usize) -> usize {
+    const POOL_BYTES: usize = 6 << 20;
+    let unit_bytes = format.matrix_blocks(rows, cols) * Block::BYTES;
+    (POOL_BYTES / unit_bytes.max(1)).clamp(4, 64)
+}
+
+/// Appends to the open section and says so, unless the user has ended it.
+fn put(writer: &mut ImageWriter, progress: &mut dyn Progress, bytes: &[u8]) -> Result<(), Error> {
+    if progress.cancelled() {
+        return Err(Error::Interrupted);
+    }
+    writer.put(bytes)?;
+    progress.advance(bytes.len() as u64);
+    Ok(())
+}
+
+struct Maker<'a> {
+    writer: &'a mut ImageWriter,
+    progress: &'a mut dyn Progress,
+    random: Random,
+    pools: Vec<Pool>,
+}
+
+impl Maker<'_> {
+    fn section(&mut self, section: &Section, encoding: Encoding, theta: f64) -> Result<(), Error> {
+        match section.layer {
+            Some(layer) => self.progress.section(&format!("layer {layer}: {}", section.kind.name())),
+            None => self.progress.section(section.kind.name()),
+        }
+        let cols = section.cols as usize;
+        match encoding {
+            Encoding::Matrix(format) => self.matrix(section, format)?,
+            _ => {
+                let values = match section.kind {
+                    Kind::RopeFrequencies => {
+                        use crate::checkpoint::rope::{Scaling, frequencies};
+                        frequencies(theta, section.cols * 2, Scaling::None)
+                    }
+                    _ => vec![1.0; cols],
+                };
+                self.writer.begin(1.0)?;
+                put(self.writer, self.progress, values.as_bytes())?;
+            }
+        }
+        self.writer.end()
+    }
+
+    fn matrix(&mut self, section: &Section, format: Format) -> Result<(), Error> {
+        let (rows, cols) = (section.rows as usize, section.cols as usize);
+        let scale = scale(format, cols);
+        self.writer.begin(if format.has_row_scales() || format == Format::F16 { 1.0 } else { scale })?;
+        let full = self.pool(format, UNIT_ROWS.min(rows), cols, scale);
+        let last = self.pool(format, rows % UNIT_ROWS, cols, scale);
+        for u in 0..rows.div_ceil(UNIT_ROWS) {
+            let unit_rows = UNIT_ROWS.min(rows - u * UNIT_ROWS);
+            let units = &self.pools[if unit_rows == UNIT_ROWS { full } else { last }].units;
+            let unit = units[self.random.below(units.len())].as_bytes();
+            put(self.writer, self.progress, unit)?;
+            if format.has_row_scales() {
+                let mut scales = [0.0; UNIT_ROWS];
+                // Each row its own, so that the rows of two copies of a unit differ and no two tokens score the same.
+                scales[..unit_rows].fill_with(|| scale * (0.5 + self.random.fraction()));
+                put(self.writer, self.progress, scales[..unit_rows.next_multiple_of(16)].as_bytes())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The pool of this shape, made when it is first asked for.
+    fn pool(&mut self, format: Format, rows: usize, cols: usize, scale: f32) -> usize {
+        let same = |p: &Pool| (p.format, p.rows, p.cols) == (format, rows, cols);
+        if let Some(i) = self.pools.iter().position(same) {
+            return i;
+        }
+        let units =
+            (0..pool_units(format, rows, cols)).map(|_| unit(format, rows, cols, scale, &mut self.random)).collect();
+        self.pools.push(Pool { format, rows, cols, units });
+        self.pools.len() - 1
+    }
+}
+
+/// What weights are multiplied by: such that a linear keeps the magnitude of its input, and logits are about 1.
+fn scale(format: Format, cols: usize) -> f32 {
+    let (low, high) = match format {
+        Format::F16 => (-127.0, 127.0),
+        _ => (f32::from(format.range().0), f32::from(format.range().1)),
+    };
+    let deviation = match format {
+        Format::B1 => 1.0,
+        _ => ((high - low + 1.0) * (high - low + 1.0) / 12.0).sqrt(),
+    };
+    1.0 / (deviation * (cols as f32).sqrt())
+}
+
+fn unit(format: Format, rows: usize, cols: usize, scale: f32, random: &mut Random) -> Vec<Block> {
+    let mut blocks = vec![Block::ZERO; format.matrix_blocks(rows, cols)];
+    let stride = format.padded_cols(cols);
+    if format == Format::F16 {
+        let mut halves = vec![0; rows * stride];
+        for row in halves.chunks_exact_mut(stride) {
+            let value = |random: &mut Random| f16::from_f32(f32::from(random.within(-127, 127)) * scale).to_bits();
+            row[..cols].iter_mut().for_each(|w| *w = value(random));
+        }
+        encode_f16(rows, cols, &halves, &mut blocks);
+        return blocks;
+    }
+    let mut codes = vec![0; rows * stride];
+    let (low, high) = format.range();
+    for row in codes.chunks_exact_mut(stride) {
+        row[..cols].iter_mut().for_each(|w| {
+            *w = if format == Format::B1 { random.within(0, 1) * 2 - 1 } else { random.within(low, high) }
+        });
+    }
+    encode(format, rows, cols, &codes, &mut blocks);
+    blocks
+}

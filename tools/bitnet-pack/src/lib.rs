@@ -19,9 +19,9 @@ pub mod write;
 
 mod files;
 
-//pub use dummy::{Preset, Shape, dummy};
+pub use dummy::{Preset, Shape, dummy};
 pub use error::Error;
-//pub use inspect::{Summary, inspect};
+pub use inspect::{Summary, inspect};
 pub use pack::{Options, pack};
 pub use report::{Progress, Report};
 pub use verify::{Verified, verify};

@@ -1,9 +1,300 @@
-//! The command.
-fn main() {
-    let mut args = std::env::args_os().skip(1);
-    let (source, output) = (args.next().unwrap(), args.next().unwrap());
-    match bitnet_pack::pack(source.as_ref(), output.as_ref(), &Default::default(), &mut ()) {
-        Ok(report) => println!("{report}"),
-        Err(e) => println!("error: {e}"),
+//! `bitnet-pack`: the command a person types to make an image, and to know what is in one.
+#![forbid(unsafe_code)]
+use bitnet_kernel::Format;
+use bitnet_pack::{Error, Options, Preset, Progress, Report};
+use bitnet_runtime::memory::KvFormat;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use core::sync::atomic::{AtomicBool, Ordering};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// Packs ternary language models into images that `bitnet` runs.
+///
+/// An image is one file with all that running needs: weights, tokenizer, chat template and a plan of the memory. Packing the
+/// same checkpoint twice gives the same bytes.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bitnet-pack pack ./bitnet-b1.58-2B-4T -o 2b4t.bitnet
+  bitnet-pack verify 2b4t.bitnet
+  bitnet-pack inspect 2b4t.bitnet
+  bitnet-pack dummy --preset 2b4t -o dummy.bitnet
+
+Exit codes: 0 done, 1 something failed (the reason is on standard error), 2 wrong usage.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Pack(Pack),
+    Verify(Verify),
+    Inspect(Inspect),
+    Dummy(Dummy),
+}
+
+/// Make an image of a checkpoint.
+///
+/// Reads models of the Hugging Face bitnet families: BitNetForCausalLM, BitnetForCausalLM, and LlamaForCausalLM with a
+/// bitnet quantization section; packed already, or as the float masters of training. The image is written under a
+/// temporary name, read back and checked, and only then renamed: if anything goes wrong, or on Ctrl-C, nothing is left.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  bitnet-pack pack ./stories -o stories.bitnet
+  bitnet-pack pack ./Falcon3-1B-Instruct-1.58bit -o falcon3.bitnet --head i4
+  bitnet-pack pack ./model/model.safetensors -o model.bitnet --context 2048 --kv i8")]
+struct Pack {
+    /// The checkpoint: a directory with config.json and model.safetensors (or shards with their index), or that file.
+    source: PathBuf,
+    /// The image to write; an image that is there already is replaced.
+    #[arg(short, long, value_name = "IMAGE")]
+    output: PathBuf,
+    /// The tokenizer: tokenizer.json, a sentencepiece model or a tiktoken file [default: the one in the directory].
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    formats: Formats,
+    #[command(flatten)]
+    plan: PlanOptions,
+}
+
+#[derive(Args, Debug)]
+struct Formats {
+    /// Format of the ternary weights: tl takes 1.67 bits each, t2 takes 2, b1 takes 1 (but no weight may be zero).
+    #[arg(long, default_value = "tl", value_parser = format(&["tl", "t2", "b1", "i4", "i8"]))]
+    format: Format,
+    /// Format of the head, which scores the tokens.
+    #[arg(long, default_value = "i8", value_parser = format(&["i8", "i4", "f16"]))]
+    head: Format,
+    /// Format of the embedding, in models where the head is not the embedding too [default: as the head].
+    #[arg(long, value_parser = format(&["i8", "i4", "f16"]))]
+    embedding: Option<Format>,
+    /// The model's name in the image [default: the directory's].
+    #[arg(long)]
+    name: Option<String>,
+}
+
+/// What the memory plan in the image is for. `bitnet` can be told otherwise when it runs.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Memory plan (can be changed when the image runs)")]
+struct PlanOptions {
+    /// Positions a conversation can have [default: the model's, at most 4096].
+    #[arg(long, value_name = "POSITIONS")]
+    context: Option<u32>,
+    /// Tokens of a prompt that share one pass over the weights, 1 to 16 [default: 8].
+    #[arg(long, value_name = "TOKENS")]
+    batch: Option<u32>,
+    /// How keys and values are kept [default: f16].
+    #[arg(long, value_parser = PossibleValuesParser::new(["f32", "f16", "i8"]).map(|kv| kv_format(&kv)))]
+    kv: Option<KvFormat>,
+}
+
+/// Show what an image holds: model, memory, and every section. Reads the header only.
+#[derive(Args, Debug)]
+struct Inspect {
+    /// The image.
+    image: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Check all of an image: header, lengths, padding, every checksum, every weight, every scale, the tokenizer.
+#[derive(Args, Debug)]
+struct Verify {
+    /// The image.
+    image: PathBuf,
+}
+
+/// Make an image of a known shape with random weights, to measure speed without a download.
+///
+/// It has no tokenizer: use it with `bitnet bench`, `bitnet logits --ids`, or `bitnet run --ids 1,2,3 --print-ids`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Presets:
+  2b4t  BitNet b1.58 2B-4T
+  3b    bitnet_b1_58-3B
+  8b    Llama3-8B-1.58
+  135m  SmolLM 135M
+  tiny  two layers, for tests
+
+Examples:
+  bitnet-pack dummy --preset 2b4t -o dummy.bitnet
+  bitnet-pack dummy --preset 8b --layers 4 --format t2 -o small.bitnet")]
+struct Dummy {
+    /// The shape.
+    #[arg(long, value_parser = preset())]
+    preset: Preset,
+    /// The image to write; an image that is there already is replaced.
+    #[arg(short, long, value_name = "IMAGE")]
+    output: PathBuf,
+    /// Another number of layers.
+    #[arg(long)]
+    layers: Option<u32>,
+    /// Another vocabulary.
+    #[arg(long, value_name = "TOKENS")]
+    vocab: Option<u32>,
+    /// The same number gives the same image.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    #[command(flatten)]
+    formats: Formats,
+    #[command(flatten)]
+    plan: PlanOptions,
+}
+
+fn format(names: &'static [&'static str]) -> impl TypedValueParser<Value = Format> {
+    let named = |name: String| Format::ALL.into_iter().find(|f| f.name() == name).expect("all are formats");
+    PossibleValuesParser::new(names.iter().copied()).map(named)
+}
+
+fn preset() -> impl TypedValueParser<Value = Preset> {
+    let named = |name: String| Preset::ALL.into_iter().find(|(n, _)| *n == name).expect("all are presets").1;
+    PossibleValuesParser::new(Preset::ALL.map(|(name, _)| name)).map(named)
+}
+
+fn kv_format(name: &str) -> KvFormat {
+    match name {
+        "f32" => KvFormat::F32,
+        "f16" => KvFormat::F16,
+        _ => KvFormat::I8,
+    }
+}
+
+fn options(formats: Formats, plan: PlanOptions, tokenizer: Option<PathBuf>) -> Options {
+    let Formats { format, head, embedding, name } = formats;
+    let PlanOptions { context, batch, kv } = plan;
+    Options { format, head, embedding, tokenizer, name, context, batch, kv }
+}
+
+/// A bar on a terminal; elsewhere only the lines.
+struct Bar {
+    bar: ProgressBar,
+    interrupted: Arc<AtomicBool>,
+}
+
+impl Bar {
+    fn new() -> Self {
+        let target =
+            if io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let style = ProgressStyle::with_template("{bar:30} {percent:>3} % of {binary_total_bytes}, {wide_msg}");
+        let bar = ProgressBar::with_draw_target(None, target).with_style(style.expect("a valid template"));
+        Self { bar, interrupted: Arc::default() }
+    }
+    /// From now on Ctrl-C ends in order, so that the temporary file is removed; a second one ends at once.
+    fn listen(self) -> Self {
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            // Without a handler the worst is a temporary file that stays.
+            let _ = signal_hook::flag::register_conditional_default(signal, Arc::clone(&self.interrupted));
+            let _ = signal_hook::flag::register(signal, Arc::clone(&self.interrupted));
+        }
+        self
+    }
+}
+
+impl Progress for Bar {
+    fn start(&mut self, bytes: u64) {
+        self.bar.reset();
+        self.bar.set_length(bytes);
+    }
+    fn say(&mut self, line: &str) {
+        self.bar.suspend(|| {
+            let _ = writeln!(io::stderr(), "{line}");
+        });
+    }
+    fn section(&mut self, name: &str) {
+        if !self.bar.is_hidden() {
+            self.bar.set_message(name.to_owned());
+        }
+    }
+    fn advance(&mut self, bytes: u64) {
+        self.bar.inc(bytes);
+    }
+    fn cancelled(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+fn run(command: Command) -> Result<String, Error> {
+    match command {
+        Command::Pack(Pack { source, output, tokenizer, formats, plan }) => {
+            let options = options(formats, plan, tokenizer);
+            let report = bitnet_pack::pack(&source, &output, &options, &mut Bar::new().listen())?;
+            Ok(written(&report, &output))
+        }
+        Command::Verify(Verify { image }) => {
+            let verified = bitnet_pack::verify::verify_with(&image, &mut Bar::new().listen())?;
+            let bitnet_pack::Verified { bytes, sections, weights } = verified;
+            Ok(format!("{}: sound ({bytes} bytes, {sections} sections, {weights} weights)\n", image.display()))
+        }
+        Command::Inspect(Inspect { image, json }) => {
+            let summary = bitnet_pack::inspect(&image)?;
+            Ok(if json { format!("{:#}\n", summary.to_json()) } else { summary.to_string() })
+        }
+        Command::Dummy(Dummy { preset, output, layers, vocab, seed, formats, plan }) => {
+            let mut shape = preset.shape();
+            let config = &mut shape.config;
+            config.layers = layers.unwrap_or(config.layers);
+            config.vocab = vocab.unwrap_or(config.vocab);
+            // A benchmark may want more positions than the model was trained for.
+            config.context = plan.context.unwrap_or(0).max(config.context);
+            let options = options(formats, plan, None);
+            let report = bitnet_pack::dummy(&output, &shape, &options, seed, &mut Bar::new().listen())?;
+            Ok(written(&report, &output))
+        }
+    }
+}
+
+/// The report, whether the packer kept to its memory, and where the image lies.
+fn written(report: &Report, output: &Path) -> String {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let promised = mib(report.peak_bytes);
+    let used = peak_rss().map_or("unknown".into(), |bytes| format!("{:.1} MiB", mib(bytes)));
+    format!(
+        "{report}packing: took {used} of memory at most, {promised:.1} MiB were promised\nwritten: {}\n",
+        output.display()
+    )
+}
+
+/// The most memory this process has had at one time, where the system tells.
+fn peak_rss() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Writes all of it at once. A pipe that its reader has closed is no failure: whoever read it has seen enough.
+fn print(text: &str) -> Result<(), io::Error> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn main() -> ExitCode {
+    let result = run(Cli::parse().command).map_err(|e| e.to_string());
+    match result.and_then(|text| print(&text).map_err(|e| format!("cannot write to standard output: {e}"))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Standard error may be closed too, and there is nobody left to tell.
+            let _ = writeln!(io::stderr(), "error: {error}");
+            ExitCode::FAILURE
+        }
     }
 }

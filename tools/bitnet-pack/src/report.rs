@@ -1,13 +1,12 @@
 //! What a person is told: while it runs, and at the end.
 use bitnet_kernel::Format;
 use bitnet_runtime::image::{Encoding, Image, Kind, Record, UNIT_ROWS};
-use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::{Config, Limits, Plan};
 use core::fmt;
 
 /// Hears how far a long operation is. `()` does not listen.
 pub trait Progress {
-    /// Before it starts: the number of bytes that will be written or checked.
+    /// Before it starts: the number of bytes that will be written or checked. Packing does one after the other.
     fn start(&mut self, bytes: u64) {
         let _ = bytes;
     }
@@ -185,19 +184,22 @@ pub struct Report {
     pub notes: Vec<String>,
 }
 
-/// `"1.2 MB"`.
+/// `"731.5 MiB"`, and `"4096 B"` where that would show as next to nothing.
 pub(crate) fn size(bytes: u64) -> String {
     match bytes {
-        0..10_000 => format!("{bytes} B"),
-        10_000..10_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
-        10_000_000..10_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{:.1} GB", bytes as f64 / 1e9),
+        0..0x10_0000 => format!("{bytes} B"),
+        _ => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
     }
 }
 
-/// Writes the table of sections, those of one kind and shape in one line.
-pub(crate) fn table(f: &mut dyn fmt::Write, sections: &[SectionReport]) -> fmt::Result {
-    writeln!(f, "{:<19} {:>4}  {:<6} {:>14} {:>7} {:>10}  scale", "section", "n", "format", "shape", "bits", "bytes")?;
+/// A text from a file, without what would move a terminal's cursor or change its colours.
+pub(crate) fn printable(text: &str) -> String {
+    text.replace(char::is_control, "\u{fffd}")
+}
+
+/// Writes the table of sections, those of one kind and format in one line.
+fn table(f: &mut dyn fmt::Write, sections: &[SectionReport]) -> fmt::Result {
+    writeln!(f, "{:<19} {:>4}  {:<6} {:>14} {:>7} {:>10}  scale", "section", "n", "format", "shape", "bits", "size")?;
     let mut done: Vec<(Kind, Encoding)> = Vec::new();
     for s in sections {
         if done.contains(&(s.kind, s.encoding)) {
@@ -239,21 +241,17 @@ pub(crate) fn totals(
     let linears = || layers.iter().filter(|l| l.layer.is_some());
     let (weights, bits): (u64, u64) = (linears().map(|l| l.weights).sum(), linears().map(|l| l.bits).sum());
     writeln!(f, "linears: {:.1} M weights, {:.3} bits each", weights as f64 / 1e6, bits as f64 / weights as f64)?;
-    writeln!(f, "image:   {} ({image_bytes} bytes)", size(image_bytes))?;
+    writeln!(f, "image:   {image_bytes} bytes, {:.1} MiB", image_bytes as f64 / f64::from(1 << 20))?;
     let plan = Plan::new(config, limits);
-    let kv = match limits.kv {
-        KvFormat::F32 => "f32",
-        KvFormat::F16 => "f16",
-        KvFormat::I8 => "i8",
-    };
     let bytes = |blocks: usize| size(blocks as u64 * 64);
     writeln!(
         f,
-        "memory:  {} = state {} (context {}, {kv} keys and values) + scratch {} (batch {}) + sampler {}; weights are \
-         used where the image lies",
+        "running: {} of memory besides the image\n         \
+         state {} (context {}, keys and values as {}), scratch {} (batch {}), sampler {}",
         size(plan.bytes()),
         bytes(plan.state),
         limits.context,
+        crate::inspect::kv(limits.kv),
         bytes(plan.scratch),
         limits.batch,
         bytes(plan.sampler),
@@ -262,10 +260,14 @@ pub(crate) fn totals(
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} ({})", self.name, self.architecture)?;
-        self.notes.iter().try_for_each(|note| writeln!(f, "  {note}"))?;
+        writeln!(f, "{} ({})", printable(&self.name), printable(&self.architecture))?;
+        self.notes.iter().try_for_each(|note| writeln!(f, "  {}", printable(note)))?;
         table(f, &self.sections)?;
         totals(f, self.image_bytes, &self.layers, &self.config, &self.limits)?;
-        writeln!(f, "planned and actual bits agree in all {} layers", self.config.layers)
+        writeln!(
+            f,
+            "checked: every section read back; bits a weight are those planned in all {} layers",
+            self.config.layers
+        )
     }
 }
