@@ -58,9 +58,8 @@ impl<'a> Matrix<'a> {
     /// If the range is outside the matrix, or starts or ends (but for the last row) inside a tile.
     pub fn slice(&self, range: Range<usize>) -> Self {
         let tile_rows = self.format.tile_rows();
-        assert!(
-            range.start.is_multiple_of(tile_rows) && (range.end.is_multiple_of(tile_rows) || range.end == self.rows)
-        );
+        let whole_tiles = range.end.is_multiple_of(tile_rows) || range.end == self.rows;
+        assert!(range.end <= self.rows && range.start.is_multiple_of(tile_rows) && whole_tiles);
         let tile_blocks = self.format.tile_blocks(self.cols);
         let blocks = &self.blocks[range.start / tile_rows * tile_blocks..range.end.div_ceil(tile_rows) * tile_blocks];
         Self { rows: range.len(), blocks, ..*self }

@@ -1,0 +1,339 @@
+//! The floating-point half of the contract against other implementations: the `half` crate, and plain sums in f64.
+mod common;
+
+use bitnet_kernel::float::{self, Cache, LANES};
+use bitnet_kernel::{Block, Format, Matrix, format};
+use common::Lcg;
+use proptest::prelude::*;
+
+/// The sign bit of a half, and the bits of the smallest infinity.
+const SIGN: u16 = 0x8000;
+const INFINITE: u16 = 0x7c00;
+
+/// Uniform in -1 to 1.
+fn uniform(lcg: &mut Lcg) -> f32 {
+    lcg.next() as f32 / 16_384.0 - 1.0
+}
+
+fn vector(n: usize, lcg: &mut Lcg) -> Vec<f32> {
+    (0..n).map(|_| uniform(lcg)).collect()
+}
+
+#[test]
+fn every_finite_half_is_exact_and_comes_back() {
+    for bits in (0..INFINITE).flat_map(|bits| [bits, bits | SIGN]) {
+        let want = half::f16::from_bits(bits).to_f32();
+        assert_eq!(float::f16_to_f32(bits).to_bits(), want.to_bits(), "{bits:#06x}");
+        assert_eq!(float::f32_to_f16(want), bits, "{bits:#06x}");
+    }
+}
+
+/// As documented: infinities and NaN become large finite numbers, so that no cache can hold what poisons a sum.
+#[test]
+fn other_halves_come_out_finite() {
+    for bits in (INFINITE..SIGN).flat_map(|bits| [bits, bits | SIGN]) {
+        let value = float::f16_to_f32(bits);
+        assert!(value.is_finite() && value.abs() >= 65_536.0, "{bits:#06x} is {value}");
+    }
+}
+
+/// The nearest half by the `half` crate, but for what `f32_to_f16` documents: it saturates where that gives infinity, and
+/// NaN is always the same one.
+fn check_f32_to_f16(x: f32) {
+    let nearest = half::f16::from_f32(x);
+    let sign = nearest.to_bits() & SIGN;
+    let want = match nearest {
+        n if n.is_nan() => sign | 0x7e00,
+        n if n.is_infinite() => sign | 0x7bff,
+        n => n.to_bits(),
+    };
+    assert_eq!(float::f32_to_f16(x), want, "{x:e}, bits {:#010x}", x.to_bits());
+}
+
+/// All halves, all numbers midway between two of them, and the neighbours of either.
+#[test]
+fn f32_to_f16_rounds_halves_to_even() {
+    for bits in 0..INFINITE {
+        let (here, next) = (float::f16_to_f32(bits), float::f16_to_f32(bits + 1));
+        for x in [here, (here + next) / 2.0] {
+            for x in [x.next_down(), x, x.next_up()] {
+                check_f32_to_f16(x);
+                check_f32_to_f16(-x);
+            }
+        }
+    }
+}
+
+#[test]
+fn f32_to_f16_at_the_edges() {
+    for (x, bits) in [
+        (0.0, 0),
+        (-0.0, SIGN),
+        (65_504.0, 0x7bff),
+        (65_519.996, 0x7bff),
+        // Halfway to a number that a half cannot hold, and beyond: the largest one.
+        (65_520.0, 0x7bff),
+        (-65_520.0, SIGN | 0x7bff),
+        (f32::MAX, 0x7bff),
+        (f32::INFINITY, 0x7bff),
+        (f32::NEG_INFINITY, SIGN | 0x7bff),
+        (f32::NAN, 0x7e00),
+        // Half of the smallest subnormal half is a tie, and goes to the even zero.
+        (2.0f32.powi(-25), 0),
+        (2.0f32.powi(-25).next_up(), 1),
+        (2.0f32.powi(-24), 1),
+        (f32::MIN_POSITIVE, 0),
+        (f32::from_bits(1), 0),
+    ] {
+        assert_eq!(float::f32_to_f16(x), bits, "{x:e}");
+        check_f32_to_f16(x);
+    }
+    // A NaN whose bits beyond the half's are all zero must not become an infinity.
+    for bits in [0x7f80_0001, 0x7fff_ffff, 0xff80_0001, 0xffff_ffff] {
+        check_f32_to_f16(f32::from_bits(bits));
+    }
+}
+
+#[test]
+fn f32_to_f16_of_any_bits() {
+    let mut lcg = Lcg(6);
+    for _ in 0..400_000 {
+        check_f32_to_f16(f32::from_bits(lcg.next() << 17 ^ lcg.next() << 8 ^ lcg.next()));
+    }
+}
+
+/// The definition in f64: the scale and each product are rounded to f32 once, then to an integer.
+fn plain_quantize(x: &[f32]) -> (f32, Vec<i8>) {
+    let absmax = x.iter().fold(0.0, |max: f64, &x| max.max(f64::from(x).abs()));
+    let scale = (127.0 / absmax.max(f64::from(1e-5f32))) as f32;
+    let code = |&x: &f32| f64::from((f64::from(x) * f64::from(scale)) as f32).round_ties_even() as i8;
+    (scale, x.iter().map(code).collect())
+}
+
+/// Both results, and zeros in what is left of `q`.
+fn check_quantize(x: &[f32]) {
+    let mut q = vec![1; x.len() + 37];
+    let scale = float::quantize(x, &mut q).expect("all are finite");
+    let (want_scale, want) = plain_quantize(x);
+    assert_eq!(scale.to_bits(), want_scale.to_bits(), "{scale} is not {want_scale}");
+    assert_eq!(q[..x.len()], want);
+    assert_eq!(q[x.len()..], [0; 37]);
+}
+
+#[test]
+fn quantize_is_the_plain_one() {
+    let mut lcg = Lcg(7);
+    for n in [0, 1, 2, 15, 16, 17, 255, 1_000, 6_912] {
+        for magnitude in [1.0, 1e-30, 9e-6, 1.1e-5, 127.0, 3e4, f32::MAX] {
+            let x: Vec<f32> = (0..n).map(|_| uniform(&mut lcg) * magnitude).collect();
+            check_quantize(&x);
+        }
+    }
+}
+
+#[test]
+fn quantize_rounds_halves_to_even() {
+    // The scale is one, so these are ties: -126.5, -125.5, …
+    let ties: Vec<f32> = (-127..127).map(|i| i as f32 + 0.5).chain([127.0]).collect();
+    check_quantize(&ties);
+    let mut q = [0; 5];
+    assert_eq!(float::quantize(&[0.5, 1.5, 2.5, -0.5, 127.0], &mut q), Some(1.0));
+    assert_eq!(q, [0, 2, 2, 0, 127]);
+}
+
+#[test]
+fn quantize_of_zeros_has_a_scale_and_no_codes() {
+    let mut q = [1; 9];
+    assert_eq!(float::quantize(&[0.0, -0.0, 0.0], &mut q), Some(127.0 / 1e-5));
+    assert_eq!(q, [0; 9]);
+    check_quantize(&[0.0; 70]);
+    check_quantize(&[f32::from_bits(1), -f32::from_bits(1)]);
+}
+
+#[test]
+fn quantize_refuses_what_is_not_finite() {
+    for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7f80_0001)] {
+        for at in [0, 15, 16, 39] {
+            let mut x = [1.0; 40];
+            x[at] = bad;
+            assert_eq!(float::quantize(&x, &mut [0; 40]), None, "{bad} at {at}");
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn quantize_of_any_finite_numbers(x in prop::collection::vec(prop::num::f32::NORMAL | prop::num::f32::SUBNORMAL, 1..80)) {
+        check_quantize(&x);
+    }
+}
+
+/// The sum of terms in `lanes` lanes, added by `fold`.
+fn sum_in_lanes(terms: &[f32], lanes: usize, fold: impl Fn(&[f32]) -> f32) -> f32 {
+    let mut sums = vec![0.0; lanes];
+    for (i, term) in terms.iter().enumerate() {
+        sums[i % lanes] += term;
+    }
+    fold(&sums)
+}
+
+/// The two halves on each other until one lane is left: the tree of the contract.
+fn by_halves(sums: &[f32]) -> f32 {
+    match sums {
+        [sum] => *sum,
+        _ => {
+            let (low, high) = sums.split_at(sums.len() / 2);
+            by_halves(&low.iter().zip(high).map(|(a, b)| a + b).collect::<Vec<_>>())
+        }
+    }
+}
+
+/// Neighbours on each other: another tree.
+fn by_neighbours(sums: &[f32]) -> f32 {
+    match sums {
+        [sum] => *sum,
+        _ => by_neighbours(&sums.chunks_exact(2).map(|pair| pair[0] + pair[1]).collect::<Vec<_>>()),
+    }
+}
+
+/// Each sum in the defined order, and the bits of one of them as a number.
+#[test]
+fn sums_are_taken_in_sixteen_lanes() {
+    let mut lcg = Lcg(8);
+    for n in [0, 1, 15, 16, 17, 31, 32, 33, 100, 1_000] {
+        let (a, b) = (vector(n, &mut lcg), vector(n, &mut lcg));
+        let terms: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a * b).collect();
+        assert_eq!(float::dot(&a, &b).to_bits(), sum_in_lanes(&terms, LANES, by_halves).to_bits(), "{n} terms");
+        let squares: Vec<f32> = a.iter().map(|a| a * a).collect();
+        assert_eq!(float::sum_of_squares(&a).to_bits(), sum_in_lanes(&squares, LANES, by_halves).to_bits());
+    }
+}
+
+/// A vector for which every other order gives other bits, so that the test above cannot pass by accident.
+#[test]
+fn another_order_gives_other_bits() {
+    let mut lcg = Lcg(9);
+    let (a, b) = (vector(1_000, &mut lcg), vector(1_000, &mut lcg));
+    let terms: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a * b).collect();
+    let dot = float::dot(&a, &b);
+    assert_eq!(dot.to_bits(), 0x3fbdc82c, "the bits of the defined order");
+    for (other, order) in [
+        (terms.iter().sum(), "one after the other"),
+        (terms.iter().rev().sum(), "from the end"),
+        (sum_in_lanes(&terms, 4, by_halves), "4 lanes"),
+        (sum_in_lanes(&terms, 8, by_halves), "8 lanes"),
+        (sum_in_lanes(&terms, 32, by_halves), "32 lanes"),
+        (sum_in_lanes(&terms, LANES, by_neighbours), "neighbours"),
+        (sum_in_lanes(&terms, LANES, |sums| sums.iter().sum()), "lanes one after the other"),
+        (a.iter().zip(&b).fold(0.0, |sum, (a, b)| a.mul_add(*b, sum)), "fused"),
+    ] {
+        let other: f32 = other;
+        assert!((other - dot).abs() < 1e-4, "{order}: {other} is far from {dot}");
+        assert_ne!(other.to_bits(), dot.to_bits(), "{order}");
+    }
+}
+
+#[test]
+fn halves_are_multiplied_as_their_values_are() {
+    let mut lcg = Lcg(10);
+    for (rows, cols) in [(1, 1), (4, 32), (5, 33), (7, 47), (3, 48), (9, 300)] {
+        let halves: Vec<u16> = (0..rows * cols).map(|_| float::f32_to_f16(uniform(&mut lcg))).collect();
+        let mut blocks = vec![Block::ZERO; Format::F16.matrix_blocks(rows, cols)];
+        format::encode_f16(rows, cols, &mut blocks, |r, c| halves[r * cols + c]);
+        let x = vector(cols, &mut lcg);
+        let mut y = vec![0.0; rows];
+        let w = Matrix::new(Format::F16, rows, cols, &blocks).expect("the blocks of the shape");
+        float::matvec_f16(w, &x, &mut y);
+        for (row, y) in halves.chunks_exact(cols).zip(y) {
+            let row: Vec<f32> = row.iter().map(|&bits| half::f16::from_bits(bits).to_f32()).collect();
+            assert_eq!(y.to_bits(), float::dot(&row, &x).to_bits(), "{rows}x{cols}");
+        }
+    }
+}
+
+/// A cache of one kind, and what it stands for.
+struct Rows {
+    floats: Vec<f32>,
+    halves: Vec<u16>,
+    codes: Vec<i8>,
+    scales: Vec<f32>,
+}
+
+impl Rows {
+    fn new(positions: usize, head_dim: usize, lcg: &mut Lcg) -> Self {
+        let floats = vector(positions * head_dim, lcg);
+        let halves = floats.iter().map(|&x| float::f32_to_f16(x)).collect();
+        let codes = (0..positions * head_dim).map(|_| (lcg.next() >> 3) as u8 as i8).collect();
+        // As a cache holds them: what makes the largest code the largest value.
+        let scales = (0..positions).map(|_| (1.0 + uniform(lcg) / 2.0) / 127.0).collect();
+        Self { floats, halves, codes, scales }
+    }
+    fn caches(&self) -> [Cache<'_>; 3] {
+        let Self { floats, halves, codes, scales } = self;
+        [Cache::F32(floats), Cache::F16(halves), Cache::I8 { codes, scales }]
+    }
+}
+
+fn values_of(cache: Cache<'_>, head_dim: usize) -> Vec<f64> {
+    match cache {
+        Cache::F32(rows) => rows.iter().map(|&x| f64::from(x)).collect(),
+        Cache::F16(rows) => rows.iter().map(|&x| half::f16::from_bits(x).to_f64()).collect(),
+        Cache::I8 { codes, scales } => {
+            let rows = codes.chunks_exact(head_dim).zip(scales);
+            rows.flat_map(|(row, &scale)| row.iter().map(move |&x| f64::from(x) * f64::from(scale))).collect()
+        }
+    }
+}
+
+/// Scores first, then weights, then the sum: in f64, over everything at once.
+fn plain_attend(q: &[f32], keys: &[f64], values: &[f64], scale: f32) -> Vec<f64> {
+    let dot = |row: &[f64]| row.iter().zip(q).map(|(k, &q)| k * f64::from(q)).sum::<f64>() * f64::from(scale);
+    let scores: Vec<f64> = keys.chunks_exact(q.len()).map(dot).collect();
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    let weighted = |i: usize| values.chunks_exact(q.len()).zip(&weights).map(|(row, w)| row[i] * w).sum::<f64>();
+    (0..q.len()).map(|i| weighted(i) / total).collect()
+}
+
+#[test]
+fn attention_is_the_plain_softmax() {
+    let mut lcg = Lcg(11);
+    for (head_dim, positions) in [(8, 1), (64, 2), (20, 63), (64, 64), (18, 65), (128, 128), (80, 300)] {
+        let (keys, values) = (Rows::new(positions, head_dim, &mut lcg), Rows::new(positions, head_dim, &mut lcg));
+        let q = vector(head_dim, &mut lcg);
+        // From weights that are nearly alike to a few that take all.
+        for scale in [0.0, 1.0 / (head_dim as f32).sqrt(), 2.0] {
+            for keys in keys.caches() {
+                for values in values.caches() {
+                    let mut out = vec![f32::NAN; head_dim];
+                    float::attend(&q, keys, values, scale, &mut out);
+                    let want = plain_attend(&q, &values_of(keys, head_dim), &values_of(values, head_dim), scale);
+                    for (got, want) in out.iter().zip(want) {
+                        let case = format!("{positions} positions of {head_dim}, scale {scale}");
+                        assert!((f64::from(*got) - want).abs() < 1e-5, "{case}: {got} is not {want}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The exponentials of such scores are beyond f32, their quotients are not. The largest score stands in the first run of
+/// positions, in the middle or at the end, so that sums of earlier runs are made smaller or not.
+#[test]
+fn attention_survives_large_scores() {
+    for best in [0, 70, 199] {
+        let keys: Vec<f32> = (0..200).map(|i| if i == best { 1e4 } else { 1e4 - 200.0 - i as f32 }).collect();
+        let values: Vec<f32> = (0..200).map(|i| i as f32).collect();
+        let mut out = [0.0];
+        float::attend(&[1.0], Cache::F32(&keys), Cache::F32(&values), 1.0, &mut out);
+        assert_eq!(out, [best as f32]);
+    }
+}
+
+#[test]
+#[should_panic(expected = "n > 0")]
+fn attention_over_nothing_is_refused() {
+    float::attend(&[1.0], Cache::F32(&[]), Cache::F32(&[]), 1.0, &mut [0.0]);
+}
