@@ -2,7 +2,7 @@
 //!
 //! The loops, and what was tried and lost, measured on a Zen 3 core unless another is named:
 //!
-//! - One software prefetch a cache line, 4 to 8 KiB ahead, into the *second* level. Without any, 35 to 50 % is lost where
+//! - One software prefetch a cache line, 2 KiB (planes) or 8 KiB (lanes) ahead, into the *second* level. Without any, 35 to 50 % is lost where
 //!   weights come from memory; it costs nothing where they come from a cache. Into the first level (T0) TL reached 77 and B1
 //!   115 weights/ns from memory on a Zen 4 core at any distance, into the second (T1) 102 and 181: there are few requests that
 //!   the first level can wait for, and the tables need its room. [`Format::I8`] gained nothing: it reads a plain stream at the
@@ -210,7 +210,7 @@ fn planes_of(
 /// of two halves, so 4 steps stay within `-32768..=32512`. At weight 1 it is a quarter of that, and the sum of both after the
 /// division by 4 at most 16384 in magnitude. All sums at weight 4 are multiples of 4, so the shift is exact.
 const T2_FLUSH: usize = 4;
-const T2_PREFETCH: usize = 4096;
+const T2_PREFETCH: usize = 2048;
 
 /// The dot products of 4 rows.
 ///
@@ -253,7 +253,7 @@ fn matvec_t2_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
 /// Steps after which the 16-bit sums of I4 are emptied: a lane is at most `2·15·128 = 3840` in magnitude, 2 planes of 2
 /// halves a step, so 2 steps give 30720.
 const I4_FLUSH: usize = 2;
-const I4_PREFETCH: usize = 4096;
+const I4_PREFETCH: usize = 2048;
 
 /// The dot products of 4 rows. 7 operations for 64 weights.
 #[target_feature(enable = "avx2")]
