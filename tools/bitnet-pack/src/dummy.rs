@@ -172,7 +172,7 @@ impl Random {
     }
     /// Evenly within `0..n`.
     fn below(&mut self, n: usize) -> usize {
-        (u128::from(self.next()) * n as u128 >> 64) as usize
+        ((u128::from(self.next()) * n as u128) >> 64) as usize
     }
     /// Evenly within 0 and 1.
     fn fraction(&mut self) -> f32 {
@@ -180,8 +180,7 @@ impl Random {
     }
     /// Evenly within `low..=high`.
     fn within(&mut self, low: i8, high: i8) -> i8 {
-        let span = (i16::from(high) - i16::from(low) + 1) as u64;
-        (i64::from(low) + (((self.next() >> 32) * span) >> 32) as i64) as i8
+        (i32::from(low) + self.below((i32::from(high) - i32::from(low) + 1) as usize) as i32) as i8
     }
 }
 
@@ -309,4 +308,57 @@ fn unit(format: Format, rows: usize, cols: usize, scale: f32, random: &mut Rando
     }
     encode(format, rows, cols, &codes, &mut blocks);
     blocks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verify;
+
+    fn write(shape: &Shape, options: &Options, seed: u64) -> (Vec<u8>, Report, u64) {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("image.bitnet");
+        let report = dummy(&path, shape, options, seed, &mut ()).unwrap();
+        let verified = verify(&path).unwrap();
+        (std::fs::read(&path).unwrap(), report, verified.weights)
+    }
+
+    #[test]
+    fn every_format_and_odd_shapes_are_sound() {
+        let tiny = Preset::Tiny.shape();
+        let odd = Config { vocab: 67, hidden: 40, ffn: 100, heads: 5, kv_heads: 1, head_dim: 6, ..tiny.config };
+        for config in [tiny.config, odd, Config { tied: false, vocab: 3, ..odd }] {
+            for format in Format::INTEGER {
+                for head in [Format::I8, Format::I4, Format::F16] {
+                    let options = Options { format, head, ..Options::default() };
+                    let shape = Shape { config, ..tiny.clone() };
+                    let (bytes, report, weights) = write(&shape, &options, 7);
+                    assert_eq!(bytes.len() as u64, report.image_bytes);
+                    assert_eq!(weights, report.layers.iter().map(|l| l.weights).sum::<u64>());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_seed_decides() {
+        let (shape, options) = (Preset::Tiny.shape(), Options::default());
+        let image = |seed| write(&shape, &options, seed).0;
+        assert!(image(1) == image(1));
+        assert!(image(1) != image(2));
+    }
+
+    #[test]
+    fn presets_have_the_weights_of_their_models() {
+        let weights = |preset: Preset| {
+            let sections = expected_sections(&preset.shape().config).filter(|s| s.rows > 1);
+            sections.map(|s| u64::from(s.rows) * u64::from(s.cols)).sum::<u64>()
+        };
+        // 2.4 and 8.0 thousand million, as the models' cards say.
+        assert_eq!(weights(Preset::B2B4T), 2_412_380_160);
+        assert_eq!(weights(Preset::B8B), 8_029_995_008);
+        for (_, preset) in Preset::ALL {
+            preset.shape().config.check().unwrap();
+        }
+    }
 }

@@ -229,3 +229,40 @@ impl Summary {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Options, Preset, dummy};
+
+    #[test]
+    fn a_person_and_a_program_are_told_the_same() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("image.bitnet");
+        let options = Options { name: Some("tiny\x1b[31m".into()), ..Options::default() };
+        dummy(&path, &Preset::Tiny.shape(), &options, 1, &mut ()).unwrap();
+        let summary = inspect(&path).unwrap();
+        let json = summary.to_json();
+        let text = summary.to_string();
+        assert!(!text.contains('\x1b'), "a name cannot colour the terminal");
+        let sections = json["sections"].as_array().unwrap();
+        assert_eq!(sections.len(), summary.sections.len());
+        for section in sections {
+            let checksum = section["checksum"].as_str().unwrap();
+            let line =
+                text.lines().find(|line| line.ends_with(checksum) && line.contains(section["kind"].as_str().unwrap()));
+            assert!(line.is_some(), "{section}");
+        }
+        // Each section starts where the one before it ends, and the last one ends the file.
+        let number = |section: &Value, key: &str| section[key].as_u64().unwrap();
+        for pair in sections.windows(2) {
+            assert_eq!(number(&pair[0], "start") + number(&pair[0], "bytes"), number(&pair[1], "start"));
+        }
+        let last = sections.last().unwrap();
+        assert_eq!(number(last, "start") + number(last, "bytes"), json["image_bytes"].as_u64().unwrap());
+        assert_eq!(json["config"]["norm_eps"], 1e-5);
+        assert_eq!(json["config"]["activation"], "relu2");
+        assert_eq!(json["text"]["tokenizer_bytes"], Value::Null);
+        assert_eq!(json["plan"]["total_bytes"], Plan::new(&summary.config, &summary.limits).bytes());
+    }
+}
