@@ -2,11 +2,11 @@
 //!
 //! The loops, and what was tried and lost, measured on a Zen 3 core unless another is named:
 //!
-//! - One software prefetch a cache line, 2 KiB (planes) or 8 KiB (lanes) ahead, into the *second* level. Without any, 35 to 50 % is lost where
-//!   weights come from memory; it costs nothing where they come from a cache. Into the first level (T0) TL reached 77 and B1
-//!   115 weights/ns from memory on a Zen 4 core at any distance, into the second (T1) 102 and 181: there are few requests that
-//!   the first level can wait for, and the tables need its room. [`Format::I8`] gained nothing: it reads a plain stream at the
-//!   speed of memory.
+//! - One software prefetch a cache line, 2 KiB ahead (planes) or 8 KiB (lanes), into the *second* level. Without any, 35 to
+//!   50 % is lost where weights come from memory; it costs nothing where they come from a cache. Into the first level (T0)
+//!   TL reached 77 and B1 115 weights/ns from memory on a Zen 4 core at 2 to 8 KiB, into the second (T1) 102 and 181. The
+//!   likely reason: few requests fit in the first level's queue, and the tables need its room. [`Format::I8`] gained
+//!   nothing: it reads a plain stream at the speed of memory.
 //! - T2: tiles of 8 rows spill registers, 5 to 10 % slower than 4. One sum a row and three shifts in place of two sums and
 //!   one shift: 30 operations for 256 weights against 26. Masks without any shift are no use: at weight 64 one lane of
 //!   `vpmaddubsw` overflows.
