@@ -38,6 +38,10 @@ impl Packed {
         blocks.as_mut_bytes().copy_from_slice(&bytes);
         Self { blocks }
     }
+    /// An image of these blocks, which need not be sound.
+    pub const fn from_blocks(blocks: Vec<Block>) -> Self {
+        Self { blocks }
+    }
     /// Its bytes.
     pub fn bytes(&self) -> &[u8] {
         self.blocks.as_bytes()

@@ -1,14 +1,17 @@
 //! The bundled model: the same logits and the same text, bit for bit, whatever computes them and wherever the weights lie.
 use bitnet_kernel::portable::Portable;
-use bitnet_kernel::{Format, Kernels};
+use bitnet_kernel::{Block, Format, Kernels};
 use bitnet_pack::Options;
+use bitnet_runtime::error::SourceError;
 use bitnet_runtime::generate::{Event, Finish, Session, Until};
+use bitnet_runtime::image::Kind;
 use bitnet_runtime::memory::KvFormat;
+use bitnet_runtime::parallel::Serial;
 use bitnet_runtime::sampler::{Sampler, Sampling};
-use bitnet_runtime::source::Mapped;
+use bitnet_runtime::source::{BlockDevice, Mapped, Streamed};
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
 use bitnet_runtime::{Error, Limits, Model, Plan, State, backend};
-use bitnet_tests::images::{Packed, Way, fingerprint};
+use bitnet_tests::images::{Disk, Packed, Way, fingerprint};
 use bitnet_tests::{golden, ids, json, max_difference, model};
 use core::ops::ControlFlow;
 use std::sync::LazyLock;
@@ -102,13 +105,12 @@ fn with_session<R>(
 ) -> R {
     let image = packed.image();
     let plan = Plan::new(&image.header().config, &limits);
-    let blocks = |n| vec![bitnet_kernel::Block::ZERO; n];
+    let blocks = |n| vec![Block::ZERO; n];
     let (mut scratch, mut state, mut sampler) = (blocks(plan.scratch), blocks(plan.state), blocks(plan.sampler));
     let mut source = Mapped::new(packed.blocks());
     let tokenizer = Tokenizer::load(&image, &mut source).unwrap();
-    let serial = bitnet_runtime::parallel::Serial;
     let state = State::new(&image.header().config, &limits, &mut state).unwrap();
-    let model = Model::new(&image, limits, backend::best(), &serial, &mut source, &mut scratch).unwrap();
+    let model = Model::new(&image, limits, backend::best(), &Serial, &mut source, &mut scratch).unwrap();
     let sampler = Sampler::new(model.config().vocab, sampling, &mut sampler).unwrap();
     f(&mut Session::new(model, state, sampler), &tokenizer)
 }
@@ -202,6 +204,76 @@ fn an_error_leaves_the_state_as_it_was() {
         let again = model.step(state, tokens[position - 1]).unwrap();
         assert_eq!(again, before);
     });
+}
+
+/// A device that fails ends the pass with an error, the state is as before, and the next pass is right.
+#[test]
+fn a_failing_device_leaves_the_state_as_it_was() {
+    struct Failing {
+        disk: Disk<'static>,
+        /// Reads until one fails.
+        left: Option<usize>,
+    }
+    impl BlockDevice for Failing {
+        fn read(&mut self, start: u32, into: &mut [Block]) -> Result<(), SourceError> {
+            if let Some(left) = &mut self.left {
+                *left = left.checked_sub(1).ok_or(SourceError::Device)?;
+            }
+            self.disk.read(start, into)
+        }
+    }
+    let image = STORIES.image();
+    let (config, limits) = (image.header().config, limits());
+    let plan = Plan::new(&config, &limits);
+    let tokens = story(9);
+    let expected = Way::plain(backend::best()).logits(&STORIES, &tokens).pop().unwrap();
+    let pass = |left, memory: &mut State<'_>| -> Result<Vec<f32>, Error> {
+        let mut staging = vec![Block::ZERO; Streamed::<Failing>::staging_blocks_min(&image)];
+        let mut scratch = vec![Block::ZERO; plan.scratch];
+        let mut source = Streamed::new(Failing { disk: Disk(STORIES.blocks()), left }, &mut staging);
+        let mut model = Model::new(&image, limits, backend::best(), &Serial, &mut source, &mut scratch)?;
+        Ok(model.prefill(memory, &tokens)?.to_vec())
+    };
+    let mut memory = vec![Block::ZERO; plan.state];
+    let mut state = State::new(&config, &limits, &mut memory).unwrap();
+    for left in [0, 1, 2, 10, 40, 100] {
+        assert_eq!(pass(Some(left), &mut state).unwrap_err(), Error::Source(SourceError::Device), "{left}");
+        assert_eq!(state.position(), 0);
+        assert_eq!(pass(None, &mut state).unwrap(), expected, "{left}");
+        state.truncate(0);
+    }
+}
+
+/// A staging buffer that is too small for a unit is an error that says so.
+#[test]
+fn too_small_a_staging_buffer_is_an_error() {
+    let image = STORIES.image();
+    let limits = limits();
+    let plan = Plan::new(&image.header().config, &limits);
+    let (mut scratch, mut memory) = (vec![Block::ZERO; plan.scratch], vec![Block::ZERO; plan.state]);
+    let enough = Streamed::<Disk<'_>>::staging_blocks_min(&image);
+    let mut staging = vec![Block::ZERO; enough - 1];
+    let mut source = Streamed::new(Disk(STORIES.blocks()), &mut staging);
+    let mut model = Model::new(&image, limits, backend::best(), &Serial, &mut source, &mut scratch).unwrap();
+    let mut state = State::new(&image.header().config, &limits, &mut memory).unwrap();
+    let error = model.step(&mut state, 1).unwrap_err();
+    let (blocks, staging) = (enough as u32, enough as u32 - 1);
+    assert_eq!(error, Error::Source(SourceError::TooLarge { blocks, staging }));
+}
+
+/// Weights that are no numbers, damaged after they were packed, are an error that names the layer.
+#[test]
+fn weights_that_are_no_numbers_are_an_error() {
+    for (kind, layer, reported) in
+        [(Kind::AttentionNorm, Some(0), 0), (Kind::FfnSubNorm, Some(2), 2), (Kind::FinalNorm, None, 4)]
+    {
+        let start = STORIES.image().sections().find(kind, layer).unwrap().start.get() as usize;
+        let mut blocks = STORIES.blocks().to_vec();
+        blocks[start].0[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        let damaged = Packed::from_blocks(blocks);
+        let error = Way::plain(backend::best()).run(&damaged, |model, state| model.step(state, 5).err());
+        assert_eq!(error, Some(Error::NotFinite { layer: reported }), "{kind:?}");
+    }
 }
 
 /// Breaking off touches nothing but the reply.

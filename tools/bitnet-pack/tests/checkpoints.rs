@@ -271,13 +271,14 @@ impl Progress for Stop {
     }
 }
 
-/// ended at the first section, in the middle and at the last one, nothing is left, and what was there before stays.
+/// ended at the first section, in the middle, at the last one and while the result is verified, nothing is left, and
+/// what was there before stays.
 #[test]
 fn interrupted_packing_leaves_nothing() {
-    for after in [0, 1, 8_000, 15_000] {
+    for after in [0, 1, 8_000, 15_000, 20_000, 25_000] {
         let place = Place::new();
         Checkpoint::new(SMALL, Storage::Multiply).write(&place.source());
-        let error = place.refused("interrupted", &named(), &mut Stop { after, done: 0 });
+        let error = place.refused(&format!("after {after}"), &named(), &mut Stop { after, done: 0 });
         assert!(matches!(error, Error::Interrupted), "{error}");
     }
     let place = Place::new();

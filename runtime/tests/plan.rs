@@ -1,0 +1,105 @@
+//! Plans: sizes that boards put into statics, and limits that keep them from overflowing.
+use bitnet_kernel::{Block, Format};
+use bitnet_runtime::error::ImageError;
+use bitnet_runtime::memory::KvFormat;
+use bitnet_runtime::model::{Activation, Rope};
+use bitnet_runtime::{Config, Limits, Plan};
+
+const CONFIG: Config = Config {
+    vocab: 128_256,
+    hidden: 2_560,
+    ffn: 6_912,
+    layers: 30,
+    heads: 20,
+    kv_heads: 5,
+    head_dim: 128,
+    context: 4_096,
+    norm_eps: 1e-5,
+    activation: Activation::SquaredRelu,
+    rope: Rope::HalfSplit,
+    sub_norms: true,
+    linear_norm_eps: None,
+    tied: true,
+    formats: 1 << Format::TL as u8,
+};
+const LIMITS: Limits = Limits { context: 64, batch: 1, kv: KvFormat::F16 };
+
+/// As a board would: the plan sizes a static.
+static STATE: [Block; Plan::new(&CONFIG, &LIMITS).state] = [Block::ZERO; Plan::new(&CONFIG, &LIMITS).state];
+
+#[test]
+fn a_plan_sizes_a_static() {
+    // Keys and values, 30 layers, 5 heads of 128, 64 positions, two bytes each.
+    assert_eq!(size_of_val(&STATE), 2 * 30 * 5 * 128 * 64 * 2);
+}
+
+#[test]
+fn the_cache_has_the_size_of_its_format() {
+    let state = |kv| Plan::new(&CONFIG, &Limits { kv, context: 4_096, ..LIMITS }).state * Block::BYTES;
+    // 76.8 kB a position in half precision.
+    assert_eq!(state(KvFormat::F16), 76_800 * 4_096);
+    assert_eq!(state(KvFormat::F32), 2 * state(KvFormat::F16));
+    // A byte an element, and four for each head and position.
+    assert_eq!(state(KvFormat::I8), 76_800 / 2 * 4_096 + 2 * 30 * 5 * 4 * 4_096);
+}
+
+#[test]
+fn memory_grows_with_the_batch_and_the_formats() {
+    let plan = |batch, formats| Plan::new(&Config { formats, ..CONFIG }, &Limits { batch, ..LIMITS }).scratch;
+    let (t2, tl, b1) = (1 << Format::T2 as u8, 1 << Format::TL as u8, 1 << Format::B1 as u8);
+    assert!(plan(8, tl) > 2 * plan(1, tl));
+    assert_eq!(plan(1, tl) - plan(1, t2), Format::TL.table_blocks(6_912));
+    assert_eq!(plan(1, tl | b1), plan(1, tl), "one table serves one format at a time");
+}
+
+#[test]
+fn every_field_has_its_limits() {
+    CONFIG.check().unwrap();
+    let wrong: [(&str, Config); 14] = [
+        ("vocab", Config { vocab: 0, ..CONFIG }),
+        ("vocab", Config { vocab: u32::MAX, ..CONFIG }),
+        ("hidden", Config { hidden: 65_537, ..CONFIG }),
+        ("ffn", Config { ffn: 0, ..CONFIG }),
+        ("layers", Config { layers: 513, ..CONFIG }),
+        ("kv_heads", Config { kv_heads: 3, ..CONFIG }),
+        ("kv_heads", Config { kv_heads: 0, ..CONFIG }),
+        ("head_dim", Config { head_dim: 127, ..CONFIG }),
+        ("head_dim", Config { head_dim: 514, ..CONFIG }),
+        ("heads * head_dim", Config { heads: 65_535, kv_heads: 1, ..CONFIG }),
+        ("context", Config { context: u32::MAX, ..CONFIG }),
+        ("norm_eps", Config { norm_eps: f32::NAN, ..CONFIG }),
+        ("linear_norm_eps", Config { linear_norm_eps: Some(-1.0), ..CONFIG }),
+        ("formats", Config { formats: 1 << Format::F16 as u8, ..CONFIG }),
+    ];
+    for (name, config) in wrong {
+        match config.check() {
+            Err(ImageError::Config { field, .. }) => assert_eq!(field, name),
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+}
+
+/// The largest sizes that pass the check overflow nothing.
+#[test]
+fn the_largest_model_has_a_plan() {
+    let w = Config::WIDTH_MAX;
+    let config = Config {
+        vocab: Config::VOCAB_MAX,
+        hidden: w,
+        ffn: w,
+        layers: Config::LAYERS_MAX,
+        heads: w / 512,
+        kv_heads: w / 512,
+        head_dim: 512,
+        context: Config::CONTEXT_MAX,
+        ..CONFIG
+    };
+    config.check().unwrap();
+    let limits = Limits { context: config.context, batch: Limits::BATCH_MAX, kv: KvFormat::F32 };
+    limits.check(&config).unwrap();
+    let plan = Plan::new(&config, &limits);
+    assert_eq!(
+        plan.state as u64 * 64,
+        2 * 4 * u64::from(Config::LAYERS_MAX) * u64::from(w) * u64::from(Config::CONTEXT_MAX)
+    );
+}
