@@ -183,10 +183,9 @@ struct Bar {
 
 impl Bar {
     fn new() -> Self {
-        let target =
-            if io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        let style = ProgressStyle::with_template("{bar:30} {percent:>3} % of {binary_total_bytes}, {wide_msg}");
-        let bar = ProgressBar::with_draw_target(None, target).with_style(style.expect("a valid template"));
+        let style = ProgressStyle::with_template("{bar:30} {percent:>3} %  {wide_msg}");
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+        let bar = bar.with_style(style.expect("a valid template"));
         Self { bar, interrupted: Arc::default() }
     }
     /// From now on Ctrl-C ends in order, so that the temporary file is removed; a second one ends at once.
@@ -202,8 +201,11 @@ impl Bar {
 
 impl Progress for Bar {
     fn start(&mut self, bytes: u64) {
-        self.bar.reset();
         self.bar.set_length(bytes);
+        self.bar.reset();
+        if io::stderr().is_terminal() {
+            self.bar.set_draw_target(ProgressDrawTarget::stderr());
+        }
     }
     fn say(&mut self, line: &str) {
         self.bar.suspend(|| {
