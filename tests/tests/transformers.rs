@@ -1,5 +1,5 @@
 //! The four checkpoints that transformers computed: the packed model gives its logits and its tokens.
-use bitnet_kernel::{Format, Kernels};
+use bitnet_kernel::Format;
 use bitnet_pack::Options;
 use bitnet_runtime::backend;
 use bitnet_runtime::memory::KvFormat;

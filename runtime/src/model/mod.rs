@@ -1,6 +1,6 @@
 //! The model: fixed configuration, fixed memory, one pass for each batch of tokens.
 //!
-//! [`config`](Config) says what the model is, [`state`](State) is one conversation, [`weights`] finds the matrices of a
+//! [`config`](Config) says what the model is, [`state`](State) is one conversation, `weights` finds the matrices of a
 //! layer, `linear` multiplies them, `forward` is the whole pass, and `ops` are the floats between the matrices.
 mod config;
 mod forward;

@@ -215,7 +215,9 @@ pub fn explain(
     loop {
         let trace = reference.trace_with(ids, Arithmetic::Dequantised, &force);
         let difference = |trace: &Trace, p: usize| crate::max_difference(&trace.logits[p], expected[p].as_ref());
-        let Some(position) = (0..ids.len()).find(|&p| !(difference(&trace, p) <= tolerance)) else {
+        // A difference that is no number is not within anything.
+        let within = |p: &usize| difference(&trace, *p) <= tolerance;
+        let Some(position) = (0..ids.len()).find(|p| !within(p)) else {
             return Ok(flips);
         };
         let now = difference(&trace, position);

@@ -1,4 +1,4 @@
-//! What an image says of itself. Reads the header only: whether the rest is sound is for [`crate::verify`].
+//! What an image says of itself. Reads the header only: whether the rest is sound is for [`crate::verify()`].
 use crate::Error;
 use crate::report::{LayerBits, SectionReport, printable, totals};
 use crate::verify::Opened;
