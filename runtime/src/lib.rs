@@ -14,6 +14,9 @@ extern crate std;
 #[cfg(target_endian = "big")]
 compile_error!("images are little-endian, and weights are used where they lie");
 
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("sizes of a plan within the limits can pass 32 bits");
+
 pub mod backend;
 pub mod error;
 #[cfg(feature = "alloc")]

@@ -6,7 +6,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use bitnet_kernel::Block;
 use core::str;
-use kitoken::{Definition, Kitoken, SpecialTokenKind};
+use kitoken::{Definition, Kitoken, SpecialTokenKind, Token};
 use zerocopy::IntoBytes;
 
 /// A model's tokenizer.
@@ -59,17 +59,21 @@ impl Tokenizer {
         let control = definition.specials.iter().filter(|s| s.kind == SpecialTokenKind::Control && !s.bytes.is_empty());
         let control = control.filter_map(|s| Some((String::from_utf8(s.bytes.clone()).ok()?, s.id))).collect();
         let ids: Vec<u32> = tokens.iter().map(|t| t.id).collect();
+        let first_byte = first_byte_token(tokens);
         let kitoken = Kitoken::from_definition(definition).map_err(|_| Error::Tokenizer)?;
-        let decode = |ids: &[u32]| kitoken.decode(ids, false).unwrap_or_default();
+        let decode = |ids: &[u32]| kitoken.decode(ids, false).ok();
         // What a token adds depends on whether it is the first: some tokenizers drop a space there. So the bytes of a token
         // are what it adds after another one, as in the middle of a text.
         let word = |bytes: &[u8]| bytes.last().is_some_and(u8::is_ascii_alphanumeric);
-        let anchor = ids.iter().copied().map(|id| (id, decode(&[id]))).find(|(_, bytes)| word(bytes));
+        let anchor = ids.iter().copied().filter_map(|id| Some((id, decode(&[id])?))).find(|(_, bytes)| word(bytes));
         let (anchor, anchor_bytes) = anchor.ok_or(Error::Tokenizer)?;
         let (mut bytes, mut ends) = (Vec::new(), Vec::with_capacity(vocab as usize));
         for id in 0..vocab {
-            let both = decode(&[anchor, id]);
-            bytes.extend_from_slice(both.strip_prefix(&*anchor_bytes).unwrap_or_default());
+            match decode(&[anchor, id]) {
+                Some(both) => bytes.extend_from_slice(both.strip_prefix(&*anchor_bytes).unwrap_or_default()),
+                // kitoken drops a token whose bytes another one has too: that of a byte which is a character as well.
+                None => bytes.extend(first_byte.and_then(|first| u8::try_from(id.checked_sub(first)?).ok())),
+            }
             ends.push(bytes.len() as u32);
         }
         bytes.shrink_to_fit();
@@ -106,6 +110,24 @@ impl Tokenizer {
     fn longest(&self) -> usize {
         (0..self.ends.len() as u32).map(|t| self.bytes(t).len()).max().unwrap_or(0)
     }
+}
+
+/// The token of byte 0, if there are tokens for all bytes in their order, as SentencePiece lays them out.
+///
+/// Bytes from 128 on are no characters by themselves, so their tokens cannot be taken for those of characters.
+fn first_byte_token(tokens: &[Token]) -> Option<u32> {
+    let mut first = None;
+    let mut found = 0;
+    for token in tokens {
+        if let [byte @ 128..=255] = *token.bytes {
+            let start = token.id.checked_sub(byte.into())?;
+            if *first.get_or_insert(start) != start {
+                return None;
+            }
+            found += 1;
+        }
+    }
+    first.filter(|_| found == 128)
 }
 
 /// Turns tokens into text piece by piece: always whole characters, never a part of a stop string.

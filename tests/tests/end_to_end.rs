@@ -320,3 +320,19 @@ fn limits_beyond_the_model_are_refused() {
 fn portable_is_portable() {
     assert_eq!(Portable.name(), "portable");
 }
+
+/// Every token gives the bytes that the checkpoint's own tokenizer.json says.
+#[test]
+fn every_token_has_its_bytes() {
+    let json = json(model("stories-ternary").join("tokenizer.json"));
+    with_session(&STORIES, limits(), Sampling::GREEDY, |_, tokenizer| {
+        for (name, id) in json["model"]["vocab"].as_object().unwrap() {
+            let id = id.as_u64().unwrap() as u32;
+            let byte = name.strip_prefix("<0x").and_then(|hex| u8::from_str_radix(hex.strip_suffix('>')?, 16).ok());
+            let expected = byte.map_or_else(|| name.replace('\u{2581}', " ").into_bytes(), |b| vec![b]);
+            let control = ["<unk>", "<s>", "</s>"].contains(&name.as_str());
+            let expected = if control { Vec::new() } else { expected };
+            assert_eq!(tokenizer.bytes(id), expected, "{id} {name}");
+        }
+    });
+}
