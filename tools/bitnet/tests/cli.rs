@@ -194,7 +194,8 @@ fn perplexity_is_low_on_a_story_and_high_on_noise() {
 #[test]
 fn selftest_says_what_runs() {
     let text = output(&["selftest"]);
-    assert!(text.contains("portable      same as portable"), "{text}");
+    assert!(text.contains("portable      the reference"), "{text}");
+    assert!(!text.contains("WRONG"), "{text}");
     assert!(text.contains("in use: "), "{text}");
     assert!(output(&["selftest", "--backend", "portable"]).contains("same as portable"));
 }
