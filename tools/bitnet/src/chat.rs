@@ -77,7 +77,7 @@ fn converse(args: &Args, interrupt: &Interrupt, opened: Opened<'_>) -> anyhow::R
         messages.push(Message { role: "user", content: line });
         let ids = template::encode(text.chat_template, &messages, &tokenizer)?;
         if ids.len() >= session.model().limits().context as usize {
-            eprintln!("(the conversation no longer fits the context; it starts again)");
+            output::note("(the conversation no longer fits the context; it starts again)\n");
             messages.drain(usize::from(args.system.is_some())..messages.len() - 1);
         }
         let ids = template::encode(text.chat_template, &messages, &tokenizer)?;

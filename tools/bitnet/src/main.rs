@@ -66,8 +66,7 @@ fn main() -> ExitCode {
         // Whoever read our output has seen enough.
         Err(e) if output::is_closed_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            // Standard error may be closed too, and there is nobody left to tell.
-            let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("error: {e:#}\n"));
+            output::note(&format!("error: {e:#}\n"));
             ExitCode::FAILURE
         }
     }

@@ -1,5 +1,5 @@
 //! `bitnet run`: continue a prompt.
-use crate::open::{ModelArgs, Opened, mib, with_model};
+use crate::open::{ModelArgs, Opened, Source, mib, with_model};
 use crate::sampling::SamplingArgs;
 use crate::{output, system};
 use anyhow::{Context as _, ensure};
@@ -120,11 +120,12 @@ fn generate(args: &Args, prompt: &str, opened: Opened<'_>) -> anyhow::Result<()>
     }
     output::write("\n")?;
     if finish == Finish::Context {
-        eprintln!("(the context of {} tokens is full)", session.model().limits().context);
+        output::note(&format!("(the context of {} tokens is full)\n", session.model().limits().context));
     }
     if args.stats {
         let speed = Speed { prompt: ids.len(), prefill, produced, decode };
-        eprint!("{}", stats(&speed, backend, threads, &planned, file_bytes));
+        let mapped = if args.model.source == Source::Mapped { file_bytes } else { 0 };
+        output::note(&stats(&speed, backend, threads, &planned, file_bytes, mapped));
     }
     Ok(())
 }
@@ -136,7 +137,7 @@ struct Speed {
     decode: Duration,
 }
 
-fn stats(speed: &Speed, backend: &str, threads: usize, planned: &str, file_bytes: u64) -> String {
+fn stats(speed: &Speed, backend: &str, threads: usize, planned: &str, file_bytes: u64, mapped: u64) -> String {
     let rate = |n: usize, t: Duration| n as f64 / t.as_secs_f64().max(1e-9);
     let Speed { prompt, prefill, produced, decode } = *speed;
     let mut s = String::new();
@@ -147,8 +148,10 @@ fn stats(speed: &Speed, backend: &str, threads: usize, planned: &str, file_bytes
     let _ = writeln!(s, "backend: {backend}, {threads} threads");
     let _ = writeln!(s, "image size: {}", mib(file_bytes));
     let _ = writeln!(s, "RAM planned: {planned}");
-    if let (Some(peak), Some(anonymous)) = (system::peak_rss(), system::anonymous_rss()) {
-        let _ = writeln!(s, "RAM used: {} at most, {} of it not backed by a file", mib(peak), mib(anonymous));
+    if let (Some(peak), Some(own)) = (system::peak_rss(), system::anonymous_rss()) {
+        // The code of the program is read from its file when it runs and dropped when memory is short, as for any program.
+        let code = mib(peak.saturating_sub(own + mapped));
+        let _ = writeln!(s, "RAM used: {} and {code} of program code", mib(own + mapped));
     }
     s
 }
