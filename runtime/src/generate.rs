@@ -45,6 +45,8 @@ pub struct Session<'m> {
     sampler: Sampler<'m>,
     /// The tokens whose keys and values the state holds.
     history: Vec<u32>,
+    /// The last token given out, if the model has not read it yet.
+    pending: Option<u32>,
 }
 
 impl<'m> Session<'m> {
@@ -55,7 +57,7 @@ impl<'m> Session<'m> {
     pub fn new(model: Model<'m>, state: State<'m>, sampler: Sampler<'m>) -> Self {
         assert_eq!(state.position(), 0, "a session starts with an empty conversation");
         let history = Vec::with_capacity(model.limits().context as usize);
-        Self { model, state, sampler, history }
+        Self { model, state, sampler, history, pending: None }
     }
     /// The model.
     pub const fn model(&self) -> &Model<'m> {
@@ -79,6 +81,7 @@ impl<'m> Session<'m> {
         let common = self.history.iter().zip(tokens).take_while(|(a, b)| a == b).count();
         // The last token is always read: its logits choose the next.
         let common = common.min(tokens.len() - 1);
+        self.pending = None;
         self.state.truncate(common);
         self.history.truncate(common);
         self.model.prefill(&mut self.state, &tokens[common..])?;
@@ -86,7 +89,8 @@ impl<'m> Session<'m> {
         Ok(tokens.len() - common)
     }
 
-    /// Continues the conversation after [`Session::prompt`] until something ends it. `each` may break it off.
+    /// Continues the conversation after [`Session::prompt`], or after a generation before, until something ends it. `each` may
+    /// break it off.
     ///
     /// Nothing is allocated per token.
     ///
@@ -108,11 +112,20 @@ impl<'m> Session<'m> {
             if produced == until.max_tokens {
                 break Finish::Length;
             }
+            if let Some(token) = self.pending {
+                if self.state.remaining() == 0 {
+                    break Finish::Context;
+                }
+                self.model.step(&mut self.state, token)?;
+                self.history.push(token);
+                self.pending = None;
+            }
             let token = self.sampler.sample(self.model.logits(), &self.history);
             if until.stop_ids.contains(&token) {
                 break Finish::Stop;
             }
             produced += 1;
+            self.pending = Some(token);
             flow = each(Event::Token(token));
             if let Some(stream) = &mut stream {
                 stream.push(token, &mut |text| {
@@ -126,13 +139,6 @@ impl<'m> Session<'m> {
             }
             if flow.is_break() {
                 break Finish::Cancelled;
-            }
-            if produced < until.max_tokens {
-                if self.state.remaining() == 0 {
-                    break Finish::Context;
-                }
-                self.model.step(&mut self.state, token)?;
-                self.history.push(token);
             }
         };
         if let Some(stream) = stream

@@ -6,7 +6,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use bitnet_kernel::Block;
 use core::str;
-use kitoken::{Definition, Kitoken, SpecialTokenKind, Token};
+use kitoken::{Decoding, Definition, Kitoken, Normalization, SpecialTokenKind, Token};
 use zerocopy::IntoBytes;
 
 /// A model's tokenizer.
@@ -53,7 +53,7 @@ impl Tokenizer {
         let definition = Definition::from_slice(serialized).map_err(|_| Error::Tokenizer)?;
         let tokens = definition.model.vocab();
         let in_range = tokens.iter().all(|t| t.id < vocab) && definition.specials.iter().all(|s| s.id < vocab);
-        if tokens.is_empty() || !in_range {
+        if tokens.is_empty() || !in_range || !is_bounded(&definition) {
             return Err(Error::Tokenizer);
         }
         let control = definition.specials.iter().filter(|s| s.kind == SpecialTokenKind::Control && !s.bytes.is_empty());
@@ -112,6 +112,20 @@ impl Tokenizer {
     }
 }
 
+/// Whether what the tokenizer adds to a text is short: a damaged or hostile one could add gigabytes to each.
+fn is_bounded(definition: &Definition) -> bool {
+    const ADDED_MAX: u32 = 16;
+    let decoding = definition.config.decoding.iter().all(|step| match step {
+        Decoding::Extend { left, right, .. } => *left <= ADDED_MAX && *right <= ADDED_MAX,
+        _ => true,
+    });
+    let normalization = definition.config.normalization.iter().all(|step| match step {
+        Normalization::Extend { left, right, .. } => *left <= ADDED_MAX && *right <= ADDED_MAX,
+        _ => true,
+    });
+    decoding && normalization
+}
+
 /// The token of byte 0, if there are tokens for all bytes in their order, as SentencePiece lays them out.
 ///
 /// Bytes from 128 on are no characters by themselves, so their tokens cannot be taken for those of characters.
@@ -143,8 +157,12 @@ pub struct TextStream<'t> {
 }
 
 impl<'t> TextStream<'t> {
-    /// A stream that ends before the first of `stops`, none of which is empty.
+    /// A stream that ends before the first of `stops`.
+    ///
+    /// # Panics
+    /// If one of them is empty.
     pub fn new(tokenizer: &'t Tokenizer, stops: &'t [String]) -> Self {
+        assert!(stops.iter().all(|stop| !stop.is_empty()), "an empty stop string is everywhere");
         let longest_stop = stops.iter().map(String::len).max().unwrap_or(0);
         let pending = Vec::with_capacity(longest_stop + 4 + tokenizer.longest());
         Self { tokenizer, stops, pending, stopped: false }

@@ -1,16 +1,17 @@
 //! The bundled model: the same logits and the same text, bit for bit, whatever computes them and wherever the weights lie.
 use bitnet_kernel::portable::Portable;
-use bitnet_kernel::{Block, Format, Kernels};
+use bitnet_kernel::{Block, Format};
 use bitnet_pack::Options;
 use bitnet_runtime::error::SourceError;
 use bitnet_runtime::generate::{Event, Finish, Session, Until};
 use bitnet_runtime::image::Kind;
 use bitnet_runtime::memory::KvFormat;
+use bitnet_runtime::model::{Activation, Rope};
 use bitnet_runtime::parallel::Serial;
 use bitnet_runtime::sampler::{Sampler, Sampling};
 use bitnet_runtime::source::{BlockDevice, Mapped, Streamed};
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
-use bitnet_runtime::{Error, Limits, Model, Plan, State, backend};
+use bitnet_runtime::{Config, Error, Limits, Model, Plan, State, backend};
 use bitnet_tests::images::{Disk, Packed, Way, fingerprint};
 use bitnet_tests::{golden, ids, json, max_difference, model};
 use core::ops::ControlFlow;
@@ -57,11 +58,11 @@ fn logits_have_one_fingerprint() {
     }
 }
 
-/// Every format of linears and of the head: one result on all backends.
+/// Every format that holds ternary linears, and every format of the head: one result on all backends.
 #[test]
 fn every_format_gives_one_result_on_every_backend() {
     let story = story(3);
-    for format in [Format::TL, Format::T2] {
+    for format in [Format::TL, Format::T2, Format::I4, Format::I8] {
         for head in [Format::I8, Format::I4, Format::F16] {
             let packed = Packed::pack(&model("stories-ternary"), &Options { format, head, ..Options::default() });
             let expected = Way::plain(&Portable).logits(&packed, &story);
@@ -276,6 +277,47 @@ fn weights_that_are_no_numbers_are_an_error() {
     }
 }
 
+/// So are scales of rows: of keys, which the cache's formats could not hold, and of gates, which a maximum could hide.
+#[test]
+fn scales_that_are_no_numbers_are_an_error() {
+    let packed = Packed::pack(&model("stories-ternary"), &Options { format: Format::I8, ..Options::default() });
+    for kind in [Kind::Key, Kind::Gate] {
+        for scale in [f32::NAN, f32::INFINITY] {
+            let tensor = packed.image().sections().find(kind, Some(1)).unwrap().tensor().unwrap();
+            let (_, _, scales) = tensor.row(0);
+            let start = scales.unwrap().0.start as usize;
+            let mut blocks = packed.blocks().to_vec();
+            blocks[start].0[..4].copy_from_slice(&scale.to_le_bytes());
+            let damaged = Packed::from_blocks(blocks);
+            let error = Way::plain(backend::best()).run(&damaged, |model, state| model.step(state, 5).err());
+            assert_eq!(error, Some(Error::NotFinite { layer: 1 }), "{kind:?} {scale}");
+        }
+    }
+}
+
+/// A generation that ended for its length goes on where it was.
+#[test]
+fn generations_continue() {
+    let generate = |parts: &[usize]| {
+        with_session(&STORIES, limits(), Sampling::GREEDY, |session, _| {
+            session.prompt(&story(0)).unwrap();
+            let mut tokens = Vec::new();
+            for &max_tokens in parts {
+                let until = Until { max_tokens, stop_ids: &[] };
+                let finish = session.generate(until, None, &mut |event| {
+                    if let Event::Token(token) = event {
+                        tokens.push(token);
+                    }
+                    ControlFlow::Continue(())
+                });
+                assert_eq!(finish, Ok(Finish::Length));
+            }
+            tokens
+        })
+    };
+    assert_eq!(generate(&[3, 1, 0, 8]), generate(&[12]));
+}
+
 /// Breaking off touches nothing but the reply.
 #[test]
 fn breaking_off_stops_within_a_token() {
@@ -315,12 +357,6 @@ fn limits_beyond_the_model_are_refused() {
     assert!(matches!(too_small, Error::Memory { given: 0, .. }), "{too_small}");
 }
 
-/// What the name says is what runs.
-#[test]
-fn portable_is_portable() {
-    assert_eq!(Portable.name(), "portable");
-}
-
 /// Every token gives the bytes that the checkpoint's own tokenizer.json says.
 #[test]
 fn every_token_has_its_bytes() {
@@ -335,4 +371,52 @@ fn every_token_has_its_bytes() {
             assert_eq!(tokenizer.bytes(id), expected, "{id} {name}");
         }
     });
+}
+
+/// Sizes that are multiples of nothing, every format of linears, both positions of the norms: one result in every way.
+#[test]
+fn odd_shapes_give_one_result_in_every_way() {
+    let config = Config {
+        vocab: 70,
+        hidden: 72,
+        ffn: 100,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 6,
+        context: 64,
+        norm_eps: 1e-5,
+        activation: Activation::Silu,
+        rope: Rope::Interleaved,
+        sub_norms: true,
+        linear_norm_eps: Some(1e-6),
+        tied: false,
+        formats: 0,
+    };
+    let plain = Config {
+        activation: Activation::SquaredRelu,
+        rope: Rope::HalfSplit,
+        sub_norms: false,
+        linear_norm_eps: None,
+        tied: true,
+        ..config
+    };
+    let tokens: Vec<u32> = (0..20).map(|i| i * 13 % 70).collect();
+    let dir = tempfile::tempdir().unwrap();
+    for (config, format) in [config, plain].into_iter().flat_map(|c| Format::INTEGER.map(|f| (c, f))) {
+        for head in [Format::I8, Format::I4, Format::F16] {
+            let path = dir.path().join("odd");
+            let shape = bitnet_pack::Shape { name: "odd".into(), config, theta: 1e4 };
+            let options = Options { format, head, ..Options::default() };
+            bitnet_pack::dummy(&path, &shape, &options, 7, &mut ()).unwrap();
+            let packed = Packed::read(&path);
+            let expected = fingerprint(&Way::plain(&Portable).logits(&packed, &tokens));
+            for kernels in backend::available() {
+                for (batch, threads, streamed) in [(1, 1, false), (7, 2, false), (16, 1, true)] {
+                    let way = Way { batch, threads, streamed, ..Way::plain(kernels) };
+                    assert_eq!(fingerprint(&way.logits(&packed, &tokens)), expected, "{format:?} {head:?} {way:?}");
+                }
+            }
+        }
+    }
 }

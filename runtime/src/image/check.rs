@@ -1,19 +1,19 @@
 //! The one validator.
 use super::header::{Header, prefix_checksum};
 use super::section::{Encoding, Kind, Record, Section, Sections, Tensor, expected_sections};
-use super::{HEADER_BYTES_MAX, MAGIC, MemoryPlan, PREFIX_BYTES, TOKENIZER_BYTES_MAX, VERSION, WEIGHTS_ALIGN, checksum};
+use super::{HEADER_BYTES_MAX, MAGIC, MemoryPlan, PREFIX_BYTES, TOKENIZER_BYTES_MAX, VERSION, WEIGHTS_ALIGN};
 use crate::error::{Foreign, ImageError};
 use crate::memory::Plan;
 use crate::source::Extent;
 use bitnet_kernel::Block;
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::FromBytes;
 
 /// A header that was checked: every section lies inside the file, has the size that its shape needs, and is what the
 /// configuration asks for at its place.
 ///
 /// Limits: those of [`crate::Config::check`]; header [`HEADER_BYTES_MAX`]; tokenizer [`TOKENIZER_BYTES_MAX`]; file 256 GiB (block
 /// numbers have 32 bits). Weights' codes and checksums of sections are not looked at, which would take time in
-/// proportion to the file: [`Image::check_section`] does that.
+/// proportion to the file: `bitnet-pack verify` does that.
 #[derive(Clone, Copy, Debug)]
 pub struct Image<'a> {
     header: Header<'a>,
@@ -166,41 +166,11 @@ impl<'a> Image<'a> {
         let last = self.sections.0.last().and_then(Record::tensor);
         last.expect("the last section is the head")
     }
-    /// The embedding's matrix: the head's where they are tied.
-    pub fn embedding(&self) -> Tensor {
-        let own = self.sections.find(Kind::Embedding, None).and_then(Record::tensor);
-        own.unwrap_or_else(|| self.head())
-    }
     /// Where the tokenizer lies, and its length in bytes.
     pub fn tokenizer(&self) -> Option<(Extent, usize)> {
         let record = self.sections.0.first().filter(|r| r.kind == Kind::Tokenizer as u8)?;
         Some((record.extent(), record.cols.get() as usize))
     }
-    /// Checks the bytes of section `index` against its checksum.
-    ///
-    /// # Errors
-    /// [`ImageError::SectionChecksum`].
-    ///
-    /// # Panics
-    /// If there is no such section, or `blocks` is not of its length.
-    pub fn check_section(&self, index: usize, blocks: &[Block]) -> Result<(), ImageError> {
-        let record = &self.sections.0[index];
-        assert_eq!(blocks.len(), record.blocks.get() as usize);
-        if checksum(blocks.as_bytes()) == record.checksum.get() {
-            return Ok(());
-        }
-        let kind = kind_at(record, &self.header.config, index);
-        Err(ImageError::SectionChecksum { index: index as u32, kind })
-    }
-}
-
-/// The kind of a checked record.
-fn kind_at(record: &Record, config: &crate::Config, index: usize) -> Kind {
-    if index == 0 && record.kind == Kind::Tokenizer as u8 {
-        return Kind::Tokenizer;
-    }
-    let mut kinds = expected_sections(config).map(|s| s.kind);
-    kinds.find(|&k| k as u8 == record.kind).expect("a checked record has an expected kind")
 }
 
 /// Checks one entry of the table, and moves `end` to the end of its section.

@@ -125,7 +125,12 @@ impl Model<'_> {
             for head in row[key_at..][..kv_width].chunks_exact_mut(head_dim) {
                 rotate(c.rope, head, rotation);
             }
-            state.put(layer as usize, position + t, &row[key_at..][..kv_width], &row[value_at..][..kv_width]);
+            // The cache's formats cannot hold these, and would make numbers of them.
+            let (keys, values) = (&row[key_at..][..kv_width], &row[value_at..][..kv_width]);
+            if !keys.iter().chain(values).all(|v| v.is_finite()) {
+                return Err(Error::NotFinite { layer });
+            }
+            state.put(layer as usize, position + t, keys, values);
         }
 
         let scale = 1.0 / libm::sqrtf(head_dim as f32);
@@ -158,6 +163,10 @@ impl Model<'_> {
 
         let s = &mut self.scratch;
         for (row, out) in s.projected.chunks_exact(width).zip(s.norm.chunks_exact_mut(ffn)).take(n) {
+            // A squared ReLU would make zero of minus infinity.
+            if !row[..ffn].iter().all(|v| v.is_finite()) {
+                return Err(Error::NotFinite { layer });
+            }
             let gate_up = row[..ffn].iter().zip(&row[padded_rows(ffn)..]);
             match c.activation {
                 Activation::SquaredRelu => {

@@ -25,12 +25,14 @@ pub(super) fn rmsnorm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
 }
 
 fn rms_scale(x: &[f32], eps: f32) -> f32 {
-    1.0 / sqrtf(float::sum_of_squares(x) / x.len() as f32 + eps)
+    let mean = float::sum_of_squares(x) / x.len() as f32;
+    // Else an infinite mean would make zeros of everything, and nobody would know.
+    if mean.is_finite() { 1.0 / sqrtf(mean + eps) } else { f32::NAN }
 }
 
-/// `max(v, 0)²`.
+/// `max(v, 0)²`; what is not a number stays none.
 pub(super) fn squared_relu(v: f32) -> f32 {
-    let v = if v > 0.0 { v } else { 0.0 };
+    let v = if v < 0.0 { 0.0 } else { v };
     v * v
 }
 

@@ -120,8 +120,8 @@ impl Store<'_> {
                 }
                 KvFormat::I8 => {
                     let row = <[i8]>::mut_from_bytes(row).expect("bytes");
-                    // A value that is not finite is caught where the attention's result is quantized.
-                    let scale = bitnet_kernel::float::quantize(x, row).map_or(f32::NAN, |s| 1.0 / s);
+                    let scale = bitnet_kernel::float::quantize(x, row).expect("the pass checked that all are finite");
+                    let scale = 1.0 / scale;
                     self.scales[head * context + position] = scale;
                 }
             }

@@ -89,7 +89,7 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let (mut model, mut state, _) = opened.load()?;
     let vocab = model.config().vocab;
     // Any tokens do: the time does not depend on them.
-    let prompt: Vec<u32> = (0..prompt_tokens).map(|i| i * 7_919 % vocab).collect();
+    let prompt: Vec<u32> = (0..prompt_tokens).map(|i| (u64::from(i) * 7_919 % u64::from(vocab)) as u32).collect();
     // Once for nothing: caches, pages, clocks.
     repetition(&mut model, &mut state, &prompt, 1)?;
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());

@@ -64,6 +64,7 @@ fn converse(args: &Args, interrupt: &Interrupt, opened: Opened<'_>) -> anyhow::R
 
     let system = args.system.clone().map(|content| Message { role: "system", content });
     let mut messages: Vec<Message> = system.into_iter().collect();
+    let first = messages.len();
     let prompt = if std::io::stdin().is_terminal() { "> " } else { "" };
     if !prompt.is_empty() {
         output::write("Ctrl-C breaks off a reply, Ctrl-D ends the conversation.\n")?;
@@ -75,13 +76,20 @@ fn converse(args: &Args, interrupt: &Interrupt, opened: Opened<'_>) -> anyhow::R
             continue;
         }
         messages.push(Message { role: "user", content: line });
-        let ids = template::encode(text.chat_template, &messages, &tokenizer)?;
-        if ids.len() >= session.model().limits().context as usize {
+        let eos = text.stop.ids().first().copied();
+        let encode = |messages: &[Message]| template::encode(text.chat_template, messages, eos, &tokenizer);
+        let mut ids = encode(&messages)?;
+        if ids.len() >= session.model().limits().context as usize && messages.len() > first + 1 {
             output::note("(the conversation no longer fits the context; it starts again)\n");
-            messages.drain(usize::from(args.system.is_some())..messages.len() - 1);
+            messages.drain(first..messages.len() - 1);
+            ids = encode(&messages)?;
         }
-        let ids = template::encode(text.chat_template, &messages, &tokenizer)?;
-        session.prompt(&ids)?;
+        // A message that is too long is not the end of the conversation.
+        if let Err(e) = session.prompt(&ids) {
+            output::note(&format!("({e})\n"));
+            messages.pop();
+            continue;
+        }
 
         let mut stream = TextStream::new(&tokenizer, &args.sampling.stops);
         let (mut reply, mut failure) = (String::new(), None);

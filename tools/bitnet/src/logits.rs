@@ -2,7 +2,6 @@
 use crate::open::{ModelArgs, with_model};
 use anyhow::{Context as _, ensure};
 use bitnet_runtime::tokenizer::Tokenizer;
-use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use zerocopy::IntoBytes;
@@ -35,24 +34,31 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         ensure!(!ids.is_empty(), "there are no tokens");
         let vocab = opened.image.header().config.vocab as usize;
         let (mut model, mut state, _) = opened.load()?;
-        let mut rows = Vec::with_capacity(ids.len() * vocab);
-        model.prefill_each(&mut state, &ids, &mut |_, logits| rows.extend_from_slice(logits))?;
-        write_npy(&args.out, vocab, &rows).with_context(|| format!("writing {}", args.out.display()))
+        let out = args.out.display();
+        let writing = || format!("writing {out}");
+        // Row by row into a file of another name: memory does not grow, and nothing half written has the name.
+        let folder = args.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut file = BufWriter::new(tempfile::NamedTempFile::new_in(folder).with_context(writing)?);
+        file.write_all(&npy_header(ids.len(), vocab)).with_context(writing)?;
+        let mut written = Ok(());
+        model.prefill_each(&mut state, &ids, &mut |_, logits| {
+            if written.is_ok() {
+                written = file.write_all(logits.as_bytes());
+            }
+        })?;
+        written.with_context(writing)?;
+        let file = file.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(writing)?;
+        file.persist(&args.out).with_context(writing)?;
+        Ok(())
     })
 }
 
-/// Writes `[rows, cols]` in version 1.0 of the format (numpy's documentation, "numpy.lib.format").
-fn write_npy(path: &Path, cols: usize, values: &[f32]) -> std::io::Result<()> {
-    let shape = format!("({}, {cols})", values.len() / cols);
-    let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}");
+/// What comes before the rows of an f32 array in version 1.0 of the format (numpy's documentation, "numpy.lib.format").
+fn npy_header(rows: usize, cols: usize) -> Vec<u8> {
+    let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {cols}), }}");
     // Magic, version and length take 10 bytes; everything before the data is a multiple of 64 and ends with a newline.
     let padded = (10 + header.len() + 1).next_multiple_of(64) - 10;
     header.extend(std::iter::repeat_n(' ', padded - 1 - header.len()));
     header.push('\n');
-    let mut out = BufWriter::new(File::create(path)?);
-    out.write_all(b"\x93NUMPY\x01\x00")?;
-    out.write_all(&(header.len() as u16).to_le_bytes())?;
-    out.write_all(header.as_bytes())?;
-    out.write_all(values.as_bytes())?;
-    out.flush()
+    [&b"\x93NUMPY\x01\x00"[..], &(header.len() as u16).to_le_bytes(), header.as_bytes()].concat()
 }

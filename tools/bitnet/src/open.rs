@@ -1,4 +1,5 @@
 //! From arguments to a model in memory.
+use crate::system;
 use anyhow::{Context as _, bail, ensure};
 use bitnet_kernel::{Block, Kernels};
 use bitnet_runtime::image::{HEADER_BYTES_MAX, PREFIX_BYTES};
@@ -120,9 +121,25 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    fn new(plan: &Plan) -> Self {
-        let blocks = |n| vec![Block::ZERO; n];
-        Self { state: blocks(plan.state), scratch: blocks(plan.scratch), sampler: blocks(plan.sampler) }
+    /// Takes what the plan says, or says why not: an image may plan for more than this machine has.
+    fn new(plan: &Plan, limits: &Limits) -> anyhow::Result<Self> {
+        let (needed, available) = (plan.bytes(), system::available_memory().unwrap_or(u64::MAX));
+        let too_large = || {
+            format!(
+                "a context of {} needs {} of memory and {} are available; use a smaller --context or --kv i8",
+                limits.context,
+                mib(needed),
+                mib(available)
+            )
+        };
+        ensure!(needed <= available, too_large());
+        let blocks = |n| {
+            let mut blocks = Vec::new();
+            blocks.try_reserve_exact(n).with_context(too_large)?;
+            blocks.resize(n, Block::ZERO);
+            anyhow::Ok(blocks)
+        };
+        Ok(Self { state: blocks(plan.state)?, scratch: blocks(plan.scratch)?, sampler: blocks(plan.sampler)? })
     }
 }
 
@@ -148,7 +165,7 @@ pub(crate) fn with_model<R: Send>(
     let image = Image::check(&header, file_bytes).with_context(|| format!("{path}"))?;
     let limits = limits(args, &image)?;
     let plan = Plan::new(&image.header().config, &limits);
-    let (pool, memory) = (&pool, &mut Memory::new(&plan));
+    let (pool, memory) = (&pool, &mut Memory::new(&plan, &limits)?);
     match args.source {
         Source::Mapped => {
             let map = map_file(&file).with_context(|| format!("mapping {path}"))?;

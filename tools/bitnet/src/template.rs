@@ -25,13 +25,20 @@ const CLOSE: char = '\u{f0001}';
 const EDGE: char = '\u{2003}';
 
 /// The tokens of a conversation, up to where the model's next turn begins.
-pub(crate) fn encode(template: &str, messages: &[Message], tokenizer: &Tokenizer) -> anyhow::Result<Vec<u32>> {
+///
+/// `eos` is the token that ends a turn, which many templates write by name.
+pub(crate) fn encode(
+    template: &str,
+    messages: &[Message],
+    eos: Option<u32>,
+    tokenizer: &Tokenizer,
+) -> anyhow::Result<Vec<u32>> {
     let stand_ins: Vec<Message> = messages
         .iter()
         .enumerate()
         .map(|(i, m)| Message { role: m.role, content: format!("{EDGE}{}{EDGE}", placeholder(i)) })
         .collect();
-    let rendered = render(template, &stand_ins, tokenizer).context("the image's chat template")?;
+    let rendered = render(template, &stand_ins, eos, tokenizer).context("the image's chat template")?;
     let mut parts = Parts::default();
     let mut rest = rendered.as_str();
     while let Some((before, after)) = rest.split_once(OPEN) {
@@ -94,7 +101,7 @@ impl Parts {
 }
 
 /// Renders a template with what Hugging Face's offer: Python's methods, `raise_exception`, the names of special tokens.
-fn render(template: &str, messages: &[Message], tokenizer: &Tokenizer) -> Result<String, Error> {
+fn render(template: &str, messages: &[Message], eos: Option<u32>, tokenizer: &Tokenizer) -> Result<String, Error> {
     let mut environment = Environment::new();
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     // As transformers sets its own.
@@ -104,9 +111,12 @@ fn render(template: &str, messages: &[Message], tokenizer: &Tokenizer) -> Result
     });
     let messages: Vec<Value> =
         messages.iter().map(|m| context! { role => m.role, content => m.content.as_str() }).collect();
-    let bos = tokenizer.bos().and_then(|id| tokenizer.control_text(id)).unwrap_or_default();
+    // A template that never ends is an error; real ones take some thousands of steps.
+    environment.set_fuel(Some(1_000_000));
+    let name = |id: Option<u32>| id.and_then(|id| tokenizer.control_text(id)).unwrap_or_default();
+    let (bos, eos) = (name(tokenizer.bos()), name(eos));
     environment
-        .render_str(template, context! { messages, bos_token => bos, eos_token => "", add_generation_prompt => true })
+        .render_str(template, context! { messages, bos_token => bos, eos_token => eos, add_generation_prompt => true })
 }
 
 #[cfg(test)]

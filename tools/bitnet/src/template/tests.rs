@@ -40,7 +40,7 @@ fn tokenizer() -> Tokenizer {
 fn encoded(template: &str, messages: &[(&'static str, &str)]) -> String {
     let messages: Vec<Message> =
         messages.iter().map(|&(role, content)| Message { role, content: content.to_owned() }).collect();
-    let ids = encode(template, &messages, &tokenizer()).unwrap();
+    let ids = encode(template, &messages, Some(EOT), &tokenizer()).unwrap();
     let mut bytes = Vec::new();
     for id in ids {
         match id {
@@ -74,9 +74,22 @@ fn people_cannot_write_control_tokens() {
 }
 
 #[test]
+fn templates_know_the_token_that_ends_a_turn() {
+    let template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}";
+    assert_eq!(encoded(template, &[("user", "a"), ("assistant", "b")]), "[begin]a[eot]b[eot]");
+}
+
+#[test]
+fn a_template_that_does_not_end_is_an_error() {
+    let template = "{% for a in range(90000) %}{% for b in range(90000) %}x{% endfor %}{% endfor %}";
+    let message = Message { role: "user", content: String::new() };
+    assert!(encode(template, &[message], None, &tokenizer()).is_err());
+}
+
+#[test]
 fn a_template_may_refuse() {
     let template = "{{ raise_exception('roles must alternate') }}";
     let message = Message { role: "user", content: String::new() };
-    let error = encode(template, &[message], &tokenizer()).unwrap_err();
+    let error = encode(template, &[message], None, &tokenizer()).unwrap_err();
     assert!(format!("{error:#}").contains("roles must alternate"), "{error:#}");
 }
