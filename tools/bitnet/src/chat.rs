@@ -31,7 +31,8 @@ struct Interrupt {
 
 impl Interrupt {
     fn new() -> std::io::Result<Self> {
-        let interrupt = Self { pressed: Arc::default(), waiting: Arc::default() };
+        // While the model is loaded nothing is lost by ending.
+        let interrupt = Self { pressed: Arc::default(), waiting: Arc::new(AtomicBool::new(true)) };
         let signal = signal_hook::consts::SIGINT;
         signal_hook::flag::register_conditional_default(signal, interrupt.waiting.clone())?;
         signal_hook::flag::register(signal, interrupt.pressed.clone())?;
@@ -47,6 +48,9 @@ impl Interrupt {
         Ok((read? > 0).then(|| line.trim_end_matches(['\r', '\n']).to_owned()))
     }
 }
+
+/// Tokens of a prompt that are read between two looks at Ctrl-C.
+const PIECE: usize = 64;
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let interrupt = Interrupt::new().context("watching for Ctrl-C")?;
@@ -84,8 +88,12 @@ fn converse(args: &Args, interrupt: &Interrupt, opened: Opened<'_>) -> anyhow::R
             messages.drain(first..messages.len() - 1);
             ids = encode(&messages)?;
         }
-        // A message that is too long is not the end of the conversation.
-        if let Err(e) = session.prompt(&ids) {
+        // Piece by piece, so that Ctrl-C is heard; what was read is kept. A message that is too long is not the end.
+        let read = (1..=ids.len().div_ceil(PIECE)).try_for_each(|i| {
+            ensure!(!interrupt.pressed.load(Ordering::SeqCst), "broken off");
+            Ok(session.prompt(&ids[..(i * PIECE).min(ids.len())]).map(drop)?)
+        });
+        if let Err(e) = read {
             output::note(&format!("({e})\n"));
             messages.pop();
             continue;

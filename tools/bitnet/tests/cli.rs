@@ -247,3 +247,33 @@ fn wrong_usage_is_code_2() {
     let message = failure(&["run", image(), "x", "--context", "100000"], 1);
     assert!(message.contains("context of 100000 asked for, 1 to 512 possible"), "{message}");
 }
+
+/// Replay A-18: a small image may plan for more memory than there is; that is said before any is taken.
+#[test]
+fn a_plan_beyond_the_machine_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("wide");
+    let preset = bitnet_pack::Preset::Tiny.shape();
+    let config = bitnet_runtime::Config { context: 1 << 20, layers: 64, head_dim: 256, ..preset.config };
+    let shape = bitnet_pack::Shape { config, ..preset };
+    let options = bitnet_pack::Options { context: Some(1 << 20), ..Default::default() };
+    bitnet_pack::dummy(&path, &shape, &options, 1, &mut ()).unwrap();
+    let run = ["run", path.to_str().unwrap(), "--ids", "1", "--print-ids", "--max-tokens", "2"];
+    let message = failure(&run, 1);
+    assert!(message.contains("a context of 1048576 needs") && message.contains("--context"), "{message}");
+    assert!(output(&[&run[..], &["--context", "16"]].concat()).contains(','));
+}
+
+/// Notes on standard error are no reason to fail when nobody reads them.
+#[test]
+fn a_closed_standard_error_is_no_failure() {
+    let mut child = bitnet(&greedy("Once upon a time", &["--stats"]))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stderr.take());
+    let Output { status, stdout, .. } = child.wait_with_output().unwrap();
+    assert!(status.success());
+    assert_eq!(String::from_utf8(stdout).unwrap(), format!("{STORY}\n"));
+}
