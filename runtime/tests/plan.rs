@@ -18,6 +18,7 @@ const CONFIG: Config = Config {
     activation: Activation::SquaredRelu,
     rope: Rope::HalfSplit,
     sub_norms: true,
+    qk_norms: false,
     linear_norm_eps: None,
     tied: true,
     formats: 1 << Format::TL as u8,

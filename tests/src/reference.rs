@@ -43,6 +43,8 @@ struct Layer {
     attention_norm: Vec<f32>,
     /// The norms before `o_proj` and `down_proj`.
     sub_norms: Option<(Vec<f32>, Vec<f32>)>,
+    /// The norms of query and key heads.
+    head_norms: Option<[Vec<f32>; 2]>,
     ffn_norm: Vec<f32>,
     /// In the order of [`Projection::ALL`].
     linears: [Linear; 7],
@@ -153,6 +155,9 @@ impl Layer {
                     either("mlp.ffn_sub_norm", "mlp.ffn_layernorm", ffn),
                 )
             }),
+            head_norms: config
+                .head_norms
+                .then(|| ["self_attn.q_norm", "self_attn.k_norm"].map(|name| norm(name, config.head_dim))),
             ffn_norm: norm("post_attention_layernorm", hidden),
             linears: Projection::ALL.map(|projection| {
                 let (rows, cols) = match projection {
@@ -208,6 +213,12 @@ impl<'a> Pass<'a> {
         let mut q = self.linear(layer, Projection::Q, position, x);
         let mut k = self.linear(layer, Projection::K, position, x);
         let v = self.linear(layer, Projection::V, position, x);
+        if let Some([query, key]) = &self.reference.layers[layer].head_norms {
+            let heads = |x: &[f32], gains: &[f32]| -> Vec<f32> {
+                x.chunks_exact(config.head_dim).flat_map(|head| rms_norm(head, gains, config.eps)).collect()
+            };
+            (q, k) = (heads(&q, query), heads(&k, key));
+        }
         rotate(&mut q, &config.frequencies, position);
         rotate(&mut k, &config.frequencies, position);
         let cache = &mut self.caches[layer];

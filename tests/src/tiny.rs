@@ -107,6 +107,19 @@ impl Tiny {
         Self::new(&own, Weights::Packed { divide: true })
     }
 
+    /// TINY-Q, like Qwen3 with ternary weights: a norm of each query and key head, SiLU, tied, heads of a width of their own.
+    pub fn q() -> Self {
+        let own = json!({
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "hidden_act": "silu",
+            "head_dim": HEAD_DIM,
+            "tie_word_embeddings": true,
+            "quantization_config": { "quant_method": "bitnet" },
+        });
+        Self::new(&own, Weights::Packed { divide: true }).varied_norms()
+    }
+
     fn new(own: &Value, weights: Weights) -> Self {
         let mut config = json!({
             "vocab_size": VOCABULARY,
@@ -272,6 +285,10 @@ impl Tiny {
         for layer in 0..self.layers {
             let mut add = |name: &str, n| norms.push((format!("model.layers.{layer}.{name}"), n));
             add("input_layernorm", HIDDEN);
+            if self.config["model_type"] == "qwen3" {
+                add("self_attn.q_norm", HEAD_DIM);
+                add("self_attn.k_norm", HEAD_DIM);
+            }
             if sub_norms {
                 add(self.sub_norms[0], HEADS * HEAD_DIM);
             }

@@ -389,6 +389,7 @@ fn odd_shapes_give_one_result_in_every_way() {
         activation: Activation::Silu,
         rope: Rope::Interleaved,
         sub_norms: true,
+        qk_norms: false,
         linear_norm_eps: Some(1e-6),
         tied: false,
         formats: 0,
@@ -397,6 +398,7 @@ fn odd_shapes_give_one_result_in_every_way() {
         activation: Activation::SquaredRelu,
         rope: Rope::HalfSplit,
         sub_norms: false,
+        qk_norms: true,
         linear_norm_eps: None,
         tied: true,
         ..config

@@ -4,7 +4,8 @@ use bitnet_pack::Options;
 use bitnet_runtime::backend;
 use bitnet_runtime::memory::KvFormat;
 use bitnet_tests::images::{Packed, Way};
-use bitnet_tests::reference::{Arithmetic, Force, Reference};
+use bitnet_tests::reference::{Arithmetic, Force, Reference, explain};
+use bitnet_tests::tiny::{Dtype, Tiny};
 use bitnet_tests::{argmax, golden, ids, json, max_difference, model, npy};
 
 const SETS: [&str; 4] =
@@ -62,4 +63,33 @@ fn far_positions_are_those_of_the_oracle() {
     println!("oracle against itself: {median_of_oracle}, {largest_of_oracle}, {same_of_oracle}");
     // The oracle adds in double precision in both, so it flips less.
     assert!(median < 4.0 * median_of_oracle && largest < 3.0 * largest_of_oracle && same + 10 > same_of_oracle);
+}
+
+/// Classes that no golden set holds: the packed model agrees with the oracle. A-02: the activation is the configuration's,
+/// and which one it is shows.
+#[test]
+fn classes_and_activations_are_those_of_the_oracle() {
+    let cases = [
+        ("squared ReLU", Tiny::n().varied_norms()),
+        ("SiLU with sub-norms", Tiny::n().varied_norms().hidden_act("silu")),
+        ("no sub-norms", Tiny::l().varied_norms()),
+        ("norms of heads", Tiny::q()),
+        ("norms of heads, norms of linears", Tiny::q().linear_norms()),
+    ];
+    let prompt: Vec<u32> = b"abc".map(u32::from).into();
+    let found = cases.map(|(case, tiny)| {
+        let dir = tempfile::tempdir().unwrap();
+        // So that the embedding is exact in the image.
+        tiny.dtype(Dtype::F16).write(dir.path());
+        let packed = Packed::pack(dir.path(), &Options { head: Format::F16, ..Options::default() });
+        let way = Way { kv: KvFormat::F32, ..Way::plain(backend::best()) };
+        let found = way.logits(&packed, &prompt);
+        let reference = Reference::load(dir.path());
+        for flip in explain(&reference, &prompt, &found, TOLERANCE).unwrap_or_else(|e| panic!("{case}: {e}")) {
+            println!("{case}: {flip}");
+        }
+        found
+    });
+    assert!(max_difference(&found[0][2], &found[1][2]) > 0.1, "the activation shows");
+    assert!(max_difference(&found[2][2], &found[3][2]) > 0.1, "the norms of heads show");
 }

@@ -16,7 +16,7 @@ use bitnet_kernel::Block;
 /// First bytes of every image. The first is no text, the last is damaged by a transfer as text.
 pub const MAGIC: [u8; 8] = *b"\x89BITNET\n";
 /// The version this runtime reads and the packer writes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes before the header.
 pub const PREFIX_BYTES: usize = Block::BYTES;
 /// Longest header, prefix not counted.

@@ -65,6 +65,10 @@ pub enum Kind {
     GateInputNorm = 39,
     UpInputNorm = 40,
     DownInputNorm = 42,
+    /// `[head_dim]`, one for all query heads, if [`Config::qk_norms`].
+    QueryNorm = 48,
+    /// `[head_dim]`, one for all key heads.
+    KeyNorm = 49,
     FinalNorm = 64,
     /// `[vocab, hidden]`.
     Head = 65,
@@ -95,6 +99,8 @@ impl Kind {
             Self::GateInputNorm => "gate_input_norm",
             Self::UpInputNorm => "up_input_norm",
             Self::DownInputNorm => "down_input_norm",
+            Self::QueryNorm => "query_norm",
+            Self::KeyNorm => "key_norm",
             Self::FinalNorm => "final_norm",
             Self::Head => "head",
         }
@@ -212,6 +218,7 @@ fn layer_sections(c: &Config, layer: u32) -> impl Iterator<Item = Section> + use
     let (hidden, ffn, query, kv) = (c.hidden, c.ffn, c.query_width(), c.kv_width());
     let norm = |kind, cols| (true, kind, 1, cols);
     let sub_norm = |kind, cols| (c.sub_norms, kind, 1, cols);
+    let head_norm = |kind| (c.qk_norms, kind, 1, c.head_dim);
     let input_norm = |linear: Kind, cols| (c.linear_norm_eps.is_some(), linear.input_norm(), 1, cols);
     let linear = |kind, rows, cols| (true, kind, rows, cols);
     [
@@ -222,6 +229,8 @@ fn layer_sections(c: &Config, layer: u32) -> impl Iterator<Item = Section> + use
         linear(Kind::Key, kv, hidden),
         input_norm(Kind::Value, hidden),
         linear(Kind::Value, kv, hidden),
+        head_norm(Kind::QueryNorm),
+        head_norm(Kind::KeyNorm),
         sub_norm(Kind::AttentionSubNorm, query),
         input_norm(Kind::Output, query),
         linear(Kind::Output, hidden, query),

@@ -30,6 +30,8 @@ pub struct Config {
     pub rope: Rope,
     /// Whether attention's and feed-forward's results are normalized before their last linear (BitNet b1.58).
     pub sub_norms: bool,
+    /// Whether every query and every key head is normalized before it is rotated (Qwen3, arXiv:2505.09388).
+    pub qk_norms: bool,
     /// Epsilon of the normalization that every linear applies to its own input, if they have one.
     pub linear_norm_eps: Option<f32>,
     /// Whether the head's matrix is the embedding too.

@@ -8,6 +8,7 @@ use crate::memory::{Limits, padded_rows};
 use crate::parallel::{Parallel, Serial};
 use crate::source::Extent;
 use bitnet_kernel::{Format, format};
+use core::ops::Range;
 
 /// Multiplications below which attention is not worth waking other threads for.
 const PARALLEL_WORK_MIN: usize = 1 << 15;
@@ -103,7 +104,7 @@ impl Model<'_> {
         Ok(())
     }
 
-    /// `x += output(sub_norm(attend(rope(query(norm(x))), rope(key(…)), value(…))))`
+    /// `x += output(sub_norm(attend(rope(head_norm(query(norm(x)))), rope(head_norm(key(…))), value(…))))`
     fn attention(&mut self, state: &mut State<'_>, layer: u32, n: usize) -> Result<(), Error> {
         let (c, weights) = (self.config, self.weights.layer(layer));
         let (hidden, head_dim, heads) = (c.hidden as usize, c.head_dim as usize, c.heads as usize);
@@ -114,6 +115,8 @@ impl Model<'_> {
         self.norm(weights.norm(Kind::AttentionNorm), n)?;
         let linears = [Kind::Query, Kind::Key, Kind::Value].map(|kind| weights.linear(kind));
         self.linears(layer, &linears, hidden, n, width)?;
+        self.head_norms(weights.norm(Kind::QueryNorm), width, 0..query_width, n)?;
+        self.head_norms(weights.norm(Kind::KeyNorm), width, key_at..key_at + kv_width, n)?;
 
         let s = &mut self.scratch;
         let position = state.position();
@@ -260,6 +263,19 @@ impl Model<'_> {
         let weight = ops::floats(self.machine.source.fetch(weight)?);
         for x in self.scratch.norm.chunks_exact_mut(width).take(n) {
             ops::rmsnorm_in_place(x, weight, self.config.norm_eps);
+        }
+        Ok(())
+    }
+
+    /// Normalizes each head in the columns `heads` of `projected`, for `n` tokens of `width`, in models that do.
+    fn head_norms(&mut self, weight: Option<Extent>, width: usize, heads: Range<usize>, n: usize) -> Result<(), Error> {
+        let Some(weight) = weight else { return Ok(()) };
+        let (head_dim, eps) = (self.config.head_dim as usize, self.config.norm_eps);
+        let weight = ops::floats(self.machine.source.fetch(weight)?);
+        for row in self.scratch.projected.chunks_exact_mut(width).take(n) {
+            for head in row[heads.clone()].chunks_exact_mut(head_dim) {
+                ops::rmsnorm_in_place(head, weight, eps);
+            }
         }
         Ok(())
     }

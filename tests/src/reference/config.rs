@@ -33,6 +33,8 @@ pub(super) enum Scaling {
 #[derive(Debug)]
 pub(super) struct Config {
     pub(super) block: Block,
+    /// A norm of each query and key head before it is rotated.
+    pub(super) head_norms: bool,
     pub(super) activation: Activation,
     pub(super) scaling: Scaling,
     /// The epsilon of the norm inside every linear, if there is one.
@@ -56,7 +58,7 @@ impl Config {
         let class = json["architectures"][0].as_str().expect("a class name in architectures");
         let block = match class {
             "BitNetForCausalLM" | "BitnetForCausalLM" => Block::BitNet,
-            "LlamaForCausalLM" => Block::Llama,
+            "LlamaForCausalLM" | "Qwen3ForCausalLM" => Block::Llama,
             _ => panic!("class {class} is not known"),
         };
         let activation = match json["hidden_act"].as_str() {
@@ -70,6 +72,7 @@ impl Config {
         let quantization = &json["quantization_config"];
         Self {
             block,
+            head_norms: class == "Qwen3ForCausalLM",
             activation,
             scaling: scaling(quantization, block, checkpoint),
             linear_norm_eps: (quantization["use_rms_norm"] == true)

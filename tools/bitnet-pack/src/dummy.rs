@@ -55,6 +55,7 @@ impl Preset {
             activation: Activation::SquaredRelu,
             rope: Rope::HalfSplit,
             sub_norms: true,
+            qk_norms: false,
             linear_norm_eps: None,
             tied: true,
             formats: 1 << Format::TL as u8,

@@ -130,6 +130,7 @@ impl Summary {
                 "activation": activation(c.activation),
                 "rope": rope(c.rope),
                 "sub_norms": c.sub_norms,
+                "qk_norms": c.qk_norms,
                 "linear_norm_eps": c.linear_norm_eps.map(decimal),
                 "tied": c.tied,
             },
@@ -189,7 +190,12 @@ impl fmt::Display for Summary {
         writeln!(f, "heads         {} of {}, sharing {} of keys and values", c.heads, c.head_dim, c.kv_heads)?;
         writeln!(f, "positions     {}, rotated {}", c.context, rope(c.rope).replace('_', "-"))?;
         writeln!(f, "vocabulary    {}, head is the embedding too: {}", c.vocab, yes(c.tied))?;
-        writeln!(f, "norms         epsilon {:e}, sub-norms: {}, own of linears: {own}", c.norm_eps, yes(c.sub_norms))?;
+        let (sub, heads) = (yes(c.sub_norms), yes(c.qk_norms));
+        writeln!(
+            f,
+            "norms         epsilon {:e}, sub-norms: {sub}, of heads: {heads}, own of linears: {own}",
+            c.norm_eps
+        )?;
         writeln!(
             f,
             "text          tokenizer {tokenizer}, first token {bos}, stop tokens {stop}, chat template {template}"

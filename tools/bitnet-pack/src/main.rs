@@ -42,8 +42,8 @@ enum Command {
 
 /// Make an image of a checkpoint.
 ///
-/// Reads models of the Hugging Face bitnet families: BitNetForCausalLM, BitnetForCausalLM, and LlamaForCausalLM with a
-/// bitnet quantization section; packed already, or as the float masters of training. The image is written under a
+/// Reads models of the Hugging Face bitnet families: BitNetForCausalLM, BitnetForCausalLM, and LlamaForCausalLM and
+/// Qwen3ForCausalLM with a bitnet quantization section; packed already, or as the float masters of training. The image is written under a
 /// temporary name, read back and checked, and only then renamed: if anything goes wrong, or on Ctrl-C, nothing is left.
 #[derive(Args, Debug)]
 #[command(after_help = "\

@@ -87,7 +87,7 @@ impl SectionReport {
 
 /// The kind with this tag.
 pub(crate) fn kind(tag: u8) -> Option<Kind> {
-    const ALL: [Kind; 23] = [
+    const ALL: [Kind; 25] = [
         Kind::Tokenizer,
         Kind::RopeFrequencies,
         Kind::Embedding,
@@ -109,6 +109,8 @@ pub(crate) fn kind(tag: u8) -> Option<Kind> {
         Kind::GateInputNorm,
         Kind::UpInputNorm,
         Kind::DownInputNorm,
+        Kind::QueryNorm,
+        Kind::KeyNorm,
         Kind::FinalNorm,
         Kind::Head,
     ];

@@ -120,7 +120,7 @@ fn the_worked_example() {
     let mut r = Reader { bytes: &bytes, at: 0, text: String::new() };
     r.say("prefix");
     r.take(8, "magic");
-    r.take(4, "version 1");
+    r.take(4, "version 2");
     let header = u32_at(&bytes, 12) as usize;
     r.take(4, &format!("length of the header: {header}"));
     assert_eq!(u64_at(&bytes, 16), bytes.len() as u64);
@@ -140,7 +140,8 @@ fn the_worked_example() {
     }
     assert_eq!(r.varint("context"), 4);
     assert_eq!(r.f32("norm_eps"), 1e-5);
-    for (what, value) in [("activation", 0), ("rope", 0), ("sub_norms", 0), ("linear_norm_eps: option", 0), ("tied", 1)]
+    for (what, value) in
+        [("activation", 0), ("rope", 0), ("sub_norms", 0), ("qk_norms", 0), ("linear_norm_eps: option", 0), ("tied", 1)]
     {
         assert_eq!(r.varint(what), value, "{what}");
     }

@@ -219,6 +219,8 @@ fn names(section: &Section, tied: bool) -> Vec<String> {
         Kind::Gate => &["mlp.gate_proj"],
         Kind::Up => &["mlp.up_proj"],
         Kind::Down => &["mlp.down_proj"],
+        Kind::QueryNorm => &["self_attn.q_norm"],
+        Kind::KeyNorm => &["self_attn.k_norm"],
         Kind::QueryInputNorm => &["self_attn.q_proj.rms_norm"],
         Kind::KeyInputNorm => &["self_attn.k_proj.rms_norm"],
         Kind::ValueInputNorm => &["self_attn.v_proj.rms_norm"],

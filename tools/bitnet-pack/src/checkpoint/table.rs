@@ -48,12 +48,15 @@ enum Class {
     BitNet,
     /// No sub-norms.
     Llama,
+    /// As Llama, with a norm of each query and key head.
+    Qwen3,
 }
 
-const CLASSES: [(&str, Class, f64); 3] = [
+const CLASSES: [(&str, Class, f64); 4] = [
     ("BitNetForCausalLM", Class::BitNet, 500_000.0),
     ("BitnetForCausalLM", Class::BitNet, 10_000.0),
     ("LlamaForCausalLM", Class::Llama, 10_000.0),
+    ("Qwen3ForCausalLM", Class::Qwen3, 10_000.0),
 ];
 
 /// Keys that would change the arithmetic, and the values under which they do not.
@@ -78,7 +81,7 @@ const NEUTRAL: [(&str, &[&str]); 17] = [
 ];
 
 /// Keys that say nothing about inference.
-const IGNORED: [&str; 31] = [
+const IGNORED: [&str; 32] = [
     "_name_or_path",
     "architectures",
     "attention_dropout",
@@ -94,6 +97,7 @@ const IGNORED: [&str; 31] = [
     "initializer_range",
     "intermediate_size",
     "max_position_embeddings",
+    "max_window_layers",
     "model_type",
     "num_attention_heads",
     "num_hidden_layers",
@@ -275,8 +279,8 @@ fn class<'a>(reader: &Reader<'a>) -> Result<(&'a str, Class, f64), Error> {
 
 fn quantization(reader: &Reader<'_>, class: Class) -> Result<(Storage, Option<f32>), Error> {
     let Some(section) = reader.object_or_null("quantization_config", "quantization_config.")? else {
-        if class == Class::Llama {
-            let what = "LlamaForCausalLM needs {\"quant_method\": \"bitnet\"}: other models of this class were not \
+        if class != Class::BitNet {
+            let what = "this class needs {\"quant_method\": \"bitnet\"}: other models of this class were not \
                         trained for ternary weights";
             return reader.refuse("quantization_config", what);
         }
@@ -351,6 +355,7 @@ fn shape(reader: &Reader<'_>, class: Class, linear_norm_eps: Option<f32>) -> Res
         activation,
         rope: Rope::HalfSplit,
         sub_norms: class == Class::BitNet,
+        qk_norms: class == Class::Qwen3,
         linear_norm_eps,
         tied: false,
         formats: 1 << bitnet_kernel::Format::TL as u8,
