@@ -45,7 +45,7 @@ impl Kernels for Dotprod {
             Format::B1 => unsafe { prepare_b1_neon(values, tables) },
             // SAFETY: as above.
             Format::TL => unsafe { prepare_tl_neon(values, tables) },
-            Format::T2 | Format::I4 | Format::I8 | Format::F16 => {}
+            _ => {}
         }
         Activations::new(format, cols, values, tables)
     }
@@ -141,7 +141,7 @@ fn products(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
         Format::T2 => planes_of(w, tokens, y, |w, x| matvec_t2_neon_dotprod(w, x), |w, x| matmat_t2_neon_dotprod(w, x)),
         Format::I4 => planes_of(w, tokens, y, |w, x| matvec_i4_neon_dotprod(w, x), |w, x| matmat_i4_neon_dotprod(w, x)),
         Format::I8 => planes_of(w, tokens, y, |w, x| matvec_i8_neon_dotprod(w, x), |w, x| matmat_i8_neon_dotprod(w, x)),
-        Format::F16 => panic!("f16 weights are multiplied by matvec_f16"),
+        _ => panic!("{} is not multiplied by this method", w.format().name()),
     }
 }
 

@@ -47,7 +47,7 @@ impl Kernels for Avx2 {
             Format::B1 => unsafe { prepare_b1_avx2(values, tables) },
             // SAFETY: as above.
             Format::TL => unsafe { prepare_tl_avx2(values, tables) },
-            Format::T2 | Format::I4 | Format::I8 | Format::F16 => {}
+            _ => {}
         }
         Activations::new(format, cols, values, tables)
     }
@@ -165,7 +165,7 @@ fn products(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
         Format::T2 => planes_of(w, tokens, y, |w, x| matvec_t2_avx2(w, x), |w, x| matmat_t2_avx2(w, x)),
         Format::I4 => planes_of(w, tokens, y, |w, x| matvec_i4_avx2(w, x), |w, x| matmat_i4_avx2(w, x)),
         Format::I8 => planes_of(w, tokens, y, |w, x| matvec_i8_avx2(w, x), |w, x| matmat_i8_avx2(w, x)),
-        Format::F16 => panic!("f16 weights are multiplied by matvec_f16"),
+        _ => panic!("{} is not multiplied by this method", w.format().name()),
     }
 }
 
@@ -665,7 +665,7 @@ const fn places(format: Format, first: usize) -> [[u8; 32]; 8] {
     let mut i = 0;
     while i < 8 * 32 {
         let (group, second) = (i / 32, i % 2);
-        places[group][i % 32] = (format.group_cols() * group + first + second - start(format, group)) as u8;
+        places[group][i % 32] = (format.table_cols() * group + first + second - start(format, group)) as u8;
         i += 1;
     }
     places
@@ -673,7 +673,7 @@ const fn places(format: Format, first: usize) -> [[u8; 32]; 8] {
 
 /// Where in a step the 16 values are loaded that hold `group`: all of them lie within the step.
 const fn start(format: Format, group: usize) -> usize {
-    match format.group_cols() * (group + 1) {
+    match format.table_cols() * (group + 1) {
         0..=16 => 0,
         _ => format.step_cols() - 16,
     }

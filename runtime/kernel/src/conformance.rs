@@ -13,9 +13,11 @@ const ROWS_MAX: usize = 130;
 const COLS_MAX: usize = 6_300;
 const TOKENS_MAX: usize = 9;
 /// Weights that fit; every shape of [`SHAPES`] does, which `Matrix::new` asserts.
-const BLOCKS_MAX: usize = 2_200;
+const BLOCKS_MAX: usize = 3_300;
 const VALUES_MAX: usize = COLS_MAX.next_multiple_of(256) + 256;
-const TABLE_BLOCKS_MAX: usize = 1_060;
+const TABLE_BLOCKS_MAX: usize = 1_200;
+/// Results of all tokens, or of all columns.
+const RESULTS_MAX: usize = COLS_MAX;
 /// Written past the end of every result; a kernel that writes there is caught.
 const CANARY: i32 = 0x5a5a_5a5a;
 
@@ -37,14 +39,14 @@ const SHAPES: [(usize, usize); 14] = [
     (5, COLS_MAX),
 ];
 
-/// Memory for [`check`]: about half a megabyte, to be placed in a static on a board or boxed elsewhere.
+/// Memory for [`check`]: about a megabyte, to be placed in a static on a board or boxed elsewhere.
 #[derive(Debug)]
 pub struct Workspace {
     blocks: [Block; BLOCKS_MAX],
     values: [[i8; VALUES_MAX]; TOKENS_MAX],
     tables: [[Block; TABLE_BLOCKS_MAX]; TOKENS_MAX],
-    want: [i32; ROWS_MAX * TOKENS_MAX + 1],
-    got: [i32; ROWS_MAX * TOKENS_MAX + 1],
+    want: [i32; RESULTS_MAX],
+    got: [i32; RESULTS_MAX + 1],
     floats: [f32; COLS_MAX],
 }
 
@@ -54,8 +56,8 @@ impl Workspace {
         blocks: [Block::ZERO; BLOCKS_MAX],
         values: [[0; VALUES_MAX]; TOKENS_MAX],
         tables: [[Block::ZERO; TABLE_BLOCKS_MAX]; TOKENS_MAX],
-        want: [0; ROWS_MAX * TOKENS_MAX + 1],
-        got: [0; ROWS_MAX * TOKENS_MAX + 1],
+        want: [0; RESULTS_MAX],
+        got: [0; RESULTS_MAX + 1],
         floats: [0.0; COLS_MAX],
     };
 }
@@ -124,7 +126,17 @@ pub fn check(k: &dyn Kernels, memory: &mut Workspace) -> Result<(), Difference> 
             }
         }
     }
+    for format in Format::GROUPED {
+        for (rows, cols) in SHAPES {
+            for input in [Input::Random, Input::Lowest, Input::Mixed, Input::Highest] {
+                check_grouped(k, format, rows, cols, input, memory)?;
+            }
+        }
+    }
     for (rows, cols) in SHAPES {
+        for input in [Input::Random, Input::Lowest, Input::Mixed, Input::Highest] {
+            check_rows(k, rows, cols, input, memory)?;
+        }
         check_matvec_f16(k, rows, cols, memory)?;
         check_quantize(k, cols, memory)?;
     }
@@ -140,38 +152,9 @@ fn check_products(
     input: Input,
     memory: &mut Workspace,
 ) -> Result<(), Difference> {
-    let mut rng = Rng(0x9e37_79b9 ^ (rows * 7_919 + cols) as u32);
-    let (low, high) = format.range();
-    let blocks = &mut memory.blocks[..format.matrix_blocks(rows, cols)];
-    let padding = rng.next();
-    let steps = format.steps(cols);
-    for (i, step) in blocks.chunks_exact_mut(format.step_blocks()).enumerate() {
-        let (row, col) = (i / steps * format.tile_rows(), i % steps * format.step_cols());
-        format::encode_step(format, step, |r, c| {
-            let inside = row + r < rows && col + c < cols;
-            let seed = weight_seed(row + r, col + c, padding);
-            match (input, format) {
-                // Padding is inert: it holds weights like any other here, and must not matter.
-                (Input::Random, Format::B1) => (seed % 2) as i8 * 2 - 1,
-                (Input::Random, _) => {
-                    (i32::from(low) + (seed % (high as u32 + 1 + low.unsigned_abs() as u32)) as i32) as i8
-                }
-                (Input::Lowest, _) if inside => low,
-                (Input::Mixed | Input::Highest, _) if inside => high,
-                _ => 0,
-            }
-        });
-    }
-    for (t, values) in memory.values.iter_mut().enumerate() {
-        values[..cols].fill_with(|| match (input, t) {
-            (Input::Random | Input::Mixed, 1) => 0,
-            (Input::Random, _) => rng.next() as i8,
-            (Input::Highest, _) => 127,
-            (Input::Lowest | Input::Mixed, _) => -128,
-        });
-        values[cols..].fill(0);
-    }
-    let w = Matrix::new(format, rows, cols, blocks).expect("the blocks of the shape");
+    fill(format, rows, cols, input, memory);
+    let w = Matrix::new(format, rows, cols, &memory.blocks[..format.matrix_blocks(rows, cols)]);
+    let w = w.expect("the blocks of the shape");
     let table_blocks = format.table_blocks(cols);
 
     // The reference: one token at a time.
@@ -191,14 +174,158 @@ fn check_products(
             0 => k.matvec(w, x[0], &mut memory.got[..n]),
             _ => k.matmat(w, Batch::new(&x[..tokens]), &mut memory.got[..n]),
         }
-        let difference = (0..n).find(|&i| memory.got[i] != memory.want[i]);
-        let difference = difference.map(|i| (i, memory.want[i])).or((memory.got[n] != CANARY).then_some((n, CANARY)));
-        if let Some((index, want)) = difference {
-            let (backend, format, got) = (k.name(), Some(format), memory.got[index]);
-            return Err(Difference { backend, operation, format, rows, cols, tokens, input, index, want, got });
-        }
+        let place = Place { operation, format, rows, cols, tokens, input };
+        place.compare(k, &memory.want[..n], &memory.got[..=n])?;
     }
     Ok(())
+}
+
+/// `matvec_grouped` and `matmat_grouped`. The sums are compared as bits of floats.
+fn check_grouped(
+    k: &dyn Kernels,
+    format: Format,
+    rows: usize,
+    cols: usize,
+    input: Input,
+    memory: &mut Workspace,
+) -> Result<(), Difference> {
+    fill(format, rows, cols, input, memory);
+    let w = Matrix::new(format, rows, cols, &memory.blocks[..format.matrix_blocks(rows, cols)]);
+    let w = w.expect("the blocks of the shape");
+    let table_blocks = format.table_blocks(cols);
+    let sums = |sums: &mut [i32], floats: &[f32]| {
+        sums.iter_mut().zip(floats).for_each(|(sum, float)| *sum = float.to_bits() as i32);
+    };
+    for (t, (values, want)) in memory.values.iter().zip(memory.want.chunks_exact_mut(rows)).enumerate() {
+        let x = Portable.prepare_any(format, cols, values, &mut memory.tables[t][..table_blocks]);
+        Portable.matvec_grouped(w, x, &mut memory.floats[..rows]);
+        sums(want, &memory.floats[..rows]);
+    }
+    let mut prepared = memory.values.iter().zip(&mut memory.tables);
+    let x: [Activations<'_>; TOKENS_MAX] = core::array::from_fn(|_| {
+        let (values, tables) = prepared.next().expect("one a token");
+        k.prepare_any(format, cols, values, &mut tables[..table_blocks])
+    });
+    for tokens in [0, 1, 2, 9] {
+        let (operation, n) = if tokens == 0 { ("matvec_grouped", rows) } else { ("matmat_grouped", rows * tokens) };
+        memory.floats[..=n].fill(f32::from_bits(CANARY as u32));
+        match tokens {
+            0 => k.matvec_grouped(w, x[0], &mut memory.floats[..n]),
+            _ => k.matmat_grouped(w, Batch::new(&x[..tokens]), &mut memory.floats[..n]),
+        }
+        sums(&mut memory.got[..=n], &memory.floats[..=n]);
+        let place = Place { operation, format, rows, cols, tokens, input };
+        place.compare(k, &memory.want[..n], &memory.got[..=n])?;
+    }
+    Ok(())
+}
+
+/// `dot_rows` and `sum_rows` with no row, every row, and some of them.
+fn check_rows(
+    k: &dyn Kernels,
+    rows: usize,
+    cols: usize,
+    input: Input,
+    memory: &mut Workspace,
+) -> Result<(), Difference> {
+    let format = Format::T2R;
+    fill(format, rows, cols, input, memory);
+    let w = Matrix::new(format, rows, cols, &memory.blocks[..format.matrix_blocks(rows, cols)]);
+    let w = w.expect("the blocks of the shape");
+    // No row, each, half of them, a seventh.
+    for share in [u32::MAX, 1, 2, 7] {
+        let mut list = [0; ROWS_MAX];
+        let mut n = 0;
+        for r in (0..rows).filter(|&r| weight_seed(r, 0, 9).max(1).is_multiple_of(share)) {
+            list[n] = r as u32;
+            n += 1;
+        }
+        let list = &list[..n];
+        let [x, each, ..] = &memory.values;
+        let place = |operation| Place { operation, format, rows, cols, tokens: n, input };
+
+        Portable.dot_rows(w, list, Portable.prepare(format, cols, x, &mut []), &mut memory.want[..n]);
+        memory.got[..=n].fill(CANARY);
+        k.dot_rows(w, list, k.prepare(format, cols, x, &mut []), &mut memory.got[..n]);
+        place("dot_rows").compare(k, &memory.want[..n], &memory.got[..=n])?;
+
+        // It adds to what is there.
+        let each = if input == Input::Random { &x[..n] } else { &each[..n] };
+        let (want, got) = (&mut memory.want[..cols], &mut memory.got[..=cols]);
+        want.fill(-5);
+        got.fill(-5);
+        got[cols] = CANARY;
+        Portable.sum_rows(w, list, each, want);
+        k.sum_rows(w, list, each, &mut got[..cols]);
+        place("sum_rows").compare(k, want, got)?;
+    }
+    Ok(())
+}
+
+/// Fills `memory` with the weights and activations of one case.
+fn fill(format: Format, rows: usize, cols: usize, input: Input, memory: &mut Workspace) {
+    let mut rng = Rng(0x9e37_79b9 ^ (rows * 7_919 + cols) as u32);
+    let (low, high) = format.range();
+    let blocks = &mut memory.blocks[..format.matrix_blocks(rows, cols)];
+    let padding = rng.next();
+    let steps = format.steps(cols);
+    for (i, step) in blocks.chunks_exact_mut(format.step_blocks()).enumerate() {
+        let (row, col) = (i / steps * format.tile_rows(), i % steps * format.step_cols());
+        format::encode_step(format, step, |r, c| {
+            let inside = row + r < rows && col + c < cols;
+            let seed = weight_seed(row + r, col + c, padding);
+            match (input, format.base()) {
+                // Padding is inert: it holds weights like any other here, and must not matter.
+                (Input::Random, Format::B1) => (seed % 2) as i8 * 2 - 1,
+                (Input::Random, _) => {
+                    (i32::from(low) + (seed % (high as u32 + 1 + low.unsigned_abs() as u32)) as i32) as i8
+                }
+                (Input::Lowest, _) if inside => low,
+                (Input::Mixed | Input::Highest, _) if inside => high,
+                _ => 0,
+            }
+        });
+        if format.is_grouped() {
+            for r in 0..Format::PANEL_ROWS {
+                // Some of them subnormal, some negative.
+                let bits = weight_seed(row + r, i, padding) as u16 & 0xbfff;
+                format::set_scale(format, step, r, bits);
+            }
+        }
+    }
+    for (t, values) in memory.values.iter_mut().enumerate() {
+        values[..cols].fill_with(|| match (input, t) {
+            (Input::Random | Input::Mixed, 1) => 0,
+            (Input::Random, _) => rng.next() as i8,
+            (Input::Highest, _) => 127,
+            (Input::Lowest | Input::Mixed, _) => -128,
+        });
+        values[cols..].fill(0);
+    }
+}
+
+/// Where results are compared.
+#[derive(Clone, Copy)]
+struct Place {
+    operation: &'static str,
+    format: Format,
+    rows: usize,
+    cols: usize,
+    tokens: usize,
+    input: Input,
+}
+
+impl Place {
+    /// Compares `want` with the start of `got`, whose last element must still be the canary.
+    fn compare(self, k: &dyn Kernels, want: &[i32], got: &[i32]) -> Result<(), Difference> {
+        let n = want.len();
+        let difference = (0..n).find(|&i| got[i] != want[i]);
+        let difference = difference.map(|i| (i, want[i])).or((got[n] != CANARY).then_some((n, CANARY)));
+        let Some((index, want)) = difference else { return Ok(()) };
+        let Self { operation, format, rows, cols, tokens, input } = self;
+        let (backend, format, got) = (k.name(), Some(format), got[index]);
+        Err(Difference { backend, operation, format, rows, cols, tokens, input, index, want, got })
+    }
 }
 
 /// A number that depends on the place alone, so that steps can be encoded in any order.

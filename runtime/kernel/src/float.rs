@@ -65,6 +65,14 @@ pub fn f16_to_f32(bits: u16) -> f32 {
     f32::from_bits(magnitude.to_bits() | u32::from(bits & 0x8000) << 16)
 }
 
+/// `y[r] += sums[r] · scales[r]`: one group of [`crate::Kernels::matvec_grouped`]. The scales are the bytes of halves.
+#[inline(always)]
+pub fn add_scaled(y: &mut [f32], sums: &[i32], scales: &[[u8; 2]]) {
+    for ((y, &sum), &scale) in y.iter_mut().zip(sums).zip(scales) {
+        *y += sum as f32 * f16_to_f32(u16::from_le_bytes(scale));
+    }
+}
+
 /// The half-precision float nearest to `x`, halves to even. Beyond the range it is the largest finite one; NaN stays one.
 #[inline(always)]
 pub fn f32_to_f16(x: f32) -> u16 {

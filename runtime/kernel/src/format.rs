@@ -13,9 +13,13 @@
 //!   bits if the format has signs (bit `7 - g`: group `g`), then four blocks of nibbles (block `i`: group `2i` in the low
 //!   nibble, `2i + 1` in the high one). A nibble names a partial sum, see [`crate::tables`].
 //!
+//! *Grouped* formats are one of these with a scale for every row and 128 columns: a tile is 64 rows, a step 128 columns, and
+//! holds a *panel*, the blocks of a matrix of 64 by 128 in the [base format](Format::base), then 64 half-precision scales.
+//!
 //! Rows and columns past the end of a matrix are encoded as zero weights (minus one in [`Format::B1`]). They are inert:
 //! activations are zero there and sums of such rows are discarded, so any code in their place gives the same results.
 use crate::Block;
+use zerocopy::IntoBytes;
 
 /// The encodings an image may hold. The discriminant is what the image records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,6 +38,14 @@ pub enum Format {
     I8 = 5,
     /// Half-precision floats, little-endian, 32 consecutive columns a block. Multiplied in f32, without quantization.
     F16 = 6,
+    /// [`Format::B1`] with a scale for every 128 columns of a row, 1.125 bits. (The 1-bit Bonsai models'.)
+    B1G = 7,
+    /// [`Format::TL`] with a scale for every 128 columns of a row, 2 bits. (The ternary Bonsai models'.)
+    TLG = 8,
+    /// [`Format::I4`] with a scale for every 128 columns of a row, 4.125 bits.
+    I4G = 9,
+    /// [`Format::T2`] with every row by itself, for matrices of which only some rows are read. Planes.
+    T2R = 10,
 }
 
 /// Where the rows and columns of a tile lie. See the module's description.
@@ -47,16 +59,23 @@ pub enum Geometry {
 
 impl Format {
     /// All formats, in the order of their tags.
-    pub const ALL: [Self; 6] = [Self::B1, Self::T2, Self::TL, Self::I4, Self::I8, Self::F16];
-    /// The formats that multiply int8 activations, exactly in `i32`.
+    pub const ALL: [Self; 10] =
+        [Self::B1, Self::T2, Self::TL, Self::I4, Self::I8, Self::F16, Self::B1G, Self::TLG, Self::I4G, Self::T2R];
+    /// The formats of [`crate::Kernels::matvec`]: products with int8 activations, exact in `i32`.
     pub const INTEGER: [Self; 5] = [Self::B1, Self::T2, Self::TL, Self::I4, Self::I8];
+    /// The formats of [`crate::Kernels::matvec_grouped`].
+    pub const GROUPED: [Self; 3] = [Self::B1G, Self::TLG, Self::I4G];
+    /// Columns that share a scale in a grouped format.
+    pub const GROUP_COLS: usize = 128;
+    /// Rows of a panel of a grouped format.
+    pub const PANEL_ROWS: usize = 64;
     /// The widest matrix that every kernel multiplies exactly: `65,536 · 128 · 127 < 2^31`.
     pub const COLS_MAX: usize = 65_536;
 
     /// The format with this tag.
     pub const fn from_tag(tag: u8) -> Option<Self> {
         match tag {
-            1..=6 => Some(Self::ALL[tag as usize - 1]),
+            1..=10 => Some(Self::ALL[tag as usize - 1]),
             _ => None,
         }
     }
@@ -69,28 +88,48 @@ impl Format {
             Self::I4 => "i4",
             Self::I8 => "i8",
             Self::F16 => "f16",
+            Self::B1G => "b1g128",
+            Self::TLG => "tlg128",
+            Self::I4G => "i4g128",
+            Self::T2R => "t2r",
         }
     }
-    /// Where rows and columns of a tile lie.
-    pub const fn geometry(self) -> Geometry {
+    /// How the weights of a panel are encoded in a grouped format; of any other format, itself.
+    pub const fn base(self) -> Self {
         match self {
+            Self::B1G => Self::B1,
+            Self::TLG => Self::TL,
+            Self::I4G => Self::I4,
+            _ => self,
+        }
+    }
+    /// Whether every 128 columns of a row have a scale of their own.
+    pub const fn is_grouped(self) -> bool {
+        matches!(self, Self::B1G | Self::TLG | Self::I4G)
+    }
+    /// Where rows and columns of a tile lie (of a panel's tile in a grouped format).
+    pub const fn geometry(self) -> Geometry {
+        match self.base() {
             Self::B1 | Self::TL => Geometry::Lanes,
-            Self::T2 | Self::I4 | Self::I8 | Self::F16 => Geometry::Planes,
+            _ => Geometry::Planes,
         }
     }
     /// Rows in a tile.
     pub const fn tile_rows(self) -> usize {
-        match self.geometry() {
-            Geometry::Planes => 4,
-            Geometry::Lanes => 64,
+        match self {
+            Self::B1 | Self::TL => 64,
+            Self::T2 | Self::I4 | Self::I8 | Self::F16 => 4,
+            Self::B1G | Self::TLG | Self::I4G => Self::PANEL_ROWS,
+            Self::T2R => 1,
         }
     }
     /// Columns in a step.
     pub const fn step_cols(self) -> usize {
         match self {
             Self::B1 => 32,
-            Self::T2 => 256,
+            Self::T2 | Self::T2R => 256,
             Self::TL => 24,
+            Self::B1G | Self::TLG | Self::I4G => Self::GROUP_COLS,
             Self::I4 => 128,
             Self::I8 => 64,
             Self::F16 => 32,
@@ -101,7 +140,15 @@ impl Format {
         match self {
             Self::B1 | Self::T2 | Self::I4 | Self::I8 | Self::F16 => 4,
             Self::TL => 5,
+            Self::B1G | Self::TLG | Self::I4G => self.panel_blocks() + Self::SCALE_BLOCKS,
+            Self::T2R => 1,
         }
+    }
+    /// Blocks of scales in a step of a grouped format: 64 half-precision floats, little-endian, one a row.
+    pub const SCALE_BLOCKS: usize = Self::PANEL_ROWS * 2 / Block::BYTES;
+    /// Blocks of weights in a step of a grouped format.
+    pub const fn panel_blocks(self) -> usize {
+        self.base().matrix_blocks(Self::PANEL_ROWS, Self::GROUP_COLS)
     }
     /// Steps that hold `cols` columns.
     pub const fn steps(self, cols: usize) -> usize {
@@ -129,25 +176,26 @@ impl Format {
     }
     /// The smallest and largest weight. `F16` has none of these: its weights are floats.
     pub const fn range(self) -> (i8, i8) {
-        match self {
-            Self::B1 | Self::T2 | Self::TL => (-1, 1),
+        match self.base() {
             Self::I4 => (-8, 7),
             Self::I8 => (-127, 127),
             Self::F16 => (0, 0),
+            _ => (-1, 1),
         }
     }
-    /// Columns of one group of partial sums, or 0 where the format is not multiplied by tables.
-    pub const fn group_cols(self) -> usize {
-        match self {
+    /// Columns whose partial sums share a table, or 0 where the format is not multiplied by tables.
+    pub const fn table_cols(self) -> usize {
+        match self.base() {
             Self::B1 => 4,
             Self::TL => 3,
-            Self::T2 | Self::I4 | Self::I8 | Self::F16 => 0,
+            _ => 0,
         }
     }
     /// Blocks that [`crate::Kernels::prepare`] may use for one vector of `cols` activations: two tables of 32 bytes fit one.
     pub const fn table_blocks(self, cols: usize) -> usize {
         match self.geometry() {
             Geometry::Planes => 0,
+            Geometry::Lanes if self.is_grouped() => self.steps(cols) * self.base().table_blocks(Self::GROUP_COLS),
             Geometry::Lanes => self.steps(cols) * 4,
         }
     }
@@ -159,8 +207,26 @@ impl Format {
 ///
 /// # Panics
 /// If `step` is not one step, if a weight is outside [`Format::range`], or for [`Format::F16`] (see [`encode_step_f16`]).
+/// The scales of a grouped format become zero (see [`set_scale`]).
 pub fn encode_step(format: Format, step: &mut [Block], weight: impl Fn(usize, usize) -> i8) {
     assert_eq!(step.len(), format.step_blocks());
+    if !format.is_grouped() {
+        return encode_plain_step(format, step, weight);
+    }
+    let (panel, scales) = step.split_at_mut(format.panel_blocks());
+    scales.fill(Block::ZERO);
+    let (format, rows, cols) = (format.base(), Format::PANEL_ROWS, Format::GROUP_COLS);
+    each_step(format, rows, cols, panel, |step, first_row, first_col| {
+        encode_plain_step(
+            format,
+            step,
+            |r, c| if first_col + c < cols { weight(first_row + r, first_col + c) } else { 0 },
+        );
+    });
+}
+
+/// [`encode_step`] of a format that is not grouped.
+fn encode_plain_step(format: Format, step: &mut [Block], weight: impl Fn(usize, usize) -> i8) {
     let (low, high) = format.range();
     let weight = |r, c| {
         let w = weight(r, c);
@@ -172,14 +238,14 @@ pub fn encode_step(format: Format, step: &mut [Block], weight: impl Fn(usize, us
         Format::B1 | Format::TL => {
             for row in 0..format.tile_rows() {
                 for group in 0..8 {
-                    let (nibble, negative) = encode_group(format, |i| weight(row, format.group_cols() * group + i));
+                    let (nibble, negative) = encode_group(format, |i| weight(row, format.table_cols() * group + i));
                     let nibbles = step.len() - 4;
                     step[nibbles + group / 2].0[row] |= nibble << (4 * (group % 2));
                     step[0].0[row] |= u8::from(negative) << (7 - group);
                 }
             }
         }
-        Format::T2 | Format::I4 | Format::I8 => {
+        Format::T2 | Format::T2R | Format::I4 | Format::I8 => {
             let bits = 8 * Block::BYTES / format.step_cols();
             for (row, block) in step.iter_mut().enumerate() {
                 for c in 0..format.step_cols() {
@@ -192,6 +258,7 @@ pub fn encode_step(format: Format, step: &mut [Block], weight: impl Fn(usize, us
             }
         }
         Format::F16 => panic!("f16 weights are not integers"),
+        Format::B1G | Format::TLG | Format::I4G => panic!("{} is grouped", format.name()),
     }
 }
 
@@ -238,11 +305,35 @@ pub fn decode(format: Format, step: &[Block], row: usize, col: usize) -> i8 {
             let weight = crate::tables::TL_WEIGHTS[nibble as usize][col % 3];
             if sign == 1 { -weight } else { weight }
         }
-        Format::T2 => (step[row].0[col % 64] >> (2 * (col / 64)) & 3) as i8 - 1,
+        Format::B1G | Format::TLG | Format::I4G => {
+            let panel = &step[..format.panel_blocks()];
+            let matrix = crate::Matrix::new(format.base(), Format::PANEL_ROWS, Format::GROUP_COLS, panel);
+            matrix.expect("a panel of whole tiles").weight(row, col)
+        }
+        Format::T2 | Format::T2R => (step[row].0[col % 64] >> (2 * (col / 64)) & 3) as i8 - 1,
         Format::I4 => (step[row].0[col % 64] >> (4 * (col / 64)) & 15) as i8 - 8,
         Format::I8 => step[row].0[col] as i8,
         Format::F16 => panic!("f16 weights are not integers"),
     }
+}
+
+/// Sets the scale of `row` in one step of a grouped format to the half-precision float with these bits.
+///
+/// # Panics
+/// If `step` is not one step, or `row` lies outside it.
+pub fn set_scale(format: Format, step: &mut [Block], row: usize, bits: u16) {
+    assert!(format.is_grouped() && step.len() == format.step_blocks() && row < Format::PANEL_ROWS);
+    let scales = &mut step[format.panel_blocks()..];
+    scales[row / 32].0[row % 32 * 2..][..2].copy_from_slice(&bits.to_le_bytes());
+}
+
+/// The scales of one step of a grouped format: the bits of half-precision floats, one a row.
+///
+/// # Panics
+/// If `step` is not one step.
+pub fn scales(format: Format, step: &[Block]) -> &[[u8; 2]] {
+    assert!(format.is_grouped() && step.len() == format.step_blocks());
+    step[format.panel_blocks()..].as_bytes().as_chunks().0
 }
 
 /// The bits of the half-precision weight of `row` and column `col` of one step of [`Format::F16`].

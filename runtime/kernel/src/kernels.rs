@@ -1,6 +1,6 @@
 //! What an instruction set must implement.
 use crate::float::{self, Cache};
-use crate::{Activations, Batch, Block, Format, Matrix, tables};
+use crate::{Activations, Batch, Block, Format, Matrix, portable, tables};
 
 /// One instruction set's kernels. Every implementation returns exactly what [`crate::portable`] returns, bit for bit.
 ///
@@ -25,10 +25,37 @@ pub trait Kernels: Sync + core::fmt::Debug {
         Activations::new(format, cols, values, tables)
     }
 
+    /// [`Kernels::prepare`] for any format that multiplies int8 activations: group by group where it is a grouped one.
+    ///
+    /// # Panics
+    /// As [`Kernels::prepare`].
+    fn prepare_any<'a>(
+        &self,
+        format: Format,
+        cols: usize,
+        values: &'a [i8],
+        tables: &'a mut [Block],
+    ) -> Activations<'a> {
+        if !format.is_grouped() {
+            return self.prepare(format, cols, values, tables);
+        }
+        let group_blocks = format.base().table_blocks(Format::GROUP_COLS);
+        if group_blocks > 0 {
+            // A group ends inside a step of its base format: what follows must be zeros, and not the next group.
+            let mut padded = [0; 2 * Format::GROUP_COLS];
+            let groups = values.chunks_exact(Format::GROUP_COLS).zip(tables.chunks_exact_mut(group_blocks));
+            for (values, tables) in groups {
+                padded[..Format::GROUP_COLS].copy_from_slice(values);
+                self.prepare(format.base(), Format::GROUP_COLS, &padded, tables);
+            }
+        }
+        Activations::new(format, cols, values, tables)
+    }
+
     /// `y[r] = Σ_c w[r][c] · x[c]`, exact in `i32`. Weights with invalid codes give unspecified sums, never a fault.
     ///
     /// # Panics
-    /// If `y.len() != w.rows()`, `x` was prepared for another matrix, or `w` is [`Format::F16`].
+    /// If `y.len() != w.rows()`, `x` was prepared for another matrix, or `w` is not of [`Format::INTEGER`].
     fn matvec(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [i32]);
 
     /// `y[t · w.rows() + r] = Σ_c w[r][c] · x[t][c]`: [`Kernels::matvec`] of every token, for prefill.
@@ -48,6 +75,69 @@ pub trait Kernels: Sync + core::fmt::Debug {
                 self.matvec(w.slice(rows.clone()), *x, &mut y[rows.clone()]);
             }
         }
+    }
+
+    /// `y[r] = Σ_g s[g][r] · Σ_{c in g} w[r][c] · x[c]` for [`Format::GROUPED`]: the sum of a group is exact, becomes a float
+    /// (rounded to nearest), is multiplied by its scale and added to `y[r]`, which starts at zero, group after group.
+    ///
+    /// `x` is from [`Kernels::prepare_any`].
+    ///
+    /// # Panics
+    /// If `y.len() != w.rows()`, `x` was prepared for another matrix, or `w` is not of a grouped format.
+    fn matvec_grouped(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [f32]) {
+        self.matmat_grouped(w, Batch::new(&[x]), y);
+    }
+
+    /// [`Kernels::matvec_grouped`] of every token: `y[t · w.rows() + r]`.
+    ///
+    /// # Panics
+    /// If `y.len() != w.rows() · tokens`, or as [`Kernels::matvec_grouped`].
+    fn matmat_grouped(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
+        const TOKENS: usize = 16;
+        assert_eq!(y.len(), w.rows() * x.tokens().len());
+        x.assert_fit(&w);
+        if w.rows() == 0 {
+            return;
+        }
+        y.fill(0.0);
+        let mut sums = [0; TOKENS * Format::PANEL_ROWS];
+        for (x, y) in x.tokens().chunks(TOKENS).zip(y.chunks_mut(TOKENS * w.rows())) {
+            let sums = &mut sums[..x.len() * Format::PANEL_ROWS];
+            for (tile, first) in (0..w.rows()).step_by(Format::PANEL_ROWS).enumerate() {
+                let rows = Format::PANEL_ROWS.min(w.rows() - first);
+                for (g, (panel, scales)) in w.panels(tile).enumerate() {
+                    match x {
+                        [x] => self.matvec(panel, x.group(g), sums),
+                        _ => {
+                            let mut groups = [x[0]; TOKENS];
+                            groups.iter_mut().zip(x).for_each(|(group, x)| *group = x.group(g));
+                            self.matmat(panel, Batch::new(&groups[..x.len()]), sums);
+                        }
+                    }
+                    for (sums, y) in sums.chunks_exact(Format::PANEL_ROWS).zip(y.chunks_exact_mut(w.rows())) {
+                        float::add_scaled(&mut y[first..first + rows], sums, scales);
+                    }
+                }
+            }
+        }
+    }
+
+    /// `y[i] = Σ_c w[rows[i]][c] · x[c]`, exact, for [`Format::T2R`]: the products of some rows, of which alone any is read.
+    ///
+    /// # Panics
+    /// If `y.len() != rows.len()`, a row is outside `w`, `x` was prepared for another matrix, or `w` is of another format.
+    fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
+        portable::dot_rows(w, rows, x, y);
+    }
+
+    /// `y[c] += Σ_i x[i] · w[rows[i]][c]`, exact, for [`Format::T2R`]: the sum of some rows, of which alone any is read. With
+    /// a matrix stored by its columns this is a product with a vector that is zero elsewhere.
+    ///
+    /// # Panics
+    /// If `y.len() != w.cols()`, `x.len() != rows.len()`, a row is outside `w`, or `w` is of another format. Sums beyond
+    /// `i32` wrap: no more than [`Format::COLS_MAX`] rows are exact.
+    fn sum_rows(&self, w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
+        portable::sum_rows(w, rows, x, y);
     }
 
     /// `y[r] = Σ_c w[r][c] · x[c]` in f32 for [`Format::F16`], summed as [`float::dot`] does.

@@ -52,6 +52,27 @@ impl<'a> Matrix<'a> {
     pub fn tiles(&self) -> core::slice::ChunksExact<'a, Block> {
         self.blocks.chunks_exact(self.format.tile_blocks(self.cols).max(1))
     }
+    /// The blocks of row `r` in [`Format::T2R`], which stores every row by itself.
+    ///
+    /// # Panics
+    /// If the row is outside the matrix, or tiles have more rows than one.
+    pub fn row(&self, r: usize) -> &'a [Block] {
+        assert!(r < self.rows && self.format.tile_rows() == 1, "row {r} of {}", self.rows);
+        let row_blocks = self.format.tile_blocks(self.cols);
+        &self.blocks[r * row_blocks..][..row_blocks]
+    }
+    /// The panels of one tile of a grouped format, in the order of columns: weights in the base format, and the scales of
+    /// their rows as bits of half-precision floats.
+    pub fn panels(&self, tile: usize) -> impl Iterator<Item = (Self, &'a [[u8; 2]])> + use<'a> {
+        let format = self.format;
+        let tile_blocks = format.tile_blocks(self.cols);
+        let steps = self.blocks[tile * tile_blocks..][..tile_blocks].chunks_exact(format.step_blocks());
+        steps.map(move |step| {
+            let (weights, scales) = (&step[..format.panel_blocks()], crate::format::scales(format, step));
+            let (rows, cols) = (Format::PANEL_ROWS, Format::GROUP_COLS);
+            (Self { format: format.base(), rows, cols, blocks: weights }, scales)
+        })
+    }
     /// The rows of `range`: how work is shared between cores.
     ///
     /// # Panics
@@ -114,6 +135,21 @@ impl<'a> Activations<'a> {
         assert_eq!(tables.len(), format.table_blocks(cols));
         let sum = values.iter().map(|&v| i32::from(v)).sum();
         Self { format, cols, values, sum, tables }
+    }
+    /// What the panels of group `g` of a grouped format are multiplied by: `128` columns in the base format.
+    ///
+    /// Of a format with tables, the values are the group's alone, without padding to the base format's steps.
+    ///
+    /// # Panics
+    /// If there is no such group.
+    pub fn group(&self, g: usize) -> Self {
+        assert!(self.format.is_grouped());
+        let format = self.format.base();
+        let table_blocks = format.table_blocks(Format::GROUP_COLS);
+        let values = &self.values[g * Format::GROUP_COLS..][..Format::GROUP_COLS];
+        let sum = values.iter().map(|&v| i32::from(v)).sum();
+        let tables = &self.tables[g * table_blocks..][..table_blocks];
+        Self { format, cols: Format::GROUP_COLS, values, sum, tables }
     }
     /// The format of the matrices these are prepared for.
     pub const fn format(&self) -> Format {

@@ -1,5 +1,7 @@
 //! The reference: the plainest sum, straight from the definition of the bytes.
-use crate::{Activations, Block, Format, Kernels, Matrix};
+use crate::float::f16_to_f32;
+use crate::format::{decode, scales};
+use crate::{Activations, Batch, Block, Format, Kernels, Matrix};
 
 /// Runs on anything.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +27,59 @@ impl Kernels for Portable {
             }
         }
     }
+    fn matmat_grouped(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
+        assert_eq!(y.len(), w.rows() * x.tokens().len());
+        assert!(w.format().is_grouped());
+        x.assert_fit(&w);
+        let (format, steps) = (w.format(), w.steps());
+        for (x, y) in x.tokens().iter().zip(y.chunks_exact_mut(w.rows().max(1))) {
+            for (r, y) in y.iter_mut().enumerate() {
+                let first = r / Format::PANEL_ROWS * steps;
+                let row = r % Format::PANEL_ROWS;
+                *y = 0.0;
+                for (g, x) in x.values().chunks_exact(Format::GROUP_COLS).enumerate() {
+                    let step = &w.blocks()[(first + g) * format.step_blocks()..][..format.step_blocks()];
+                    let products =
+                        x.iter().enumerate().map(|(c, &x)| i32::from(decode(format, step, row, c)) * i32::from(x));
+                    let scale = f16_to_f32(u16::from_le_bytes(scales(format, step)[row]));
+                    *y += products.sum::<i32>() as f32 * scale;
+                }
+            }
+        }
+    }
+}
+
+/// [`Kernels::dot_rows`], for all who have none of their own.
+pub fn dot_rows(w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
+    assert_eq!(y.len(), rows.len());
+    assert_eq!(w.format(), Format::T2R);
+    x.assert_fit(&w);
+    for (y, &r) in y.iter_mut().zip(rows) {
+        let steps = w.row(r as usize).iter().zip(x.values().chunks_exact(Format::T2R.step_cols()));
+        *y = steps
+            .flat_map(|(block, x)| x.iter().enumerate().map(|(c, &x)| i32::from(t2r_weight(block, c)) * i32::from(x)))
+            .sum();
+    }
+}
+
+/// [`Kernels::sum_rows`], for all who have none of their own.
+pub fn sum_rows(w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
+    assert_eq!(y.len(), w.cols());
+    assert_eq!(x.len(), rows.len());
+    assert_eq!(w.format(), Format::T2R);
+    for (&x, &r) in x.iter().zip(rows) {
+        for (block, y) in w.row(r as usize).iter().zip(y.chunks_mut(Format::T2R.step_cols())) {
+            for (c, y) in y.iter_mut().enumerate() {
+                *y = y.wrapping_add(i32::from(t2r_weight(block, c)) * i32::from(x));
+            }
+        }
+    }
+}
+
+/// The weight in column `c` of one block of [`Format::T2R`].
+#[inline(always)]
+fn t2r_weight(block: &Block, c: usize) -> i8 {
+    decode(Format::T2R, core::slice::from_ref(block), 0, c)
 }
 
 /// `Some(&Portable)`, in the shape of every backend's `detect`.
@@ -41,7 +96,7 @@ fn add_step(format: Format, step: &[Block], x: &[i8], y: &mut [i32]) {
         Format::TL => add_step_of(Format::TL, step, x, y),
         Format::I4 => add_step_of(Format::I4, step, x, y),
         Format::I8 => add_step_of(Format::I8, step, x, y),
-        Format::F16 => panic!("f16 weights are multiplied by matvec_f16"),
+        _ => panic!("{} is not multiplied by matvec", format.name()),
     }
 }
 
@@ -49,7 +104,7 @@ fn add_step(format: Format, step: &[Block], x: &[i8], y: &mut [i32]) {
 fn add_step_of(format: Format, step: &[Block], x: &[i8], y: &mut [i32]) {
     for (c, &x) in x.iter().enumerate() {
         for (r, y) in y.iter_mut().enumerate() {
-            *y += i32::from(crate::format::decode(format, step, r, c)) * i32::from(x);
+            *y += i32::from(decode(format, step, r, c)) * i32::from(x);
         }
     }
 }

@@ -58,7 +58,7 @@ impl Table {
     }
 }
 
-/// The table of one group of activations, `format.group_cols()` of them.
+/// The table of one group of activations, `format.table_cols()` of them.
 ///
 /// # Panics
 /// If the format has no tables.
@@ -83,12 +83,12 @@ pub fn table(format: Format, x: &[i8]) -> Table {
 /// # Panics
 /// If the format has tables and `out` does not hold exactly those of whole steps, or `values` is shorter than them.
 pub fn fill(format: Format, values: &[i8], out: &mut [Block]) {
-    if format.group_cols() == 0 {
+    if format.table_cols() == 0 {
         return;
     }
     let tables = <[Table]>::mut_from_bytes(out.as_mut_bytes()).expect("a block is two tables");
-    let values = &values[..tables.len() * format.group_cols()];
-    for (table, x) in tables.iter_mut().zip(values.chunks_exact(format.group_cols())) {
+    let values = &values[..tables.len() * format.table_cols()];
+    for (table, x) in tables.iter_mut().zip(values.chunks_exact(format.table_cols())) {
         *table = self::table(format, x);
     }
 }

@@ -32,7 +32,7 @@ const SHAPES: [(usize, usize); 17] = [
 fn weights(format: Format, n: usize, lcg: &mut Lcg) -> Vec<i8> {
     let (low, high) = format.range();
     let levels = (i32::from(high) - i32::from(low) + 1) as u32;
-    let weight = |number: u32| match format {
+    let weight = |number: u32| match format.base() {
         Format::B1 => (number % 2) as i8 * 2 - 1,
         _ => (i32::from(low) + (number % levels) as i32) as i8,
     };
@@ -92,6 +92,92 @@ fn extreme_products_are_the_plain_sums() {
             for (w, x) in [(low, -128), (low, 127), (high, -128), (high, 127)] {
                 check(format, (rows, cols), &vec![w; rows * cols], &vec![x; cols]);
             }
+        }
+    }
+}
+
+/// A grouped product from the weights and scales as they were before packing, for the portable one and for the default that
+/// others inherit.
+#[test]
+fn grouped_products_are_the_plain_sums() {
+    /// Inherits everything.
+    #[derive(Debug)]
+    struct Inherits;
+    impl Kernels for Inherits {
+        fn name(&self) -> &'static str {
+            "inherits"
+        }
+        fn matvec(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [i32]) {
+            let values = x.values();
+            for (r, y) in y.iter_mut().enumerate() {
+                *y = (0..w.cols()).map(|c| i32::from(w.weight(r, c)) * i32::from(values[c])).sum();
+            }
+        }
+    }
+    let mut lcg = Lcg(5);
+    for format in Format::GROUPED {
+        for (rows, cols) in SHAPES {
+            let weights = weights(format, rows * cols, &mut lcg);
+            let mut blocks = pack(format, (rows, cols), &weights);
+            let (groups, tiles) = (cols.div_ceil(128), rows.div_ceil(64));
+            // Powers of two, so that the plain sum is exact in f64 and f32 alike.
+            let scales: Vec<i32> = (0..tiles * groups * 64).map(|_| (lcg.next() >> 8) as i32 % 3 - 1).collect();
+            for (i, step) in blocks.chunks_exact_mut(format.step_blocks()).enumerate() {
+                for r in 0..64 {
+                    let half = bitnet_kernel::float::f32_to_f16(f32::powi(2.0, scales[i * 64 + r]));
+                    format::set_scale(format, step, r, half);
+                }
+            }
+            let w = Matrix::new(format, rows, cols, &blocks).expect("the blocks of the shape");
+            let tokens: Vec<Vec<i8>> = (0..3).map(|_| activations(cols, &mut lcg)).collect();
+            let want: Vec<f32> = (0..3 * rows)
+                .map(|i| {
+                    let (t, r) = (i / rows, i % rows);
+                    let product = |c: usize| i64::from(weights[r * cols + c]) * i64::from(tokens[t][c]);
+                    let group = |g: usize| (128 * g..cols.min(128 * g + 128)).map(product).sum::<i64>() as f64;
+                    let scale = |g: usize| f64::powi(2.0, scales[(r / 64 * groups + g) * 64 + r % 64]);
+                    (0..groups).map(|g| group(g) * scale(g)).sum::<f64>() as f32
+                })
+                .collect();
+            for k in [&Portable as &dyn Kernels, &Inherits] {
+                let mut padded = tokens.clone();
+                padded.iter_mut().for_each(|values| values.resize(format.padded_cols(cols), 0));
+                let mut tables = vec![vec![Block::ZERO; format.table_blocks(cols)]; 3];
+                let x: Vec<Activations<'_>> =
+                    padded.iter().zip(&mut tables).map(|(v, t)| k.prepare_any(format, cols, v, t)).collect();
+                let mut got = vec![f32::NAN; 3 * rows];
+                k.matmat_grouped(w, Batch::new(&x), &mut got);
+                assert_eq!(got, want, "{} {rows}x{cols} {}", format.name(), k.name());
+                k.matvec_grouped(w, x[1], &mut got[..rows]);
+                assert_eq!(got[..rows], want[rows..2 * rows]);
+            }
+        }
+    }
+}
+
+/// Some rows of a matrix, and the sum of some, from the weights as they were before packing.
+#[test]
+fn products_of_some_rows_are_the_plain_sums() {
+    let mut lcg = Lcg(6);
+    for (rows, cols) in SHAPES {
+        let weights = weights(Format::T2R, rows * cols, &mut lcg);
+        let blocks = pack(Format::T2R, (rows, cols), &weights);
+        let w = Matrix::new(Format::T2R, rows, cols, &blocks).expect("the blocks of the shape");
+        let list: Vec<u32> = (0..rows as u32).filter(|_| lcg.next() >> 8 & 1 == 1).collect();
+        let x = activations(cols, &mut lcg);
+        let all = plain(cols, &weights, &x);
+        let mut values = x;
+        values.resize(Format::T2R.padded_cols(cols), 0);
+        let mut got = vec![i32::MIN; list.len()];
+        Portable.dot_rows(w, &list, Portable.prepare(Format::T2R, cols, &values, &mut []), &mut got);
+        assert!(list.iter().zip(&got).all(|(&r, &y)| i64::from(y) == all[r as usize]), "{rows}x{cols}");
+
+        let each = activations(list.len(), &mut lcg);
+        let mut got = vec![3; cols];
+        Portable.sum_rows(w, &list, &each, &mut got);
+        for (c, &y) in got.iter().enumerate() {
+            let product = |(&r, &x): (&u32, &i8)| i64::from(weights[r as usize * cols + c]) * i64::from(x);
+            assert_eq!(i64::from(y), 3 + list.iter().zip(&each).map(product).sum::<i64>(), "{rows}x{cols}");
         }
     }
 }

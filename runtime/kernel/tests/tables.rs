@@ -109,7 +109,7 @@ fn fill_places_the_tables_in_the_order_of_the_groups() {
     for (format, cols) in [(Format::B1, 96), (Format::TL, 96), (Format::B1, 32), (Format::TL, 25)] {
         let mut blocks = vec![Block::ZERO; format.table_blocks(cols)];
         tables::fill(format, &values, &mut blocks);
-        let groups = values.chunks_exact(format.group_cols());
+        let groups = values.chunks_exact(format.table_cols());
         let halves = blocks.iter().flat_map(|block| block.0.chunks_exact(32));
         assert_eq!(halves.clone().count(), 8 * format.steps(cols));
         for (half, x) in halves.zip(groups) {

@@ -206,9 +206,17 @@ fn name(report: &SectionReport) -> String {
 
 /// The first block with a code that stands for no weight.
 fn invalid(format: Format, codes: &[Block]) -> Option<(usize, &'static str)> {
+    if format.is_grouped() {
+        return codes.chunks_exact(format.step_blocks()).enumerate().find_map(|(i, step)| {
+            let (panel, scales) = step.split_at(format.panel_blocks());
+            let scales =
+                || invalid(Format::F16, scales).map(|(at, _)| (panel.len() + at, "a scale that is not finite"));
+            invalid(format.base(), panel).or_else(scales).map(|(at, what)| (i * step.len() + at, what))
+        });
+    }
     let (what, bad): (_, fn(&Block) -> bool) = match format {
-        Format::B1 | Format::I4 => return None,
-        Format::T2 => ("code 3", |block| any(block, |b| b & b >> 1 & 0x55 != 0)),
+        Format::B1 | Format::I4 | Format::B1G | Format::TLG | Format::I4G => return None,
+        Format::T2 | Format::T2R => ("code 3", |block| any(block, |b| b & b >> 1 & 0x55 != 0)),
         Format::TL => ("nibble 14 or 15", |block| any(block, |b| b & 0x0e == 0x0e || b & 0xe0 == 0xe0)),
         Format::I8 => ("-128", |block| any(block, |b| b == 0x80)),
         Format::F16 => ("a value that is not finite", |block| {
