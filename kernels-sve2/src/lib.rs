@@ -1,17 +1,42 @@
-//! SVE and SVE2 kernels: a place in the list of backends, not yet filled.
+//! SVE and SVE2 kernels, for vectors of any length from 128 to 2,048 bits.
 //!
-//! Both functions exist on every architecture, so no caller has a `cfg`. They say `None` everywhere until the kernels are
-//! written; CPUs with SVE run the NEON ones meanwhile.
+//! [`sve`] suits the Neoverse V1 (Graviton3: vectors of 256 bits, no SVE2), [`sve2`] the Neoverse V2 and N2 (Graviton4: 128
+//! bits). They differ in the sums of the look-up formats alone. Both functions exist on every architecture and return `None`
+//! where the CPU lacks the instructions, so that no caller needs a `cfg`.
+//!
+//! Stable Rust has no intrinsics of SVE, so its loops are `asm!`, each with registers of its own choice. What is not worth a
+//! loop in SVE is NEON, which is part of every CPU of this architecture.
 #![no_std]
+#[cfg(feature = "std")]
+extern crate std;
+
+#[cfg(target_arch = "aarch64")]
+mod backend;
+#[cfg(target_arch = "aarch64")]
+mod batch;
+#[cfg(target_arch = "aarch64")]
+mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod planes;
+#[cfg(target_arch = "aarch64")]
+mod unpack;
 
 use bitnet_kernel::Kernels;
 
-/// The SVE kernels (Graviton3: SVE without SVE2), if this CPU runs them.
+/// The SVE kernels, if this CPU runs them.
+///
+/// With the feature `std` the CPU is asked; without it, only a build that may assume SVE throughout has them.
 pub fn sve() -> Option<&'static dyn Kernels> {
+    #[cfg(target_arch = "aarch64")]
+    return backend::sve();
+    #[cfg(not(target_arch = "aarch64"))]
     None
 }
 
-/// The SVE2 kernels (Graviton4, Neoverse-N2), if this CPU runs them.
+/// The SVE2 kernels, if this CPU runs them, as [`sve`].
 pub fn sve2() -> Option<&'static dyn Kernels> {
+    #[cfg(target_arch = "aarch64")]
+    return backend::sve2();
+    #[cfg(not(target_arch = "aarch64"))]
     None
 }

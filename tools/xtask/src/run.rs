@@ -244,8 +244,8 @@ mod tests {
         let steps = matrix::steps();
         let find = |name: &str| describe(&steps.iter().find(|step| step.name == name).unwrap().action);
         assert_eq!(
-            find("qemu/backends/sve-256"),
-            "QEMU_CPU=max,sve-max-vq=2 cargo test --target aarch64-unknown-linux-musl -p bitnet-tests --test backends \
+            find("qemu/backends/sve-512"),
+            "QEMU_CPU=max,sve-max-vq=4 cargo test --target aarch64-unknown-linux-musl -p bitnet-tests --test backends \
              --no-fail-fast"
         );
         assert_eq!(find("style/doc"), "RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps");

@@ -1,0 +1,125 @@
+//! The two backends: which loop serves what.
+use crate::{batch, lanes, planes};
+use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
+
+/// Invariant: a value exists only where the CPU has SVE and what its fields say. [`sve`] and [`sve2`] make the only ones.
+#[derive(Debug)]
+struct Sve {
+    sve2: bool,
+    i8mm: bool,
+}
+
+static SVE: [Sve; 2] = [Sve { sve2: false, i8mm: false }, Sve { sve2: false, i8mm: true }];
+static SVE2: [Sve; 2] = [Sve { sve2: true, i8mm: false }, Sve { sve2: true, i8mm: true }];
+
+/// Whether the CPU has a feature, asked at run time where that can be.
+macro_rules! has {
+    ($feature:tt) => {{
+        #[cfg(feature = "std")]
+        let present = std::arch::is_aarch64_feature_detected!($feature);
+        #[cfg(not(feature = "std"))]
+        let present = cfg!(target_feature = $feature);
+        present
+    }};
+}
+
+/// See [`crate::sve`].
+pub(crate) fn sve() -> Option<&'static dyn Kernels> {
+    has!("sve").then(|| &SVE[usize::from(has!("i8mm"))] as &dyn Kernels)
+}
+
+/// See [`crate::sve2`].
+pub(crate) fn sve2() -> Option<&'static dyn Kernels> {
+    has!("sve2").then(|| &SVE2[usize::from(has!("i8mm"))] as &dyn Kernels)
+}
+
+impl Kernels for Sve {
+    fn name(&self) -> &'static str {
+        if self.sve2 { "sve2" } else { "sve" }
+    }
+    /// Tables as [`lanes`] wants them, not those of [`bitnet_kernel::tables`].
+    fn prepare<'a>(&self, format: Format, cols: usize, values: &'a [i8], tables: &'a mut [Block]) -> Activations<'a> {
+        lanes::prepare(format, values, tables);
+        Activations::new(format, cols, values, tables)
+    }
+    fn matvec(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [i32]) {
+        assert_eq!(y.len(), w.rows());
+        x.assert_fit(&w);
+        self.products(w, &[x], y);
+    }
+    fn matmat(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [i32]) {
+        assert_eq!(y.len(), w.rows() * x.tokens().len());
+        x.assert_fit(&w);
+        if self.i8mm && x.tokens().len() >= batch::tokens_min(w.format()) {
+            // SAFETY: `self` says that the CPU has these features.
+            unsafe { batch::products(w, x.tokens(), y) }
+        } else {
+            self.products(w, x.tokens(), y);
+        }
+    }
+    // The floating-point methods are the bodies of `float` as they are: the compiler makes NEON of them, and their order of sums is
+    // one of 16 lanes, which longer vectors would not serve better on CPUs of 128 and 256 bits.
+}
+
+impl Sve {
+    /// `w` times every token, one by one. The entrance checks were made.
+    fn products(&self, w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
+        // SAFETY: `self` says that the CPU has these features.
+        unsafe {
+            match self.sve2 {
+                true => products_sve2(w, tokens, y),
+                false => products_sve(w, tokens, y),
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "sve")]
+fn products_sve(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
+    match w.format() {
+        Format::B1 => {
+            each_tile(w, tokens, y, |tile, x| lanes::tile_b1_sve(tile, x.tables()).map(|sum| 2 * sum - x.sum()));
+        }
+        Format::T2 => {
+            each_tile(w, tokens, y, |tile, x| planes::matvec_t2_sve(tile, x.values()).map(|sum| sum - x.sum()));
+        }
+        Format::TL => each_tile(w, tokens, y, |tile, x| lanes::tile_tl_sve(tile, x.tables())),
+        Format::I4 => {
+            each_tile(w, tokens, y, |tile, x| planes::matvec_i4_sve(tile, x.values()).map(|sum| sum - 8 * x.sum()));
+        }
+        Format::I8 => each_tile(w, tokens, y, |tile, x| planes::matvec_i8_sve(tile, x.values())),
+        Format::F16 => panic!("f16 weights are multiplied by matvec_f16"),
+    }
+}
+
+/// [`products_sve`] with what SVE2 has for formats in lanes.
+#[target_feature(enable = "sve2")]
+fn products_sve2(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
+    match w.format() {
+        Format::B1 => {
+            each_tile(w, tokens, y, |tile, x| lanes::tile_b1_sve2(tile, x.tables()).map(|sum| 2 * sum - x.sum()));
+        }
+        Format::TL => each_tile(w, tokens, y, |tile, x| lanes::tile_tl_sve2(tile, x.tables())),
+        _ => products_sve(w, tokens, y),
+    }
+}
+
+/// Cuts a product into those of one tile, `BLOCKS` blocks a step and `ROWS` rows, with one token.
+///
+/// Tile by tile, so that the weights of a tile are in the first-level cache for all tokens but the first.
+fn each_tile<const BLOCKS: usize, const ROWS: usize>(
+    w: Matrix<'_>,
+    tokens: &[Activations<'_>],
+    y: &mut [i32],
+    one: impl Fn(&[[Block; BLOCKS]], Activations<'_>) -> [i32; ROWS],
+) {
+    if w.cols() == 0 || w.rows() == 0 {
+        return y.fill(0);
+    }
+    for (first, tile) in (0..w.rows()).step_by(ROWS).zip(w.tiles()) {
+        let here = first..w.rows().min(first + ROWS);
+        for (x, y) in tokens.iter().zip(y.chunks_exact_mut(w.rows())) {
+            y[here.clone()].copy_from_slice(&one(tile.as_chunks().0, *x)[..here.len()]);
+        }
+    }
+}
