@@ -88,7 +88,7 @@ fn products_sve(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
             each_tile(w, tokens, y, |tile, x| planes::matvec_i4_sve(tile, x.values()).map(|sum| sum - 8 * x.sum()));
         }
         Format::I8 => each_tile(w, tokens, y, |tile, x| planes::matvec_i8_sve(tile, x.values())),
-        Format::F16 => panic!("f16 weights are multiplied by matvec_f16"),
+        _ => panic!("{} is not multiplied by this method", w.format().name()),
     }
 }
 

@@ -58,12 +58,15 @@ pub(crate) fn products(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32])
     }
 }
 
-/// Puts the columns `cols` of at most [`GROUP`] tokens where `smmla` wants them. What is there of other tokens stays.
+/// Puts the columns `cols` of at most [`GROUP`] tokens where `smmla` wants them: zeros past the values, which the panels of a
+/// grouped format may have (see [`Activations::group`]). What is there of other tokens stays.
 fn gather(tokens: &[Activations<'_>], cols: core::ops::Range<usize>, out: &mut Tokens) {
+    let (columns, _) = out.split_at_mut(cols.len() / 8);
     for (t, x) in tokens.iter().enumerate() {
-        for (x, out) in x.values()[cols.clone()].as_chunks::<8>().0.iter().zip(&mut *out) {
+        let mut x = x.values()[cols.start..cols.end.min(x.values().len())].as_chunks::<8>().0.iter();
+        for out in &mut *columns {
             let out = &mut out[t / 2].as_chunks_mut::<8>().0[t % 2];
-            *out = x.map(|x| x as u8);
+            *out = x.next().map_or([0; 8], |x| x.map(|x| x as u8));
         }
     }
 }

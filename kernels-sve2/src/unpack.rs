@@ -25,7 +25,7 @@ pub(crate) const fn bias(format: Format) -> i32 {
         // A bit of B1 is 0 or 2 here.
         Format::B1 | Format::T2 | Format::TL => 1,
         Format::I4 => 8,
-        Format::I8 | Format::F16 => 0,
+        _ => 0,
     }
 }
 
@@ -42,7 +42,7 @@ pub(crate) fn unpack(w: Matrix<'_>, steps: Range<usize>, panel: &mut Panel) {
                 Format::TL => unpack_tl_neon(tile.as_chunks().0, panel),
                 Format::I4 => unpack_planes_neon::<4>(tile.as_chunks().0, 2 * i, panel),
                 Format::I8 => unpack_planes_neon::<8>(tile.as_chunks().0, 2 * i, panel),
-                Format::F16 => panic!("f16 weights are multiplied by matvec_f16"),
+                _ => panic!("{} is not multiplied by this method", w.format().name()),
             }
         }
     }

@@ -94,7 +94,7 @@ fn tables_hold_the_shared_sums() {
         };
         for rest in 0..7usize.pow(3) {
             let group = [0, ends[rest % 7], ends[rest / 7 % 7], ends[rest / 49]];
-            let mut values: Vec<i8> = (-128..=127).flat_map(|x| [&[x], &group[1..f.group_cols()]].concat()).collect();
+            let mut values: Vec<i8> = (-128..=127).flat_map(|x| [&[x], &group[1..f.table_cols()]].concat()).collect();
             let cols = values.len();
             values.resize(f.padded_cols(cols), 0);
             let blocks = vec![Block::ZERO; f.table_blocks(cols)];
