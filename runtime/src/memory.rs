@@ -117,8 +117,8 @@ impl Sizes {
     pub(crate) const fn new(c: &Config) -> Self {
         let widest = c.widest() as usize;
         let (mut quantized, mut tables, mut i) = (0, 0, 0);
-        while i < Format::INTEGER.len() {
-            let format = Format::INTEGER[i];
+        while i < Format::ALL.len() {
+            let format = Format::ALL[i];
             quantized = max(quantized, format.padded_cols(widest));
             if c.formats >> format as u8 & 1 == 1 {
                 tables = max(tables, format.table_blocks(widest));

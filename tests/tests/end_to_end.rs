@@ -405,8 +405,11 @@ fn odd_shapes_give_one_result_in_every_way() {
     };
     let tokens: Vec<u32> = (0..20).map(|i| i * 13 % 70).collect();
     let dir = tempfile::tempdir().unwrap();
-    for (config, format) in [config, plain].into_iter().flat_map(|c| Format::INTEGER.map(|f| (c, f))) {
-        for head in [Format::I8, Format::I4, Format::F16] {
+    let heads = [Format::I8, Format::I4, Format::F16];
+    let formats = Format::INTEGER.into_iter().flat_map(|f| heads.map(|h| (f, h)));
+    let formats = formats.chain(Format::GROUPED.map(|f| (f, f)));
+    for (format, head) in formats {
+        for config in [config, plain] {
             let path = dir.path().join("odd");
             let shape = bitnet_pack::Shape { name: "odd".into(), config, theta: 1e4 };
             let options = Options { format, head, ..Options::default() };

@@ -174,6 +174,14 @@ impl Format {
     pub const fn has_row_scales(self) -> bool {
         matches!(self, Self::I4 | Self::I8)
     }
+    /// Whether all weights of a matrix share one scale. Rows have theirs, or groups of columns; floats need none.
+    pub const fn has_matrix_scale(self) -> bool {
+        matches!(self, Self::B1 | Self::T2 | Self::TL | Self::T2R)
+    }
+    /// The formats that multiply int8 activations in any way.
+    pub const fn is_integer(self) -> bool {
+        !matches!(self, Self::F16)
+    }
     /// The smallest and largest weight. `F16` has none of these: its weights are floats.
     pub const fn range(self) -> (i8, i8) {
         match self.base() {

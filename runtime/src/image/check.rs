@@ -188,7 +188,7 @@ fn check_record(index: u32, record: &Record, expected: &Section, end: &mut u64) 
     if (record.rows.get(), record.cols.get()) != (expected.rows, expected.cols) {
         return Err(wrong("shape"));
     }
-    let has_scale = matches!(encoding, Encoding::Matrix(f) if !f.has_row_scales() && f != bitnet_kernel::Format::F16);
+    let has_scale = matches!(encoding, Encoding::Matrix(f) if f.has_matrix_scale());
     let scale = record.scale.get();
     if !scale.is_finite() || (!has_scale && scale != 1.0) {
         return Err(wrong("scale"));

@@ -122,10 +122,10 @@ impl Kind {
         match self {
             Self::Tokenizer => matches!(encoding, Encoding::Bytes),
             Self::Embedding | Self::Head => {
-                matches!(encoding, Encoding::Matrix(Format::I4 | Format::I8 | Format::F16))
+                matches!(encoding, Encoding::Matrix(f) if f.is_grouped() || matches!(f, Format::I4 | Format::I8 | Format::F16))
             }
             Self::Query | Self::Key | Self::Value | Self::Output | Self::Gate | Self::Up | Self::Down => {
-                matches!(encoding, Encoding::Matrix(Format::B1 | Format::T2 | Format::TL | Format::I4 | Format::I8))
+                matches!(encoding, Encoding::Matrix(f) if f.is_integer() && !matches!(f, Format::T2R))
             }
             _ => matches!(encoding, Encoding::Vector),
         }

@@ -223,6 +223,11 @@ impl Model<'_> {
                     format => f32::from(format::decode(format, step, row, c)),
                 };
             }
+            if tensor.format.is_grouped() {
+                let bits = u16::from_le_bytes(format::scales(tensor.format, step)[row]);
+                let scale = bitnet_kernel::float::f16_to_f32(bits);
+                x.iter_mut().for_each(|x| *x *= scale);
+            }
         }
         if let Some((extent, i)) = scale {
             let scale = ops::floats(source.fetch(extent)?)[i];

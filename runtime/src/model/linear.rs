@@ -53,7 +53,7 @@ impl Machine<'_> {
             let mut tables = x.tables[..tokens * table_blocks].chunks_exact_mut(table_blocks.max(1));
             let prepared: [Option<Activations<'_>>; BATCH_MAX] = core::array::from_fn(|t| {
                 let values = rows.next().filter(|_| t < tokens)?;
-                Some(kernels.prepare(format, cols, values, tables.next().unwrap_or_default()))
+                Some(kernels.prepare_any(format, cols, values, tables.next().unwrap_or_default()))
             });
             let inert = prepared[0].expect("a pass has at least one token");
             let prepared = prepared.map(|x| x.unwrap_or(inert));
@@ -148,6 +148,19 @@ fn unit<const N: usize>(
     let rows = tensor.unit_rows(u);
     let (weights, row_scales) = blocks.split_at(tensor.weight_blocks(rows));
     let w = Matrix::new(tensor.format, rows, tensor.cols as usize, weights).expect("a unit of this tensor");
+    if tensor.format.is_grouped() {
+        let mut sums = [[0.0; UNIT_ROWS]; N];
+        let sums = &mut sums.as_flattened_mut()[..rows * x.len()];
+        match x {
+            [x] => kernels.matvec_grouped(w, *x, sums),
+            _ => kernels.matmat_grouped(w, Batch::new(x), sums),
+        }
+        for ((sums, y), scale) in sums.chunks_exact(rows).zip(y.chunks_exact_mut(UNIT_ROWS)).zip(scales) {
+            let inverse = 1.0 / scale;
+            y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum * inverse);
+        }
+        return;
+    }
     let mut sums = [[0; UNIT_ROWS]; N];
     let sums = &mut sums.as_flattened_mut()[..rows * x.len()];
     match x {

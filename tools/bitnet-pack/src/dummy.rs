@@ -3,7 +3,7 @@
 //! Their speed and memory are those of a trained model of the same shape; their tokens are noise. A few MiB of random units
 //! are encoded and written again and again in random order: read from the image, one copy costs as much as another.
 use crate::Error;
-use crate::encode::{encode, encode_f16};
+use crate::encode::{encode, encode_f16, encode_grouped};
 use crate::pack::{Options, PROGRAM_BYTES};
 use crate::report::{LayerBits, Progress, Report, SectionReport};
 use crate::verify::{Opened, verify_with};
@@ -244,7 +244,7 @@ impl Maker<'_> {
     fn matrix(&mut self, section: &Section, format: Format) -> Result<(), Error> {
         let (rows, cols) = (section.rows as usize, section.cols as usize);
         let scale = scale(format, cols);
-        self.writer.begin(if format.has_row_scales() || format == Format::F16 { 1.0 } else { scale })?;
+        self.writer.begin(if format.has_matrix_scale() { scale } else { 1.0 })?;
         let full = self.pool(format, UNIT_ROWS.min(rows), cols, scale);
         let last = self.pool(format, rows % UNIT_ROWS, cols, scale);
         for u in 0..rows.div_ceil(UNIT_ROWS) {
@@ -281,7 +281,7 @@ fn scale(format: Format, cols: usize) -> f32 {
         Format::F16 => (-127.0, 127.0),
         _ => (f32::from(format.range().0), f32::from(format.range().1)),
     };
-    let deviation = match format {
+    let deviation = match format.base() {
         Format::B1 => 1.0,
         _ => ((high - low + 1.0) * (high - low + 1.0) / 12.0).sqrt(),
     };
@@ -304,10 +304,17 @@ fn unit(format: Format, rows: usize, cols: usize, scale: f32, random: &mut Rando
     let (low, high) = format.range();
     for row in codes.chunks_exact_mut(stride) {
         row[..cols].iter_mut().for_each(|w| {
-            *w = if format == Format::B1 { random.within(0, 1) * 2 - 1 } else { random.within(low, high) }
+            *w = if format.base() == Format::B1 { random.within(0, 1) * 2 - 1 } else { random.within(low, high) }
         });
     }
-    encode(format, rows, cols, &codes, &mut blocks);
+    if format.is_grouped() {
+        // Each row its own, so that the rows of two copies of a unit differ.
+        let each = |random: &mut Random| f16::from_f32(scale * (0.5 + random.fraction())).to_bits();
+        let scales: Vec<u16> = (0..rows * format.steps(cols)).map(|_| each(random)).collect();
+        encode_grouped(format, rows, cols, &codes, &scales, &mut blocks);
+    } else {
+        encode(format, rows, cols, &codes, &mut blocks);
+    }
     blocks
 }
 
@@ -329,8 +336,8 @@ mod tests {
         let tiny = Preset::Tiny.shape();
         let odd = Config { vocab: 67, hidden: 40, ffn: 100, heads: 5, kv_heads: 1, head_dim: 6, ..tiny.config };
         for config in [tiny.config, odd, Config { tied: false, vocab: 3, ..odd }] {
-            for format in Format::INTEGER {
-                for head in [Format::I8, Format::I4, Format::F16] {
+            for format in [&Format::INTEGER[..], &Format::GROUPED].concat() {
+                for head in [&[Format::I8, Format::I4, Format::F16][..], &Format::GROUPED].concat() {
                     let options = Options { format, head, ..Options::default() };
                     let shape = Shape { config, ..tiny.clone() };
                     let (bytes, report, weights) = write(&shape, &options, 7);

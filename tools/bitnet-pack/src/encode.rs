@@ -10,9 +10,10 @@ use bitnet_kernel::{Block, Format, Geometry};
 /// lie within `format.range()` (any value but zero counts as its sign in [`Format::B1`]).
 ///
 /// # Panics
-/// If lengths disagree, or for [`Format::F16`].
+/// If lengths disagree, or for [`Format::F16`] and grouped formats.
 pub fn encode(format: Format, rows: usize, cols: usize, weights: &[i8], blocks: &mut [Block]) {
     let stride = format.padded_cols(cols);
+    assert!(!format.is_grouped());
     assert_eq!(weights.len(), rows * stride);
     assert_eq!(blocks.len(), format.matrix_blocks(rows, cols));
     if blocks.is_empty() {
@@ -24,6 +25,30 @@ pub fn encode(format: Format, rows: usize, cols: usize, weights: &[i8], blocks: 
             Geometry::Lanes => lanes(format, stride, weights, tile),
             Geometry::Planes => planes(format, stride, weights, tile),
         }
+    }
+}
+
+/// [`encode`] for a grouped format: `scales` holds the bits of half-precision floats, one a group, row after row.
+///
+/// # Panics
+/// If lengths disagree, or the format is not grouped.
+pub fn encode_grouped(format: Format, rows: usize, cols: usize, weights: &[i8], scales: &[u16], blocks: &mut [Block]) {
+    let (stride, steps, base) = (format.padded_cols(cols), format.steps(cols), format.base());
+    assert!(format.is_grouped());
+    assert_eq!((weights.len(), scales.len()), (rows * stride, rows * steps));
+    assert_eq!(blocks.len(), format.matrix_blocks(rows, cols));
+    let padded = base.padded_cols(Format::GROUP_COLS);
+    let mut panel = vec![0; Format::PANEL_ROWS * padded];
+    for (i, step) in blocks.chunks_exact_mut(format.step_blocks()).enumerate() {
+        let (first, group) = (i / steps * Format::PANEL_ROWS, i % steps);
+        step.fill(Block::ZERO);
+        panel.fill(0);
+        for (r, row) in (first..rows.min(first + Format::PANEL_ROWS)).zip(panel.chunks_exact_mut(padded)) {
+            let weights = &weights[r * stride + group * Format::GROUP_COLS..][..Format::GROUP_COLS];
+            row[..Format::GROUP_COLS].copy_from_slice(weights);
+            bitnet_kernel::format::set_scale(format, step, r - first, scales[r * steps + group]);
+        }
+        encode(base, Format::PANEL_ROWS, Format::GROUP_COLS, &panel, &mut step[..format.panel_blocks()]);
     }
 }
 
@@ -61,12 +86,12 @@ fn b1_row(row: &[i8], r: usize, step: &mut [Block]) {
 fn planes(format: Format, stride: usize, weights: &[i8], tile: &mut [Block]) {
     // The first block holds a row of zeros where a row is missing.
     let zeros = match format {
-        Format::T2 => 0x55,
+        Format::T2 | Format::T2R => 0x55,
         Format::I4 => 0x88,
         _ => 0,
     };
     let cols = format.step_cols();
-    for (s, step) in tile.chunks_exact_mut(4).enumerate() {
+    for (s, step) in tile.chunks_exact_mut(format.step_blocks()).enumerate() {
         let mut rows = weights.chunks_exact(stride);
         for block in step {
             match rows.next() {
@@ -82,7 +107,7 @@ fn plane_row(format: Format, row: &[i8], block: &mut [u8; 64]) {
     for (j, byte) in block.iter_mut().enumerate() {
         let code = |plane: usize, zero: i8| (planes[plane][j] + zero) as u8;
         *byte = match format {
-            Format::T2 => code(0, 1) | code(1, 1) << 2 | code(2, 1) << 4 | code(3, 1) << 6,
+            Format::T2 | Format::T2R => code(0, 1) | code(1, 1) << 2 | code(2, 1) << 4 | code(3, 1) << 6,
             Format::I4 => code(0, 8) | code(1, 8) << 4,
             Format::I8 => code(0, 0),
             _ => panic!("{} is not encoded here", format.name()),
@@ -127,7 +152,7 @@ mod tests {
 
     #[test]
     fn all_formats_agree_with_the_definition() {
-        for format in Format::INTEGER {
+        for format in Format::ALL.into_iter().filter(|f| f.is_integer()) {
             for (rows, cols) in SHAPES {
                 let (low, high) = format.range();
                 let stride = format.padded_cols(cols);
@@ -142,7 +167,18 @@ mod tests {
                 let mut expected = vec![Block::ZERO; format.matrix_blocks(rows, cols)];
                 let mut found = vec![Block([0xa5; 64]); expected.len()];
                 bitnet_kernel::format::encode(format, rows, cols, &mut expected, |r, c| weights[r * stride + c]);
-                encode(format, rows, cols, &weights, &mut found);
+                if format.is_grouped() {
+                    let steps = format.steps(cols);
+                    let scales: Vec<u16> = random.by_ref().take(rows * steps).map(|n| n as u16).collect();
+                    for (i, step) in expected.chunks_exact_mut(format.step_blocks()).enumerate() {
+                        for r in i / steps * 64..rows.min(i / steps * 64 + 64) {
+                            bitnet_kernel::format::set_scale(format, step, r % 64, scales[r * steps + i % steps]);
+                        }
+                    }
+                    encode_grouped(format, rows, cols, &weights, &scales, &mut found);
+                } else {
+                    encode(format, rows, cols, &weights, &mut found);
+                }
                 assert!(expected == found, "{} {rows}x{cols}", format.name());
             }
         }

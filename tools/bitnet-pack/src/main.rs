@@ -68,14 +68,15 @@ struct Pack {
 
 #[derive(Args, Debug)]
 struct Formats {
-    /// Format of the ternary weights: tl takes 1.67 bits each, t2 takes 2, b1 takes 1 (but no weight may be zero).
-    #[arg(long, default_value = "tl", value_parser = format(&["tl", "t2", "b1", "i4", "i8"]))]
+    /// Format of the ternary weights: tl takes 1.67 bits each, t2 takes 2, b1 takes 1 (but no weight may be zero). Those
+    /// that end in g128 have a scale for every 128 columns of a row.
+    #[arg(long, default_value = "tl", value_parser = format(&["tl", "t2", "b1", "i4", "i8", "tlg128", "b1g128", "i4g128"]))]
     format: Format,
     /// Format of the head, which scores the tokens.
-    #[arg(long, default_value = "i8", value_parser = format(&["i8", "i4", "f16"]))]
+    #[arg(long, default_value = "i8", value_parser = format(&["i8", "i4", "f16", "i4g128", "tlg128", "b1g128"]))]
     head: Format,
     /// Format of the embedding, in models where the head is not the embedding too [default: as the head].
-    #[arg(long, value_parser = format(&["i8", "i4", "f16"]))]
+    #[arg(long, value_parser = format(&["i8", "i4", "f16", "i4g128", "tlg128", "b1g128"]))]
     embedding: Option<Format>,
     /// The model's name in the image [default: the directory's].
     #[arg(long)]

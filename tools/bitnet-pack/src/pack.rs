@@ -1,7 +1,7 @@
 //! A checkpoint becomes an image, one unit of 64 rows after another.
 use crate::checkpoint::sections::{self, Source};
 use crate::checkpoint::{Checkpoint, Table, TensorInfo};
-use crate::encode::{encode, encode_f16};
+use crate::encode::{encode, encode_f16, encode_grouped};
 use crate::quantize::{self, Absmean, Distance, MagnitudeSum};
 use crate::report::{LayerBits, Progress, Report, SectionReport, planned_bits};
 use crate::verify::{Opened, verify_with};
@@ -75,6 +75,23 @@ impl Options {
         }
         Ok(())
     }
+    /// Whether the choices suit a checkpoint with one scale a matrix, whose head has floats.
+    fn check_source(&self) -> Result<(), Error> {
+        let refuse = |option, format: Format, why| Err(Error::Options(format!("{option} {}: {why}", format.name())));
+        if self.format.is_grouped() {
+            return refuse(
+                "--format",
+                self.format,
+                "this checkpoint has one scale a matrix, and not one for 128 columns",
+            );
+        }
+        for (option, format) in [("--head", Some(self.head)), ("--embedding", self.embedding)] {
+            if let Some(format @ (Format::TLG | Format::B1G)) = format {
+                return refuse(option, format, "this checkpoint's has floats; i4g128 is the smallest that holds them");
+            }
+        }
+        Ok(())
+    }
     /// The limits that the header's plan is for.
     pub(crate) fn limits(&self, config: &Config) -> Result<Limits, Error> {
         let default = Limits::default_for(config);
@@ -94,6 +111,7 @@ impl Options {
 /// The first thing that is wrong. Then nothing is there under the name `output` that was not there before.
 pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn Progress) -> Result<Report, Error> {
     options.check()?;
+    options.check_source()?;
     let checkpoint = Checkpoint::open(source)?;
     let mut table = Table::read(&checkpoint.config_path(), checkpoint.config())?;
     table.config.formats = 1 << options.format as u8;
@@ -235,7 +253,13 @@ impl Sizes {
             raw: rows * cols * bytes,
             floats: if matches!(source, Source::Packed(..)) { 0 } else { rows * cols },
             codes: if dense { 0 } else { padded },
-            halves: if dense { padded } else { 0 },
+            halves: if dense {
+                padded
+            } else if format.is_grouped() {
+                rows * format.steps(cols)
+            } else {
+                0
+            },
             blocks: format.matrix_blocks(rows, cols),
         }
     }
@@ -487,6 +511,8 @@ impl Packer<'_> {
         self.read_floats(unit.tensor, unit.first, unit.rows, values)?;
         if unit.format == Format::F16 {
             self.dense_f16(unit, values)?;
+        } else if unit.format.is_grouped() {
+            self.dense_i4g(unit, values)?;
         } else {
             let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
             let mut scales = [0.0; UNIT_ROWS];
@@ -503,6 +529,31 @@ impl Packer<'_> {
             self.put_scales(unit, &scales[..unit.rows])?;
         }
         self.buffers.floats = floats;
+        Ok(())
+    }
+
+    fn dense_i4g(&mut self, unit: &Unit<'_>, values: &[f32]) -> Result<(), Error> {
+        let (format, cols) = (unit.format, unit.shape.1);
+        let (stride, groups) = (format.padded_cols(cols), format.steps(cols));
+        let Buffers { codes, halves, blocks, .. } = &mut self.buffers;
+        let (codes, halves) = (fit(codes, unit.rows * stride, 0), fit(halves, unit.rows * groups, 0));
+        codes.fill(0);
+        let rows = values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride)).zip(halves.chunks_exact_mut(groups));
+        for (r, ((values, codes), scales)) in rows.enumerate() {
+            let parts = values.chunks(Format::GROUP_COLS).zip(codes.chunks_exact_mut(Format::GROUP_COLS)).zip(scales);
+            for (g, ((values, codes), scale)) in parts.enumerate() {
+                *scale = quantize::group_i4(values, &mut codes[..values.len()]).ok_or_else(|| {
+                    let (row, column) = (unit.first + r, g * Format::GROUP_COLS);
+                    let what = format!("row {row}, columns from {column}: a scale beyond f16; use --head i8");
+                    Error::tensor(self.checkpoint.path_of(unit.tensor), &unit.tensor.name, what)
+                })?;
+            }
+        }
+        let mut out = core::mem::take(blocks);
+        let filled = fit(&mut out, format.matrix_blocks(unit.rows, cols), Block::ZERO);
+        encode_grouped(format, unit.rows, cols, codes, halves, filled);
+        self.put(filled.as_bytes())?;
+        self.buffers.blocks = out;
         Ok(())
     }
 

@@ -163,6 +163,13 @@ pub fn row_i4(row: &[f32], into: &mut [i8]) -> f32 {
     best.1
 }
 
+/// [`row_i4`] of one group of columns with a half-precision scale, of which this returns the bits; `None` if the scale is
+/// beyond 65,504.
+pub fn group_i4(group: &[f32], into: &mut [i8]) -> Option<u16> {
+    let scale = f16::from_f32(row_i4(group, into));
+    scale.is_finite().then(|| scale.to_bits())
+}
+
 /// The bits of half-precision floats, or the first column whose value has none.
 ///
 /// # Errors

@@ -56,7 +56,7 @@ impl SectionReport {
     pub fn of(record: &Record) -> Option<Self> {
         let layer = record.layer.get();
         let encoding = Encoding::from_tag(record.encoding)?;
-        let one_scale = matches!(encoding, Encoding::Matrix(f) if !f.has_row_scales() && f != Format::F16);
+        let one_scale = matches!(encoding, Encoding::Matrix(f) if f.has_matrix_scale());
         Some(Self {
             kind: kind(record.kind)?,
             layer: (layer != Record::NO_LAYER).then_some(layer.into()),
@@ -219,7 +219,7 @@ fn table(f: &mut dyn fmt::Write, sections: &[SectionReport]) -> fmt::Result {
         let scales = || same().filter_map(|t| t.scale);
         let (low, high) = (scales().fold(f32::INFINITY, f32::min), scales().fold(f32::NEG_INFINITY, f32::max));
         match (s.weights() > 0, scales().count()) {
-            (true, 0) if s.encoding != Encoding::Matrix(Format::F16) => write!(f, "  one a row")?,
+            (true, 0) if matches!(s.encoding, Encoding::Matrix(f) if f.has_row_scales()) => write!(f, "  one a row")?,
             (_, 0) => {}
             _ if low == high => write!(f, "  {low:.4}")?,
             _ => write!(f, "  {low:.4} to {high:.4}")?,
