@@ -16,12 +16,13 @@
 //! Loads go through [`load`] and friends, which take arrays: the loops hold no pointers and no `unsafe`.
 #![allow(clippy::needless_range_loop, reason = "one index for several arrays of registers")]
 
-use bitnet_kernel::float::{self, Cache};
+use crate::float;
+use bitnet_kernel::float::Cache;
 use bitnet_kernel::tables::{B1_BASE, TL_BASE, TL_WEIGHTS};
 use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
 use core::arch::x86_64::*;
 
-/// Invariant: a value exists only where the CPU has AVX2. [`detect`] makes the only one.
+/// Invariant: a value exists only where the CPU has AVX2 and F16C. [`detect`] makes the only one.
 #[derive(Debug)]
 pub(crate) struct Avx2(());
 
@@ -29,11 +30,7 @@ static AVX2: Avx2 = Avx2(());
 
 /// See [`crate::avx2`].
 pub(crate) fn detect() -> Option<&'static dyn Kernels> {
-    #[cfg(feature = "std")]
-    let present = std::arch::is_x86_feature_detected!("avx2");
-    #[cfg(not(feature = "std"))]
-    let present = cfg!(target_feature = "avx2");
-    present.then_some(&AVX2 as &dyn Kernels)
+    float::detect().then_some(&AVX2 as &dyn Kernels)
 }
 
 impl Kernels for Avx2 {
@@ -64,28 +61,16 @@ impl Kernels for Avx2 {
         unsafe { products(w, x.tokens(), y) }
     }
     fn matvec_f16(&self, w: Matrix<'_>, x: &[f32], y: &mut [f32]) {
-        #[target_feature(enable = "avx2")]
-        fn matvec_f16_avx2(w: Matrix<'_>, x: &[f32], y: &mut [f32]) {
-            float::matvec_f16(w, x, y);
-        }
-        // SAFETY: `self` exists, so the CPU has AVX2.
-        unsafe { matvec_f16_avx2(w, x, y) }
+        // SAFETY: `self` exists, so the CPU has AVX2 and F16C.
+        unsafe { float::matvec_f16(w, x, y) }
     }
     fn quantize(&self, x: &[f32], q: &mut [i8]) -> Option<f32> {
-        #[target_feature(enable = "avx2")]
-        fn quantize_avx2(x: &[f32], q: &mut [i8]) -> Option<f32> {
-            float::quantize(x, q)
-        }
-        // SAFETY: `self` exists, so the CPU has AVX2.
-        unsafe { quantize_avx2(x, q) }
+        // SAFETY: as above.
+        unsafe { float::quantize(x, q) }
     }
     fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
-        #[target_feature(enable = "avx2")]
-        fn attend_avx2(q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
-            float::attend(q, keys, values, scale, out);
-        }
-        // SAFETY: `self` exists, so the CPU has AVX2.
-        unsafe { attend_avx2(q, keys, values, scale, out) }
+        // SAFETY: as above.
+        unsafe { float::attend(q, keys, values, scale, out) }
     }
 }
 

@@ -8,6 +8,8 @@ extern crate std;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod float;
 
 use bitnet_kernel::Kernels;
 

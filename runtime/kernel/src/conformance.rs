@@ -4,7 +4,7 @@
 //! sizes are chosen for a reason: one row and column, the edges of tiles and steps, more rows than one tile of lanes, widths
 //! past every flush of narrow sums (6,300 columns is past 255 steps of [`Format::TL`]). The inputs: random ones, and those
 //! with the largest sums, where every activation is -128 or 127 and all weights are alike.
-use crate::float::{self, Cache};
+use crate::float::{self, Arrays, Cache};
 use crate::portable::Portable;
 use crate::{Activations, Batch, Block, Format, Kernels, Matrix, format};
 use core::fmt;
@@ -396,7 +396,8 @@ fn check_attend(k: &dyn Kernels, memory: &mut Workspace) -> Result<(), Differenc
     memory.values[0].fill_with(|| rng.next() as i8);
     let mut halves = [0; 1_300];
     halves.fill_with(|| float::f32_to_f16(rng.float()));
-    for (head_dim, positions) in [(8, 1), (16, 63), (20, 64), (18, 65), (8, 130)] {
+    // Widths of 16 columns, 1, 2, 4 and 7 times, and of some more; whole runs of 64 positions and parts of one.
+    for (head_dim, positions) in [(8, 1), (16, 63), (20, 64), (18, 65), (8, 130), (64, 20), (112, 9), (100, 11)] {
         let n = head_dim * positions;
         let caches = [
             Cache::F32(&memory.floats[..n]),
@@ -406,8 +407,8 @@ fn check_attend(k: &dyn Kernels, memory: &mut Workspace) -> Result<(), Differenc
         let q = &memory.floats[memory.floats.len() - head_dim..];
         for keys in caches {
             for values in caches {
-                let (mut want, mut got) = ([0.0; 20], [0.0; 20]);
-                float::attend(q, keys, values, 0.3, &mut want[..head_dim]);
+                let (mut want, mut got) = ([0.0; 112], [0.0; 112]);
+                float::attend(Arrays, q, keys, values, 0.3, &mut want[..head_dim]);
                 k.attend(q, keys, values, 0.3, &mut got[..head_dim]);
                 compare(k, "attend", None, positions, &want[..head_dim], &got[..head_dim])?;
             }

@@ -3,7 +3,16 @@
 //! A sum is taken in 16 lanes (term `i` goes to lane `i mod 16`), then the lanes are added in a fixed tree. Vector units of
 //! 128, 256 and 512 bits all do that at full width, so nothing is lost by it. Functions are `#[inline(always)]`: a backend
 //! compiles them again inside a function with its own target features. Rust never contracts a multiplication and an
-//! addition, so the features change the speed and not the result.
+//! addition, so the features change the speed and not the result. Where the compiler alone does not find the instructions,
+//! a body is written over [`Vectors`].
+mod attend;
+mod exp;
+mod vectors;
+
+pub use attend::{Cache, attend};
+pub use exp::exp;
+pub use vectors::{Arrays, Vectors};
+
 use crate::{Block, Format, Matrix};
 
 /// Lanes of a sum.
@@ -152,110 +161,4 @@ pub fn quantize(x: &[f32], q: &mut [i8]) -> Option<f32> {
     }
     padding.fill(0);
     Some(s)
-}
-
-/// One head's keys or values, a row of `head_dim` a position, oldest first.
-#[derive(Clone, Copy, Debug)]
-pub enum Cache<'a> {
-    /// Single precision.
-    F32(&'a [f32]),
-    /// Bits of half-precision floats.
-    F16(&'a [u16]),
-    /// int8 codes and, for each position, the number they are multiplied by.
-    I8 {
-        /// `head_dim` codes a position.
-        codes: &'a [i8],
-        /// One a position.
-        scales: &'a [f32],
-    },
-}
-
-impl Cache<'_> {
-    /// Positions held, for rows of `head_dim`.
-    pub const fn positions(&self, head_dim: usize) -> usize {
-        match self {
-            Self::F32(rows) => rows.len() / head_dim,
-            Self::F16(rows) => rows.len() / head_dim,
-            Self::I8 { scales, .. } => scales.len(),
-        }
-    }
-    /// `row(position) · q`.
-    #[inline(always)]
-    fn dot(&self, position: usize, q: &[f32]) -> f32 {
-        let n = q.len();
-        match self {
-            Self::F32(rows) => dot(&rows[position * n..][..n], q),
-            Self::F16(rows) => {
-                let row = &rows[position * n..][..n];
-                sum_of(n, |i| f16_to_f32(row[i]) * q[i])
-            }
-            Self::I8 { codes, scales } => {
-                let row = &codes[position * n..][..n];
-                sum_of(n, |i| f32::from(row[i]) * q[i]) * scales[position]
-            }
-        }
-    }
-    /// `out += weight · row(position)`.
-    #[inline(always)]
-    fn add_to(&self, position: usize, weight: f32, out: &mut [f32]) {
-        let n = out.len();
-        match self {
-            Self::F32(rows) => {
-                for (out, &v) in out.iter_mut().zip(&rows[position * n..][..n]) {
-                    *out += weight * v;
-                }
-            }
-            Self::F16(rows) => {
-                for (out, &v) in out.iter_mut().zip(&rows[position * n..][..n]) {
-                    *out += weight * f16_to_f32(v);
-                }
-            }
-            Self::I8 { codes, scales } => {
-                let weight = weight * scales[position];
-                for (out, &v) in out.iter_mut().zip(&codes[position * n..][..n]) {
-                    *out += weight * f32::from(v);
-                }
-            }
-        }
-    }
-}
-
-/// Positions whose scores are held at a time by [`attend`].
-const SCORES: usize = 64;
-
-/// One head's attention: `out = softmax(scale · K q)ᵀ V`, over all positions of the cache.
-///
-/// The softmax is taken in one pass over runs of 64 positions (the online form of Milakov and Gimelshein,
-/// arXiv:1805.02867): memory does not grow with the context. Runs start at multiples of 64, so the order of operations
-/// depends on the positions alone and not on how a prompt was cut into batches.
-///
-/// # Panics
-/// If the lengths of `q`, `out` and the rows disagree, or the cache is empty.
-#[inline(always)]
-pub fn attend(q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
-    let n = keys.positions(q.len());
-    assert!(q.len() == out.len() && n > 0 && values.positions(q.len()) == n);
-    out.fill(0.0);
-    let (mut max, mut total) = (f32::NEG_INFINITY, 0.0);
-    for first in (0..n).step_by(SCORES) {
-        let mut scores = [0.0; SCORES];
-        let scores = &mut scores[..SCORES.min(n - first)];
-        let mut new_max = max;
-        for (i, score) in scores.iter_mut().enumerate() {
-            *score = keys.dot(first + i, q) * scale;
-            new_max = new_max.max(*score);
-        }
-        if new_max > max {
-            let shrink = libm::expf(max - new_max);
-            total *= shrink;
-            out.iter_mut().for_each(|out| *out *= shrink);
-            max = new_max;
-        }
-        for (i, &score) in scores.iter().enumerate() {
-            let weight = libm::expf(score - max);
-            total += weight;
-            values.add_to(first + i, weight, out);
-        }
-    }
-    out.iter_mut().for_each(|out| *out /= total);
 }

@@ -1,5 +1,5 @@
 //! What an instruction set must implement.
-use crate::float::{self, Cache};
+use crate::float::{self, Arrays, Cache};
 use crate::{Activations, Batch, Block, Format, Matrix, portable, tables};
 
 /// One instruction set's kernels. Every implementation returns exactly what [`crate::portable`] returns, bit for bit.
@@ -162,6 +162,6 @@ pub trait Kernels: Sync + core::fmt::Debug {
     /// # Panics
     /// If the lengths of `q`, `out` and the cache's rows disagree.
     fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
-        float::attend(q, keys, values, scale, out);
+        float::attend(Arrays, q, keys, values, scale, out);
     }
 }

@@ -1,7 +1,7 @@
 //! The floating-point half of the contract against other implementations: the `half` crate, and plain sums in f64.
 mod common;
 
-use bitnet_kernel::float::{self, Cache, LANES};
+use bitnet_kernel::float::{self, Arrays, Cache, LANES};
 use bitnet_kernel::{Block, Format, Matrix, format};
 use common::Lcg;
 use proptest::prelude::*;
@@ -251,6 +251,54 @@ fn halves_are_multiplied_as_their_values_are() {
     }
 }
 
+/// How far `float::exp` is from `eˣ`, in units in the last place of the result.
+fn error_of_exp(x: f32) -> f64 {
+    let (got, want) = (f64::from(float::exp(x)), libm::exp(f64::from(x)));
+    let exponent = want.log2().floor().max(-126.0);
+    (got - want).abs() / (exponent - 23.0).exp2()
+}
+
+#[test]
+fn exp_is_within_a_unit_in_the_last_place() {
+    // Every 997th number from the smallest to those whose results are too small or too large, and all around the places where
+    // `n` changes and the result becomes subnormal, zero or infinite.
+    let grid = (0..103.9f32.to_bits()).step_by(997).map(f32::from_bits).flat_map(|x| [x, -x]);
+    let changes = (-150..=128).map(|n| (f64::from(n) + 0.5) * core::f64::consts::LN_2);
+    let edges = [-103.28, -87.336_55, -87.0, 0.0, 88.0, 88.722_84];
+    let near = changes.chain(edges).flat_map(|x| {
+        let bits = (x as f32).to_bits();
+        (bits.saturating_sub(200)..bits + 200).map(f32::from_bits)
+    });
+    let worst = grid.chain(near).filter(|x| *x <= 88.722_83).map(|x| (error_of_exp(x), x));
+    let (error, x) = worst.max_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+    println!("exp: at most {error} units in the last place, at {x}");
+    assert!(error < 1.1, "{error} at {x}");
+}
+
+#[test]
+fn exp_at_the_extremes() {
+    for (x, want) in [
+        (0.0, 1.0),
+        (-0.0, 1.0),
+        (f32::MIN_POSITIVE, 1.0),
+        (-f32::from_bits(1), 1.0),
+        (88.722_84, f32::INFINITY),
+        (100.0, f32::INFINITY),
+        (f32::MAX, f32::INFINITY),
+        (f32::INFINITY, f32::INFINITY),
+        (-103.98, 0.0),
+        (-200.0, 0.0),
+        (f32::MIN, 0.0),
+        (f32::NEG_INFINITY, 0.0),
+    ] {
+        assert_eq!(float::exp(x).to_bits(), f32::to_bits(want), "exp({x:e}) is {:e}", float::exp(x));
+    }
+    for nan in [f32::NAN, -f32::NAN, f32::from_bits(0x7f80_0001), f32::from_bits(0xffff_ffff)] {
+        assert!(float::exp(nan).is_nan());
+    }
+    assert_eq!(float::exp(-103.0).to_bits(), 1, "the smallest subnormal number");
+}
+
 /// A cache of one kind, and what it stands for.
 struct Rows {
     floats: Vec<f32>,
@@ -307,7 +355,7 @@ fn attention_is_the_plain_softmax() {
             for keys in keys.caches() {
                 for values in values.caches() {
                     let mut out = vec![f32::NAN; head_dim];
-                    float::attend(&q, keys, values, scale, &mut out);
+                    float::attend(Arrays, &q, keys, values, scale, &mut out);
                     let want = plain_attend(&q, &values_of(keys, head_dim), &values_of(values, head_dim), scale);
                     for (got, want) in out.iter().zip(want) {
                         let case = format!("{positions} positions of {head_dim}, scale {scale}");
@@ -327,7 +375,7 @@ fn attention_survives_large_scores() {
         let keys: Vec<f32> = (0..200).map(|i| if i == best { 1e4 } else { 1e4 - 200.0 - i as f32 }).collect();
         let values: Vec<f32> = (0..200).map(|i| i as f32).collect();
         let mut out = [0.0];
-        float::attend(&[1.0], Cache::F32(&keys), Cache::F32(&values), 1.0, &mut out);
+        float::attend(Arrays, &[1.0], Cache::F32(&keys), Cache::F32(&values), 1.0, &mut out);
         assert_eq!(out, [best as f32]);
     }
 }
@@ -335,5 +383,5 @@ fn attention_survives_large_scores() {
 #[test]
 #[should_panic(expected = "n > 0")]
 fn attention_over_nothing_is_refused() {
-    float::attend(&[1.0], Cache::F32(&[]), Cache::F32(&[]), 1.0, &mut [0.0]);
+    float::attend(Arrays, &[1.0], Cache::F32(&[]), Cache::F32(&[]), 1.0, &mut [0.0]);
 }

@@ -27,14 +27,22 @@ pub enum Preset {
     B8B,
     /// SmolLM 135M.
     B135M,
+    /// 75 million ternary weights and a vocabulary of 32,000: small enough that what is not a matrix shows.
+    Small,
     /// Nothing but small.
     Tiny,
 }
 
 impl Preset {
     /// All of them, as options spell them.
-    pub const ALL: [(&'static str, Self); 5] =
-        [("2b4t", Self::B2B4T), ("3b", Self::B3B), ("8b", Self::B8B), ("135m", Self::B135M), ("tiny", Self::Tiny)];
+    pub const ALL: [(&'static str, Self); 6] = [
+        ("2b4t", Self::B2B4T),
+        ("3b", Self::B3B),
+        ("8b", Self::B8B),
+        ("135m", Self::B135M),
+        ("small", Self::Small),
+        ("tiny", Self::Tiny),
+    ];
 
     /// As options spell it.
     pub fn name(self) -> &'static str {
@@ -74,6 +82,7 @@ impl Preset {
                 (Config { tied: false, ..c }, 500_000.0)
             }
             Self::B135M => (heads(size(llama, 49_152, 576, 1536, 30, 2048), 9, 3, 64), 10_000.0),
+            Self::Small => (heads(size(llama, 32_000, 768, 2048, 12, 2048), 12, 4, 64), 10_000.0),
             Self::Tiny => (heads(size(bitnet, 320, 256, 512, 2, 256), 4, 2, 64), 10_000.0),
         };
         Shape { name: format!("dummy-{}", self.name()), config, theta }
@@ -365,6 +374,8 @@ mod tests {
         // 2.4 and 8.0 thousand million, as the models' cards say.
         assert_eq!(weights(Preset::B2B4T), 2_412_380_160);
         assert_eq!(weights(Preset::B8B), 8_029_995_008);
+        // 75.5 million in the layers and 24.6 million in the head.
+        assert_eq!(weights(Preset::Small), 12 * 6_291_456 + 32_000 * 768);
         for (_, preset) in Preset::ALL {
             preset.shape().config.check().unwrap();
         }

@@ -125,6 +125,7 @@ Presets:
   3b    bitnet_b1_58-3B
   8b    Llama3-8B-1.58
   135m  SmolLM 135M
+  small hidden 768, 12 layers, vocabulary 32000
   tiny  two layers, for tests
 
 Examples:
