@@ -1,8 +1,9 @@
 //! `cargo xtask`: the project's own commands, so that what CI does is code that anyone can run.
 //!
 //! In the order in which they are used: [`workspace`] finds the tree, [`matrix`] is the table of everything that is
-//! checked, [`setup`] installs what the chosen steps need, [`run`] runs them and counts, [`tidy`] holds the rules about
-//! the tree itself, [`elf`] looks into finished programs, and [`demo`] shows the project to a newcomer.
+//! checked, [`setup`] installs what the chosen steps need, [`riscv`] is one of these needs, [`run`] runs them and counts, [`tidy`] holds the rules about
+//! the tree itself, [`elf`] looks into finished programs, [`bench`] and [`arm`] say how fast the kernels are with what
+//! [`report`] has for both, and [`demo`] shows the project to a newcomer.
 #![forbid(unsafe_code)]
 #![allow(clippy::std_instead_of_core, clippy::std_instead_of_alloc, reason = "a host tool; it always has std")]
 
@@ -14,9 +15,13 @@ macro_rules! say {
     }};
 }
 
+mod arm;
+mod bench;
 mod demo;
 mod elf;
 mod matrix;
+mod report;
+mod riscv;
 mod run;
 mod setup;
 mod tidy;
@@ -35,6 +40,11 @@ Usage: cargo xtask COMMAND
   list            print the steps of `test`, with the command behind each
   setup           install what the steps of `test` need: rustup targets and Debian packages
   tidy            check the rules about the tree: arrows, unsafe, dead files, words, README
+  bench [OPTION]  how fast the kernels of this machine are, in cache and from memory, beside a loop that only reads:
+                  --backend, --op, --format, --shape ROWSxCOLS, --threads N choose, each as often as you like;
+                  --json FILE writes rows, --plot FILE a drawing (SVG), --page FILE the table into docs/benchmarks.md
+  arm [OPTION]    estimates for ARM kernels, without ARM hardware: cycles by llvm-mca, instructions by QEMU:
+                  --backend, --op, --format, --cpu choose; --json FILE and --page FILE write
   demo            build, pack the bundled checkpoint and let it tell a story (the same as `cargo demo`)
   deny            licences and advisories of the dependencies, by cargo-deny";
 
@@ -53,7 +63,7 @@ fn main() -> ExitCode {
 /// Runs one command; the answer is whether what it checked was right.
 fn command(arguments: &[String]) -> Result<bool> {
     let (name, rest) = arguments.split_first().map_or(("help", &[][..]), |(name, rest)| (name.as_str(), rest));
-    if name != "test" && !rest.is_empty() {
+    if !["test", "bench", "arm"].contains(&name) && !rest.is_empty() {
         bail!("`{name}` takes no arguments, but got `{}`\n\n{USAGE}", rest.join(" "));
     }
     match name {
@@ -77,6 +87,8 @@ fn command(arguments: &[String]) -> Result<bool> {
             say!("{passed} passed, {failed} failed");
             Ok(failed == 0)
         }
+        "bench" => bench::run(&Workspace::load()?, rest),
+        "arm" => arm::run(&Workspace::load()?, rest),
         "demo" => demo::run(&Workspace::load()?),
         "deny" => run::deny(),
         "help" | "--help" | "-h" => {

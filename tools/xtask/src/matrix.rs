@@ -4,6 +4,8 @@
 
 use anyhow::{Result, bail};
 
+use crate::riscv::TARGET as RISCV;
+
 /// Something that has to be on the machine before a step can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Need {
@@ -15,6 +17,10 @@ pub(crate) enum Need {
     Qemu,
     /// A C compiler, which links programs for the host.
     Linker,
+    /// LLVM's disassembler and static model of CPUs, of the release that the figures are of.
+    Llvm,
+    /// What [`crate::riscv`] needs: a compiler, a linker and an emulator.
+    Riscv,
 }
 
 /// What a step does.
@@ -30,9 +36,20 @@ pub(crate) enum Action {
     Static { target: &'static str, machine: crate::elf::Machine },
 }
 
+/// Whose cargo it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Toolchain {
+    /// The one pinned in `rust-toolchain.toml`.
+    #[default]
+    Pinned,
+    /// What [`crate::riscv`] finds.
+    Riscv,
+}
+
 /// One call of cargo.
 #[derive(Debug, Default)]
 pub(crate) struct Command {
+    pub(crate) toolchain: Toolchain,
     pub(crate) environment: Vec<(&'static str, String)>,
     pub(crate) arguments: Vec<String>,
 }
@@ -164,7 +181,16 @@ pub(crate) fn steps() -> Vec<Step> {
             ));
         }
     }
-    // (e) Builds that are not run here: bare metal, and the static programs that people install.
+    // (e) RISC-V Linux under emulation: the plain code that every other backend is compared with, and a whole model by it,
+    // whose fingerprints are those of every CPU.
+    for (name, arguments) in [
+        ("riscv/kernels", "-p bitnet-kernel --tests --no-fail-fast"),
+        ("riscv/model", "-p bitnet-tests --test backends --test end_to_end --no-fail-fast -- portable one_fingerprint"),
+    ] {
+        let command = command(&format!("test --target {RISCV} {arguments}"));
+        steps.push(step(name, &[Need::Riscv], Action::Tests(Command { toolchain: Toolchain::Riscv, ..command })));
+    }
+    // (f) Builds that are not run here: bare metal, and the static programs that people install.
     for (name, arguments) in [
         ("bare/kernels", KERNEL_CRATES),
         ("bare/runtime", "-p bitnet-runtime"),
@@ -202,7 +228,7 @@ fn step(name: &str, needs: &[Need], action: Action) -> Step {
 }
 
 fn command(arguments: &str) -> Command {
-    Command { environment: Vec::new(), arguments: arguments.split_whitespace().map(str::to_owned).collect() }
+    Command { arguments: arguments.split_whitespace().map(str::to_owned).collect(), ..Command::default() }
 }
 
 fn cargo(arguments: &str) -> Action {

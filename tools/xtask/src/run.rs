@@ -7,9 +7,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::matrix::{Action, Command, Step};
+use crate::matrix::{Action, Command, Step, Toolchain};
+use crate::riscv::Way;
 use crate::workspace::{Workspace, cargo};
-use crate::{elf, tidy};
+use crate::{elf, riscv, tidy};
 
 /// How many checks passed and failed: tests count one by one, any other command counts as one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,11 +68,12 @@ pub(crate) fn list(steps: &[Step]) {
 fn describe(action: &Action) -> String {
     match action {
         Action::Cargo(command) | Action::Tests(command) => {
+            let way = way(command);
             let mut words: Vec<String> = Vec::new();
-            for (name, value) in &command.environment {
-                words.push(format!("{name}={}", quote(value)));
-            }
-            words.push("cargo".to_owned());
+            words.extend(way.environment.iter().map(|(name, value)| format!("{name}={}", quote(value))));
+            words.extend(command.environment.iter().map(|(name, value)| format!("{name}={}", quote(value))));
+            words.push(way.program.unwrap_or("cargo").to_owned());
+            words.extend(way.arguments.iter().map(|argument| quote(argument)));
             words.extend(command.arguments.iter().map(|argument| quote(argument)));
             words.join(" ")
         }
@@ -104,8 +106,18 @@ fn one(workspace: &Workspace, step: &Step) -> Result<Count> {
     }
 }
 
+/// How cargo is called.
+fn way(command: &Command) -> Way {
+    match command.toolchain {
+        Toolchain::Pinned => riscv::PINNED,
+        Toolchain::Riscv => riscv::way(),
+    }
+}
+
 fn prepare(workspace: &Workspace, command: &Command) -> std::process::Command {
-    let mut process = cargo();
+    let way = way(command);
+    let mut process = way.program.map_or_else(cargo, std::process::Command::new);
+    process.envs(way.environment.iter().copied()).args(way.arguments);
     process.args(&command.arguments).current_dir(&workspace.root);
     for (name, value) in &command.environment {
         process.env(name, value);

@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::matrix::{CPUS, Need};
+use crate::{arm, riscv};
 
 /// Makes sure of everything in `needs`. What cannot be installed is named, with what to do by hand.
 pub(crate) fn ensure<'a>(needs: impl IntoIterator<Item = &'a Need>) -> Result<()> {
@@ -34,15 +35,24 @@ pub(crate) fn ensure<'a>(needs: impl IntoIterator<Item = &'a Need>) -> Result<()
 fn present(need: Need) -> bool {
     match need {
         Need::Component { program, .. } => output(Command::new(program).arg("--version")).is_some(),
-        Need::Target(target) => {
-            let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]));
-            sysroot.is_some_and(|path| Path::new(path.trim()).join("lib/rustlib").join(target).join("lib").is_dir())
-        }
+        Need::Target(target) => sysroot_has(target),
         Need::Qemu => {
             printed(Command::new("qemu-aarch64").args(["-cpu", "help"])).is_some_and(|(list, _)| has_cpus(&list))
         }
         Need::Linker => output(Command::new("cc").arg("--version")).is_some(),
+        Need::Llvm => [arm::MCA, arm::OBJDUMP].iter().all(|name| output(Command::new(name).arg("--version")).is_some()),
+        Need::Riscv => {
+            let programs = ["riscv64-linux-gnu-gcc", "qemu-riscv64"];
+            (sysroot_has(riscv::TARGET) || riscv::debian())
+                && programs.iter().all(|name| output(Command::new(name).arg("--version")).is_some())
+        }
     }
+}
+
+/// Whether the pinned toolchain has the standard library of a target.
+pub(crate) fn sysroot_has(target: &str) -> bool {
+    let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]));
+    sysroot.is_some_and(|path| Path::new(path.trim()).join("lib/rustlib").join(target).join("lib").is_dir())
 }
 
 /// What a command prints, if there is such a program and it succeeds.
@@ -66,20 +76,24 @@ fn has_cpus(list: &str) -> bool {
 
 /// Adds targets and components to the toolchain that is in use.
 fn rustup(missing: &[Need]) -> Result<()> {
-    let targets: Vec<&str> =
-        missing.iter().filter_map(|need| if let Need::Target(name) = need { Some(*name) } else { None }).collect();
+    let target = |need: &Need| match need {
+        Need::Target(name) => Some(*name),
+        Need::Riscv => Some(riscv::TARGET),
+        _ => None,
+    };
+    let targets: Vec<&str> = missing.iter().filter_map(target).collect();
     let components: Vec<&str> = missing
         .iter()
         .filter_map(|need| if let Need::Component { name, .. } = need { Some(*name) } else { None })
         .collect();
-    for (kind, names) in [("target", targets), ("component", components)] {
-        if !names.is_empty() {
-            say!("setup: rustup {kind} add {}", names.join(" "));
-            let status = Command::new("rustup").args([kind, "add"]).args(&names).status();
-            // A failure is not the end: whether all is there in the end is what counts, and by_hand() names the rest.
-            if !status.is_ok_and(|status| status.success()) {
-                say!("setup: rustup could not add it");
-            }
+    // One by one, for what cannot be had must not keep the others from coming.
+    let targets = targets.into_iter().map(|name| ("target", name));
+    for (kind, name) in targets.chain(components.into_iter().map(|name| ("component", name))) {
+        say!("setup: rustup {kind} add {name}");
+        let status = Command::new("rustup").args([kind, "add", name]).status();
+        // A failure is not the end: whether all is there in the end is what counts, and by_hand() names the rest.
+        if !status.is_ok_and(|status| status.success()) {
+            say!("setup: rustup could not add it");
         }
     }
     Ok(())
@@ -87,10 +101,12 @@ fn rustup(missing: &[Need]) -> Result<()> {
 
 /// Installs Debian packages, where apt-get exists.
 fn packages(missing: &[Need]) -> Result<()> {
-    let (qemu, linker) = (missing.contains(&Need::Qemu), missing.contains(&Need::Linker));
-    if !(qemu || linker) || output(Command::new("apt-get").arg("--version")).is_none() {
+    let mut names = package_names(missing);
+    names.dedup();
+    if names.is_empty() || output(Command::new("apt-get").arg("--version")).is_none() {
         return Ok(());
     }
+    let qemu = names.contains(&"qemu-user");
     let Some(root) = root_prefix() else { return Ok(()) };
     let suite = if qemu { qemu_suite(&root)? } else { None };
     // An update that fails for one source of many (a vendor's that is down) need not matter to the packages wanted here.
@@ -102,16 +118,27 @@ fn packages(missing: &[Need]) -> Result<()> {
     if let Some(suite) = &suite {
         install.extend(["-t", suite.as_str()]);
     }
-    if qemu {
-        install.push("qemu-user");
-    }
-    if linker {
-        install.extend(["gcc", "libc6-dev"]);
-    }
+    install.extend(names);
     if !privileged(&root, &install)? {
         say!("setup: apt-get install failed");
     }
     Ok(())
+}
+
+/// The packages that bring what is missing.
+fn package_names(missing: &[Need]) -> Vec<&'static str> {
+    let of = |need: &Need| match need {
+        Need::Component { .. } | Need::Target(_) => vec![],
+        Need::Qemu => vec!["qemu-user"],
+        Need::Linker => vec!["gcc", "libc6-dev"],
+        Need::Llvm => vec!["llvm-22"],
+        // rustup was asked before this. What it brought need not come from Debian.
+        Need::Riscv if sysroot_has(riscv::TARGET) => [&["qemu-user"][..], &riscv::LINKER_PACKAGES].concat(),
+        Need::Riscv => [&["qemu-user"][..], &riscv::LINKER_PACKAGES, &riscv::COMPILER_PACKAGES].concat(),
+    };
+    let mut names: Vec<&str> = missing.iter().flat_map(of).collect();
+    names.sort_unstable();
+    names
 }
 
 /// The words before a command that needs to be root: none for root itself, `sudo` where there is one.
@@ -195,6 +222,13 @@ fn by_hand(missing: &[Need]) -> String {
                 )
             }
             Need::Linker => "a C compiler named cc (Debian and Ubuntu: packages gcc and libc6-dev)".to_owned(),
+            Need::Llvm => format!("{} and {} (Debian: package llvm-22)", arm::MCA, arm::OBJDUMP),
+            Need::Riscv => format!(
+                "the Rust target {0}: rustup target add {0}, or on Debian 12 the packages {1}; and {2} with qemu-user",
+                riscv::TARGET,
+                riscv::COMPILER_PACKAGES.join(", "),
+                riscv::LINKER_PACKAGES.join(", ")
+            ),
         };
         // Writing to a String cannot fail.
         let _ = write!(text, "\n  - {line}");
