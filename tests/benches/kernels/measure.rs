@@ -1,6 +1,7 @@
 //! Times of products, hot and cold, beside those of a loop that only reads the same bytes.
 //!
-//! Rows are multiplied in pieces of 64, as the runtime shares work out; of several threads each has its own run of pieces.
+//! Rows are multiplied in pieces of 64, as the runtime shares work out (where only some rows are read, in one piece a
+//! thread); of several threads each has its own run of pieces.
 //! *Hot* is the best of many runs over one matrix, which then lies in a cache if it fits one; *cold* the 10th percentile over
 //! copies that fill at least 400 MB, taken in turn. A run lasts from the first thread's start to the last one's end. The
 //! reading loop has every second run, by the same pieces and threads: other work on the machine slows both, so that the share
@@ -117,14 +118,17 @@ fn report(k: &dyn Kernels, op: Op, copies: &Copies<'_>, threads: usize) {
     let mut inputs = Inputs::new(format, cols);
     let prepare = (0..HOT_RUNS.0).map(|_| seconds(|| inputs.prepare(k))).fold(f64::INFINITY, f64::min);
     let product = inputs.product(k, op);
-    let [hot, cold] = copies.times(threads, &|w, out| product.run(w, out));
+    // The rows that are read are listed for each thread, not for each piece.
+    let piece = if op.is_sparse() { rows.div_ceil(threads) } else { PIECE };
+    let [hot, cold] = copies.times(Cut { threads, piece }, &|w, out| product.run(w, out));
     let (products, bytes) = ((rows * cols * op.tokens()) as f64, (copies.blocks_of_one() * Block::BYTES) as f64);
+    let bytes_read = bytes * op.rows_read(rows) as f64 / rows as f64;
     for (state, Times { product: seconds, read }) in [("hot", hot), ("cold", cold)] {
         let row = json!({
             "backend": k.name(), "op": op.name(), "format": format.name(), "rows": rows, "cols": cols, "state": state,
             "threads": threads, "tokens": op.tokens(), "weights_per_ns": products / seconds / 1e9,
-            "gb_per_s": bytes / seconds / 1e9, "bandwidth_share": read / seconds, "read_gb_per_s": bytes / read / 1e9,
-            "prepare_us": 1e6 * prepare,
+            "gb_per_s": bytes_read / seconds / 1e9, "bandwidth_share": bytes_read / seconds / (bytes / read),
+            "read_gb_per_s": bytes / read / 1e9, "prepare_us": 1e6 * prepare,
         });
         println!("{row}");
     }
@@ -139,6 +143,23 @@ fn read(w: Matrix<'_>, _: &mut Output) {
         }
     }
     black_box(sums);
+}
+
+/// How work is cut.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    threads: usize,
+    /// Rows of a piece.
+    piece: usize,
+}
+
+impl Cut {
+    /// The pieces of one thread: a run of them, so that each thread reads one stream.
+    fn share(self, rows: usize, thread: usize) -> impl Iterator<Item = Range<usize>> {
+        let pieces = rows.div_ceil(self.piece);
+        let mine = pieces * thread / self.threads..pieces * (thread + 1) / self.threads;
+        mine.map(move |piece| piece * self.piece..rows.min((piece + 1) * self.piece))
+    }
 }
 
 /// What a thread does with a piece.
@@ -165,7 +186,7 @@ impl<'a> Copies<'a> {
         } else {
             let (low, high) = format.range();
             let levels = high as u32 + 1 + u32::from(low.unsigned_abs());
-            format::encode(format, rows, cols, &mut memory[..n], |r, c| match format {
+            format::encode(format, rows, cols, &mut memory[..n], |r, c| match format.base() {
                 Format::B1 => (random(r, c) >> 31) as i8 * 2 - 1,
                 _ => (i32::from(low) + ((random(r, c) >> 8) % levels) as i32) as i8,
             });
@@ -188,13 +209,13 @@ impl<'a> Copies<'a> {
 
     /// How long `product` takes for one copy, hot and cold. The reading loop has every second run, so that whatever else
     /// goes on befalls both.
-    fn times(&self, threads: usize, product: Task<'_>) -> [Times; 2] {
+    fn times(&self, cut: Cut, product: Task<'_>) -> [Times; 2] {
         let first = |_| self.in_turn(0);
-        let about = together(threads, 3, &first, &[product]).into_iter().fold(f64::INFINITY, f64::min);
+        let about = together(cut, 3, &first, &[product]).into_iter().fold(f64::INFINITY, f64::min);
         let runs = ((HOT_SECONDS / about) as usize).clamp(HOT_RUNS.0, HOT_RUNS.1);
-        let hot = together(threads, 2 * runs, &first, &[product, &read]);
+        let hot = together(cut, 2 * runs, &first, &[product, &read]);
         let copies = self.blocks.len() / self.blocks_of_one();
-        let cold = together(threads, copies * COLD_PASSES, &|i| self.in_turn(i), &[product, &read]);
+        let cold = together(cut, copies * COLD_PASSES, &|i| self.in_turn(i), &[product, &read]);
         [at_rank(&hot, 0.0), at_rank(&cold, 0.1)]
     }
 }
@@ -209,30 +230,25 @@ fn at_rank(runs: &[f64], rank: f64) -> Times {
     Times { product: of(0), read: of(1) }
 }
 
-/// Seconds of each of `runs` runs, in which `threads` threads do one of the tasks, in turn, to all pieces of the matrix that
+/// Seconds of each of `runs` runs, in which threads do one of the tasks, in turn, to all pieces of the matrix that
 /// `which` names.
-fn together<'m>(
-    threads: usize,
-    runs: usize,
-    which: &(dyn Fn(usize) -> Matrix<'m> + Sync),
-    tasks: &[Task<'_>],
-) -> Vec<f64> {
+fn together<'m>(cut: Cut, runs: usize, which: &(dyn Fn(usize) -> Matrix<'m> + Sync), tasks: &[Task<'_>]) -> Vec<f64> {
     let arrived = AtomicUsize::new(0);
     let work = |thread: usize| {
-        let mut out = Output::new(PIECE);
+        let mut out = Output::new(cut.piece, which(0).cols());
         let mut spans = Vec::with_capacity(runs);
         for run in 0..runs {
             let (w, task) = (which(run), tasks[run % tasks.len()]);
-            meet(&arrived, (run + 1) * threads);
+            meet(&arrived, (run + 1) * cut.threads);
             let start = Instant::now();
-            share(w.rows(), threads, thread).for_each(|rows| task(w.slice(rows), &mut out));
+            cut.share(w.rows(), thread).for_each(|rows| task(w.slice(rows), &mut out));
             spans.push((start, Instant::now()));
         }
         spans
     };
     let work = &work;
     let spans: Vec<Vec<(Instant, Instant)>> = std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|thread| scope.spawn(move || work(thread))).collect();
+        let others: Vec<_> = (1..cut.threads).map(|thread| scope.spawn(move || work(thread))).collect();
         let mut spans = vec![work(0)];
         spans.extend(others.into_iter().map(|other| other.join().expect("a thread that measures")));
         spans
@@ -256,13 +272,6 @@ fn meet(arrived: &AtomicUsize, all: usize) {
         }
         std::hint::spin_loop();
     }
-}
-
-/// The pieces of one thread: a run of them, so that each thread reads one stream.
-fn share(rows: usize, threads: usize, thread: usize) -> impl Iterator<Item = Range<usize>> {
-    let pieces = rows.div_ceil(PIECE);
-    let mine = pieces * thread / threads..pieces * (thread + 1) / threads;
-    mine.map(move |piece| piece * PIECE..rows.min((piece + 1) * PIECE))
 }
 
 /// Seconds that `f` takes.

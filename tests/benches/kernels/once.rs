@@ -1,7 +1,7 @@
 //! One product between two marks.
 //!
 //! An emulator that logs every instruction shows the symbols of [`mark_begin`] and [`mark_end`]; what lies between is the
-//! product alone. `rows`, `cols` and `tokens` are printed, so that whoever counts knows what was multiplied.
+//! product alone. The number of its products is printed, so that whoever counts knows what was multiplied.
 use crate::product::{FORMATS, Inputs, Op, Output};
 use bitnet_kernel::{Block, Matrix};
 use bitnet_runtime::backend;
@@ -24,11 +24,11 @@ pub(crate) fn run(backend: &str, op: &str, format: &str) -> Result<(), String> {
     let w = Matrix::new(format, ROWS, COLS, &blocks).expect("a whole matrix");
     let mut inputs = Inputs::new(format, COLS);
     let product = inputs.product(k, op);
-    let mut out = Output::new(ROWS);
+    let mut out = Output::new(ROWS, COLS);
     mark_begin();
     product.run(w, &mut out);
     mark_end();
-    println!("{}", json!({"backend": k.name(), "rows": ROWS, "cols": COLS, "tokens": op.tokens()}));
+    println!("{}", json!({"products": op.rows_read(ROWS) * COLS * op.tokens()}));
     Ok(())
 }
 

@@ -7,6 +7,9 @@ pub(crate) const FORMATS: [Format; Format::ALL.len()] = Format::ALL;
 /// Tokens of [`Op::Matmat`].
 pub(crate) const TOKENS: usize = 8;
 
+/// Rows of a hundred that are read where only some are: what a trained squared-ReLU model leaves of its feed-forward part.
+const LIVE_PERCENT: u32 = 15;
+
 /// What is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Op {
@@ -14,28 +17,52 @@ pub(crate) enum Op {
     Matvec,
     /// [`TOKENS`] tokens at once, as in prefill.
     Matmat,
+    /// One token and [`LIVE_PERCENT`] of the rows.
+    DotRows,
+    /// The sum of [`LIVE_PERCENT`] of the rows: a product with a mostly zero vector, of a matrix stored by its columns.
+    SumRows,
 }
 
 impl Op {
-    pub(crate) const ALL: [Self; 2] = [Self::Matvec, Self::Matmat];
+    pub(crate) const ALL: [Self; 4] = [Self::Matvec, Self::Matmat, Self::DotRows, Self::SumRows];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Matvec => "matvec",
             Self::Matmat => "matmat",
+            Self::DotRows => "dot_rows",
+            Self::SumRows => "sum_rows",
         }
     }
     /// Whether the kernel contract has this operation for the format.
     pub(crate) fn takes(self, format: Format) -> bool {
-        self == Self::Matvec || format != Format::F16
+        let exact = Format::INTEGER.contains(&format) || format.is_grouped();
+        match self {
+            Self::Matvec => exact || format == Format::F16,
+            Self::Matmat => exact,
+            Self::DotRows | Self::SumRows => format == Format::T2R,
+        }
+    }
+    /// Whether rows are read of which a caller names some.
+    pub(crate) const fn is_sparse(self) -> bool {
+        matches!(self, Self::DotRows | Self::SumRows)
     }
     /// Tokens of one call.
     pub(crate) const fn tokens(self) -> usize {
         match self {
-            Self::Matvec => 1,
             Self::Matmat => TOKENS,
+            Self::Matvec | Self::DotRows | Self::SumRows => 1,
         }
     }
+    /// How many of `rows` rows are read.
+    pub(crate) fn rows_read(self, rows: usize) -> usize {
+        if self.is_sparse() { live(rows).count() } else { rows }
+    }
+}
+
+/// The rows that are read where only some are: scattered, the same ones every time.
+fn live(rows: usize) -> impl Iterator<Item = u32> {
+    (0..rows as u32).filter(|row| (row.wrapping_mul(0x9e37_79b9) >> 8) % 100 < LIVE_PERCENT)
 }
 
 /// Activations of every token, and memory for what a backend makes of them.
@@ -48,6 +75,9 @@ pub(crate) struct Inputs {
     start: usize,
     tables: Vec<Block>,
     floats: Vec<f32>,
+    /// Rows that are read where only some are, as far as any matrix may go, and what is multiplied with them.
+    live: Vec<u32>,
+    factors: Vec<i8>,
 }
 
 impl Inputs {
@@ -61,7 +91,9 @@ impl Inputs {
         }
         let tables = vec![Block::ZERO; TOKENS * format.table_blocks(cols)];
         let floats = (0..cols).map(|i| (i * 89 % 255) as f32 / 64.0 - 2.0).collect();
-        Self { format, cols, values, start, tables, floats }
+        let live: Vec<u32> = live(Format::COLS_MAX).collect();
+        let factors = live.iter().map(|row| (row % 127 + 1) as i8).collect();
+        Self { format, cols, values, start, tables, floats, live, factors }
     }
 
     /// The product by `k` with these activations.
@@ -73,17 +105,17 @@ impl Inputs {
         let mut tokens = Vec::with_capacity(TOKENS);
         if format != Format::F16 {
             for values in values.chunks_exact(padded).take(TOKENS) {
-                tokens.push(k.prepare(format, cols, values, tables.next().unwrap_or_default()));
+                tokens.push(k.prepare_any(format, cols, values, tables.next().unwrap_or_default()));
             }
         }
-        Product { k, op, tokens, floats: &self.floats }
+        Product { k, op, tokens, floats: &self.floats, live: &self.live, factors: &self.factors }
     }
 
     /// One preparation of one token: what decoding pays once for all matrices that share an input.
     pub(crate) fn prepare(&mut self, k: &dyn Kernels) {
         if self.format != Format::F16 {
             let tables = &mut self.tables[..self.format.table_blocks(self.cols)];
-            std::hint::black_box(k.prepare(self.format, self.cols, &self.values[self.start..], tables));
+            std::hint::black_box(k.prepare_any(self.format, self.cols, &self.values[self.start..], tables));
         }
     }
 }
@@ -95,6 +127,8 @@ pub(crate) struct Product<'a> {
     op: Op,
     tokens: Vec<Activations<'a>>,
     floats: &'a [f32],
+    live: &'a [u32],
+    factors: &'a [i8],
 }
 
 /// Where results go.
@@ -105,9 +139,10 @@ pub(crate) struct Output {
 }
 
 impl Output {
-    /// Room for up to `rows` rows.
-    pub(crate) fn new(rows: usize) -> Self {
-        Self { integers: vec![0; rows * TOKENS], floats: vec![0.0; rows * TOKENS] }
+    /// Room for up to `rows` rows, or for one of `cols`.
+    pub(crate) fn new(rows: usize, cols: usize) -> Self {
+        let n = (rows * TOKENS).max(cols);
+        Self { integers: vec![0; n], floats: vec![0.0; n] }
     }
 }
 
@@ -115,10 +150,25 @@ impl Product<'_> {
     /// Multiplies `w`.
     pub(crate) fn run(&self, w: Matrix<'_>, out: &mut Output) {
         let n = w.rows() * self.op.tokens();
-        match (w.format(), self.op) {
-            (Format::F16, _) => self.k.matvec_f16(w, self.floats, &mut out.floats[..n]),
-            (_, Op::Matvec) => self.k.matvec(w, self.tokens[0], &mut out.integers[..n]),
-            (_, Op::Matmat) => self.k.matmat(w, Batch::new(&self.tokens), &mut out.integers[..n]),
+        let Output { integers, floats } = out;
+        match (self.op, w.format()) {
+            (_, Format::F16) => self.k.matvec_f16(w, self.floats, &mut floats[..n]),
+            (Op::Matvec, format) if format.is_grouped() => self.k.matvec_grouped(w, self.tokens[0], &mut floats[..n]),
+            (Op::Matmat, format) if format.is_grouped() => {
+                self.k.matmat_grouped(w, Batch::new(&self.tokens), &mut floats[..n]);
+            }
+            (Op::Matvec, _) => self.k.matvec(w, self.tokens[0], &mut integers[..n]),
+            (Op::Matmat, _) => self.k.matmat(w, Batch::new(&self.tokens), &mut integers[..n]),
+            (Op::DotRows | Op::SumRows, _) => {
+                let live = &self.live[..self.live.partition_point(|&row| (row as usize) < w.rows())];
+                if self.op == Op::DotRows {
+                    self.k.dot_rows(w, live, self.tokens[0], &mut integers[..live.len()]);
+                } else {
+                    // Sums are added to what is there, which begins with zeros.
+                    integers[..w.cols()].fill(0);
+                    self.k.sum_rows(w, live, &self.factors[..live.len()], &mut integers[..w.cols()]);
+                }
+            }
         }
         std::hint::black_box(out);
     }
