@@ -182,9 +182,12 @@ pub(crate) fn steps() -> Vec<Step> {
         }
     }
     // (e) RISC-V Linux under emulation: the plain code that every other backend is compared with, and a whole model by it,
-    // whose fingerprints are those of every CPU.
+    // whose fingerprints are those of every CPU. What tests the suite itself, for minutes under emulation, is left to the host.
     for (name, arguments) in [
-        ("riscv/kernels", "-p bitnet-kernel --tests --no-fail-fast"),
+        (
+            "riscv/kernels",
+            "-p bitnet-kernel --tests --no-fail-fast -- --skip the_first_difference_is_named --skip every_operation_is_looked_at",
+        ),
         ("riscv/model", "-p bitnet-tests --test backends --test end_to_end --no-fail-fast -- portable one_fingerprint"),
     ] {
         let command = command(&format!("test --target {RISCV} {arguments}"));
