@@ -16,7 +16,9 @@
 //! Loads go through [`load`] and friends, which take arrays: the loops hold no pointers and no `unsafe`.
 #![allow(clippy::needless_range_loop, reason = "one index for several arrays of registers")]
 
+use crate::cpu::Features;
 use crate::float;
+use crate::tiles::{self, Lanes, Planes};
 use bitnet_kernel::float::Cache;
 use bitnet_kernel::tables::{B1_BASE, TL_BASE, TL_WEIGHTS};
 use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
@@ -30,7 +32,7 @@ static AVX2: Avx2 = Avx2(());
 
 /// See [`crate::avx2`].
 pub(crate) fn detect() -> Option<&'static dyn Kernels> {
-    float::detect().then_some(&AVX2 as &dyn Kernels)
+    Features::AVX2.present().then_some(&AVX2 as &dyn Kernels)
 }
 
 impl Kernels for Avx2 {
@@ -75,14 +77,14 @@ impl Kernels for Avx2 {
 }
 
 /// Bytes that a type is made of, for [`load`].
-trait Bytes: Copy {}
+pub(crate) trait Bytes: Copy {}
 impl Bytes for u8 {}
 impl Bytes for i8 {}
 
 /// The 32 bytes of `bytes` from `at` on.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn load<T: Bytes, const N: usize>(bytes: &[T; N], at: usize) -> __m256i {
+pub(crate) fn load<T: Bytes, const N: usize>(bytes: &[T; N], at: usize) -> __m256i {
     assert!(at + 32 <= N);
     // SAFETY: the assertion: the 32 bytes lie within `bytes`. It folds away wherever `at` is a constant.
     unsafe { _mm256_loadu_si256(bytes.as_ptr().add(at).cast()) }
@@ -91,7 +93,7 @@ fn load<T: Bytes, const N: usize>(bytes: &[T; N], at: usize) -> __m256i {
 /// The 16 bytes of `bytes` from `at` on, twice.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn load_twice<T: Bytes, const N: usize>(bytes: &[T; N], at: usize) -> __m256i {
+pub(crate) fn load_twice<T: Bytes, const N: usize>(bytes: &[T; N], at: usize) -> __m256i {
     assert!(at + 16 <= N);
     // SAFETY: the assertion: the 16 bytes lie within `bytes`.
     _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(bytes.as_ptr().add(at).cast()) })
@@ -108,7 +110,7 @@ fn prefetch(block: &Block, bytes: usize) {
 /// The lanes.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn lanes(v: __m256i) -> [i32; 8] {
+pub(crate) fn lanes(v: __m256i) -> [i32; 8] {
     let mut out = [0; 8];
     // SAFETY: `out` is 32 bytes.
     unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), v) };
@@ -145,44 +147,38 @@ const TOKENS: usize = 4;
 #[target_feature(enable = "avx2")]
 fn products(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
     match w.format() {
-        Format::B1 => lanes_of(w, tokens, y, |w, x| matvec_b1_avx2(w, x), |w, x| matmat_b1_avx2(w, x)),
-        Format::TL => lanes_of(w, tokens, y, |w, x| matvec_tl_avx2(w, x), |w, x| matmat_tl_avx2(w, x)),
-        Format::T2 => planes_of(w, tokens, y, |w, x| matvec_t2_avx2(w, x), |w, x| matmat_t2_avx2(w, x)),
-        Format::I4 => planes_of(w, tokens, y, |w, x| matvec_i4_avx2(w, x), |w, x| matmat_i4_avx2(w, x)),
-        Format::I8 => planes_of(w, tokens, y, |w, x| matvec_i8_avx2(w, x), |w, x| matmat_i8_avx2(w, x)),
+        Format::B1 => {
+            tiles::lanes(w, tokens, y, |w, x, y| by_count(x, y, 1, |x| matvec_b1_avx2(w, x), |x| matmat_b1_avx2(w, x)))
+        }
+        Format::TL => {
+            tiles::lanes(w, tokens, y, |w, x, y| by_count(x, y, 1, |x| matvec_tl_avx2(w, x), |x| matmat_tl_avx2(w, x)))
+        }
+        Format::T2 => {
+            tiles::planes(w, tokens, y, |w, x, y| by_count(x, y, 2, |x| matvec_t2_avx2(w, x), |x| matmat_t2_avx2(w, x)))
+        }
+        Format::I4 => {
+            tiles::planes(w, tokens, y, |w, x, y| by_count(x, y, 2, |x| matvec_i4_avx2(w, x), |x| matmat_i4_avx2(w, x)))
+        }
+        Format::I8 => tiles::planes(w, tokens, y, |w, x, y: &mut [_; TOKENS]| {
+            x.iter().zip(y).for_each(|(x, y)| *y = matvec_i8_avx2(w, *x));
+        }),
         _ => panic!("{} is not multiplied by this method", w.format().name()),
     }
 }
 
-/// A tile of a format in planes: 4 blocks a step, one of each row.
-type Planes<'a> = &'a [[Block; 4]];
-
-/// Cuts a product into those of one tile with one token (`one`) or with [`TOKENS`] of them (`four`).
-///
-/// Tile by tile, so that the weights of a tile are in the first-level cache for all tokens but the first. Three tokens left
-/// over cost as much as four, two are cheaper one by one.
-fn planes_of(
-    w: Matrix<'_>,
-    tokens: &[Activations<'_>],
-    y: &mut [i32],
-    one: impl Fn(Planes<'_>, Activations<'_>) -> [i32; 4],
-    four: impl Fn(Planes<'_>, [Activations<'_>; TOKENS]) -> [[i32; 4]; TOKENS],
+/// One by one up to `few` tokens, and otherwise as four, the last one again where there are three.
+#[inline]
+fn by_count<const ROWS: usize>(
+    x: &[Activations<'_>],
+    y: &mut [[i32; ROWS]; TOKENS],
+    few: usize,
+    one: impl Fn(Activations<'_>) -> [i32; ROWS],
+    four: impl Fn([Activations<'_>; TOKENS]) -> [[i32; ROWS]; TOKENS],
 ) {
-    if w.cols() == 0 || w.rows() == 0 {
-        return y.fill(0);
-    }
-    for (first, tile) in (0..w.rows()).step_by(4).zip(w.tiles()) {
-        let (tile, _) = tile.as_chunks();
-        for (tokens, y) in tokens.chunks(TOKENS).zip(y.chunks_mut(w.rows() * TOKENS)) {
-            let mut dots = [[0; 4]; TOKENS];
-            match tokens.len() {
-                1..=2 => tokens.iter().zip(&mut dots).for_each(|(x, dots)| *dots = one(tile, *x)),
-                n => dots = four(tile, core::array::from_fn(|t| tokens[t.min(n - 1)])),
-            }
-            for (y, dots) in y.chunks_exact_mut(w.rows()).zip(dots) {
-                y[first..].iter_mut().zip(dots).for_each(|(y, dot)| *y = dot);
-            }
-        }
+    if x.len() <= few {
+        x.iter().zip(y).for_each(|(x, y)| *y = one(*x));
+    } else {
+        *y = four(core::array::from_fn(|t| x[t.min(x.len() - 1)]));
     }
 }
 
@@ -238,7 +234,7 @@ fn matvec_t2_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
 /// Steps after which the 16-bit sums of I4 are emptied: a lane is at most `2·15·128 = 3840` in magnitude, 2 planes of 2
 /// halves a step, so 2 steps give 30720.
 const I4_FLUSH: usize = 2;
-const I4_PREFETCH: usize = 2048;
+const I4_PREFETCH: usize = 8192;
 
 /// The dot products of 4 rows. 7 operations for 64 weights.
 #[target_feature(enable = "avx2")]
@@ -277,6 +273,10 @@ fn matvec_i4_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
 ///
 /// Weights are at least -127, so the sign changes none into itself and a lane is at most `2·128·127 = 32512`. (The code -128
 /// is invalid and may saturate: an unspecified sum, as the contract allows.)
+///
+/// Several tokens one by one. Nothing is unpacked, so there is nothing to share, and sums of several tokens left no room for 4
+/// rows: with `w + 128 = 16 h + l` in nibbles, two multiplications of unsigned codes in place of three operations on the
+/// multiply ports, 4 tokens ran at 56 to 61 products/ns, this at 62 to 67.
 #[target_feature(enable = "avx2")]
 #[inline(never)]
 fn matvec_i8_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
@@ -293,18 +293,6 @@ fn matvec_i8_avx2(steps: Planes<'_>, x: Activations<'_>) -> [i32; 4] {
         }
     }
     sums(total)
-}
-
-/// Token by token. Nothing is unpacked, so there is nothing to share, and sums of several tokens left no room for 4 rows: with
-/// `w + 128 = 16 h + l` in nibbles, two multiplications of unsigned codes in place of three operations on the multiply ports,
-/// 4 tokens ran at 56 to 61 products/ns, this at 62 to 67.
-#[target_feature(enable = "avx2")]
-fn matmat_i8_avx2(steps: Planes<'_>, x: [Activations<'_>; TOKENS]) -> [[i32; 4]; TOKENS] {
-    let mut dots = [[0; 4]; TOKENS];
-    for t in 0..TOKENS {
-        dots[t] = matvec_i8_avx2(steps, x[t]);
-    }
-    dots
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -385,36 +373,6 @@ fn dots_of_codes_avx2<const COLS: usize, const BITS: i32, const FLUSH: usize>(
 const LANES_FLUSH: usize = 7;
 const TL_PREFETCH: usize = 8192;
 const B1_PREFETCH: usize = 8192;
-
-/// A tile of a format in lanes: 64 rows, `BLOCKS` blocks a step, the last 4 of nibbles and one of signs before them in TL.
-type Lanes<'a, const BLOCKS: usize> = &'a [[Block; BLOCKS]];
-
-/// As [`planes_of`]. Two or three tokens left over are multiplied as four.
-fn lanes_of<const BLOCKS: usize>(
-    w: Matrix<'_>,
-    tokens: &[Activations<'_>],
-    y: &mut [i32],
-    one: impl Fn(Lanes<'_, BLOCKS>, Activations<'_>) -> [i32; 64],
-    four: impl Fn(Lanes<'_, BLOCKS>, [Activations<'_>; TOKENS]) -> [[i32; 64]; TOKENS],
-) {
-    if w.cols() == 0 || w.rows() == 0 {
-        return y.fill(0);
-    }
-    for (first, tile) in (0..w.rows()).step_by(64).zip(w.tiles()) {
-        let (tile, _) = tile.as_chunks();
-        let here = first..w.rows().min(first + 64);
-        for (tokens, y) in tokens.chunks(TOKENS).zip(y.chunks_mut(w.rows() * TOKENS)) {
-            if let [x] = tokens {
-                y[here.clone()].copy_from_slice(&one(tile, *x)[..here.len()]);
-                continue;
-            }
-            let dots = four(tile, core::array::from_fn(|t| tokens[t.min(tokens.len() - 1)]));
-            for (y, dots) in y.chunks_exact_mut(w.rows()).zip(dots) {
-                y[here.clone()].copy_from_slice(&dots[..here.len()]);
-            }
-        }
-    }
-}
 
 #[target_feature(enable = "avx2")]
 #[inline(never)]
@@ -634,7 +592,7 @@ fn in_order(total: [__m256i; 4]) -> [i32; 32] {
 /// LLVM turns a chain of doublings into shifts of the first value, each with a mask of its own: 3 % slower.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn opaque(mut v: __m256i) -> __m256i {
+pub(crate) fn opaque(mut v: __m256i) -> __m256i {
     // SAFETY: no instruction at all, and only a register named.
     unsafe { core::arch::asm!("/* {0} */", inout(ymm_reg) v, options(pure, nomem, nostack, preserves_flags)) };
     v
@@ -683,7 +641,8 @@ const fn coefficients_tl(first: usize, from: usize) -> [i8; 32] {
 /// 14 operations a group, 1 us for 2,560 columns; 9 to 12 us left to the compiler. Broadcasting single activations by way of
 /// general registers took 3 to 4.
 #[target_feature(enable = "avx2")]
-fn prepare_tl_avx2(values: &[i8], tables: &mut [Block]) {
+#[inline]
+fn prepare_tl<const BALANCED: bool>(values: &[i8], tables: &mut [Block]) {
     const PLACES: [[[u8; 32]; 8]; 2] = [places(Format::TL, 0), places(Format::TL, 1)];
     const COEFFICIENTS: [[i8; 32]; 2] = [coefficients_tl(0, 0), coefficients_tl(1, 2)];
     let (c01, c2) = (load(&COEFFICIENTS[0], 0), load(&COEFFICIENTS[1], 0));
@@ -697,17 +656,37 @@ fn prepare_tl_avx2(values: &[i8], tables: &mut [Block]) {
             let x2 = _mm256_shuffle_epi8(x, load(&PLACES[1][g], 0));
             let v = _mm256_add_epi16(_mm256_maddubs_epi16(x01, c01), _mm256_maddubs_epi16(x2, c2));
             let v = _mm256_sub_epi16(v, constant);
-            // v / 31, rounded down or, where 31 divides v, perhaps one less: `lo` is 15 then, in range as well.
-            let hi = _mm256_mulhi_epi16(v, _mm256_set1_epi16(2115));
+            let hi = if BALANCED {
+                // v / 31, rounded to the nearest: 2^15 / 31 is 1057 but for 3 in 100,000.
+                _mm256_mulhrs_epi16(v, _mm256_set1_epi16(1057))
+            } else {
+                // v / 31, rounded down or, where 31 divides v, perhaps one less: `lo` is 15 then, in range as well.
+                _mm256_mulhi_epi16(v, _mm256_set1_epi16(2115))
+            };
             let lo = _mm256_sub_epi16(v, _mm256_mullo_epi16(hi, _mm256_set1_epi16(TL_BASE)));
+            let lo = if BALANCED { lo } else { _mm256_sub_epi16(lo, _mm256_set1_epi16(16)) };
             store_table(&mut out[g / 2], g % 2, lo, hi);
         }
     }
 }
 
+/// See [`prepare_tl`].
+#[target_feature(enable = "avx2")]
+pub(crate) fn prepare_tl_avx2(values: &[i8], tables: &mut [Block]) {
+    prepare_tl::<false>(values, tables);
+}
+
+/// Tables for those who negate both parts: `v = 31·hi + lo` with `hi = round(v / 31)`, within `-12..=12`, and `lo` within
+/// `-15..=15`, so that 8 of either add up in a byte lane, and no constant is left over.
+#[cfg(feature = "avx512")]
+#[target_feature(enable = "avx2")]
+pub(crate) fn prepare_tl_balanced_avx2(values: &[i8], tables: &mut [Block]) {
+    prepare_tl::<true>(values, tables);
+}
+
 /// The tables of B1: coefficients are 0 or 1, the unsigned ones of the product.
 #[target_feature(enable = "avx2")]
-fn prepare_b1_avx2(values: &[i8], tables: &mut [Block]) {
+pub(crate) fn prepare_b1_avx2(values: &[i8], tables: &mut [Block]) {
     const PLACES: [[[u8; 32]; 8]; 2] = [places(Format::B1, 0), places(Format::B1, 2)];
     const COEFFICIENTS: [[u8; 32]; 2] = {
         let mut out = [[0; 32]; 2];
@@ -727,16 +706,16 @@ fn prepare_b1_avx2(values: &[i8], tables: &mut [Block]) {
             let x23 = _mm256_shuffle_epi8(x, load(&PLACES[1][g], 0));
             let v = _mm256_add_epi16(_mm256_maddubs_epi16(c01, x01), _mm256_maddubs_epi16(c23, x23));
             let lo = _mm256_and_si256(v, _mm256_set1_epi16(B1_BASE - 1));
+            let lo = _mm256_sub_epi16(lo, _mm256_set1_epi16(16));
             store_table(&mut out[g / 2], g % 2, lo, _mm256_srai_epi16::<5>(v));
         }
     }
 }
 
-/// Writes table `i` of the two in `block`: the bytes of `lo - 16`, then those of `hi`.
+/// Writes table `i` of the two in `block`: the bytes of `lo`, then those of `hi`.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn store_table(block: &mut Block, i: usize, lo: __m256i, hi: __m256i) {
-    let lo = _mm256_sub_epi16(lo, _mm256_set1_epi16(16));
     let table = _mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi16(lo, hi));
     let bytes = &mut block.0.as_chunks_mut::<32>().0[i];
     // SAFETY: `bytes` is 32 bytes.

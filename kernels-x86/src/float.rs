@@ -3,15 +3,6 @@ use bitnet_kernel::Matrix;
 use bitnet_kernel::float::{self, Cache, LANES, Vectors};
 use core::arch::x86_64::*;
 
-/// Whether this CPU runs what is here. Every one with AVX2 does, but that is nowhere promised.
-pub(crate) fn detect() -> bool {
-    #[cfg(feature = "std")]
-    let present = std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("f16c");
-    #[cfg(not(feature = "std"))]
-    let present = cfg!(all(target_feature = "avx2", target_feature = "f16c"));
-    present
-}
-
 /// 16 lanes in two registers. Invariant: a value exists only where the CPU has AVX2 and F16C.
 #[derive(Clone, Copy)]
 struct Avx2(());

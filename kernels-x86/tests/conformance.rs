@@ -13,3 +13,13 @@ fn run(name: &str, backend: Option<&dyn Kernels>) {
 fn avx2() {
     run("avx2", bitnet_kernels_x86::avx2());
 }
+
+#[test]
+fn avx512_vnni() {
+    run("avx512-vnni", bitnet_kernels_x86::avx512_vnni());
+}
+
+#[test]
+fn avx512_bw() {
+    run("avx512-bw", bitnet_kernels_x86::avx512_bw());
+}

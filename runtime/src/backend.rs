@@ -6,6 +6,8 @@ const BACKENDS: &[(&str, Detect)] = &[
     ("sve2", bitnet_kernels_sve2::sve2),
     ("sve", bitnet_kernels_sve2::sve),
     ("neon-dotprod", bitnet_kernels_neon::dotprod),
+    ("avx512-vnni", bitnet_kernels_x86::avx512_vnni),
+    ("avx512-bw", bitnet_kernels_x86::avx512_bw),
     ("avx2", bitnet_kernels_x86::avx2),
     ("portable", portable::detect),
 ];

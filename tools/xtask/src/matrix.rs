@@ -160,6 +160,7 @@ pub(crate) fn steps() -> Vec<Step> {
         ("features/kernels-neon", "-p bitnet-kernels-neon --no-default-features"),
         ("features/kernels-sve2", "-p bitnet-kernels-sve2 --no-default-features"),
         ("features/kernels-x86", "-p bitnet-kernels-x86 --no-default-features"),
+        ("features/kernels-x86-avx512", "-p bitnet-kernels-x86 --no-default-features --features avx512"),
     ] {
         steps.push(step(name, &[CLIPPY], cargo(&format!("clippy {arguments} -- -D warnings"))));
     }
