@@ -1,5 +1,5 @@
 //! The two backends: which loop serves what.
-use crate::{batch, lanes, planes};
+use crate::{batch, lanes, planes, sparse};
 use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
 
 /// Invariant: a value exists only where the CPU has SVE and what its fields say. [`sve`] and [`sve2`] make the only ones.
@@ -57,6 +57,27 @@ impl Kernels for Sve {
             self.products(w, x.tokens(), y);
         }
     }
+    fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
+        assert_eq!(y.len(), rows.len());
+        assert_eq!(w.format(), Format::T2R);
+        x.assert_fit(&w);
+        if w.cols() == 0 {
+            return y.fill(0);
+        }
+        for (rows, y) in rows.chunks(4).zip(y.chunks_mut(4)) {
+            let rows = core::array::from_fn(|i| w.row(rows[i.min(rows.len() - 1)] as usize));
+            // SAFETY: `self` says that the CPU has these features.
+            let sums = unsafe { planes::rows_t2r_sve(rows, x.values()) };
+            y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum - x.sum());
+        }
+    }
+    fn sum_rows(&self, w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
+        assert_eq!(y.len(), w.cols());
+        assert_eq!(x.len(), rows.len());
+        assert_eq!(w.format(), Format::T2R);
+        // SAFETY: `self` says that the CPU has these features.
+        unsafe { sparse::sum_rows(w, rows, x, y) }
+    }
     // The floating-point methods are the bodies of `float` as they are: the compiler makes NEON of them, and their order of sums is
     // one of 16 lanes, which longer vectors would not serve better on CPUs of 128 and 256 bits.
 }
@@ -81,13 +102,13 @@ fn products_sve(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
             each_tile(w, tokens, y, |tile, x| lanes::tile_b1_sve(tile, x.tables()).map(|sum| 2 * sum - x.sum()));
         }
         Format::T2 => {
-            each_tile(w, tokens, y, |tile, x| planes::matvec_t2_sve(tile, x.values()).map(|sum| sum - x.sum()));
+            each_tile(w, tokens, y, |tile, x| planes::tile_t2_sve(tile, x.values()).map(|sum| sum - x.sum()));
         }
         Format::TL => each_tile(w, tokens, y, |tile, x| lanes::tile_tl_sve(tile, x.tables())),
         Format::I4 => {
-            each_tile(w, tokens, y, |tile, x| planes::matvec_i4_sve(tile, x.values()).map(|sum| sum - 8 * x.sum()));
+            each_tile(w, tokens, y, |tile, x| planes::tile_i4_sve(tile, x.values()).map(|sum| sum - 8 * x.sum()));
         }
-        Format::I8 => each_tile(w, tokens, y, |tile, x| planes::matvec_i8_sve(tile, x.values())),
+        Format::I8 => each_tile(w, tokens, y, |tile, x| planes::tile_i8_sve(tile, x.values())),
         _ => panic!("{} is not multiplied by this method", w.format().name()),
     }
 }

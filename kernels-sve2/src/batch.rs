@@ -90,32 +90,13 @@ fn add_panel(w: &Panel, x: &[[[u8; 16]; GROUP / 2]], rows: core::ops::Range<usiz
 }
 
 /// Four vectors of rows, `z16` to `z19`, times a pair of tokens, into four sums.
+#[rustfmt::skip]
 macro_rules! pair {
     ($x:literal $at:literal, $a:literal $b:literal $c:literal $d:literal) => {
         concat!(
-            "ld1rqb {{z",
-            $x,
-            ".b}}, p6/z, [x1, #",
-            $at,
-            "]\n",
-            "smmla z",
-            $a,
-            ".s, z",
-            $x,
-            ".b, z16.b\n smmla z",
-            $b,
-            ".s, z",
-            $x,
-            ".b, z17.b\n",
-            "smmla z",
-            $c,
-            ".s, z",
-            $x,
-            ".b, z18.b\n smmla z",
-            $d,
-            ".s, z",
-            $x,
-            ".b, z19.b\n",
+            "ld1rqb {{z", $x, ".b}}, p6/z, [x1, #", $at, "]\n",
+            "smmla z", $a, ".s, z", $x, ".b, z16.b\n smmla z", $b, ".s, z", $x, ".b, z17.b\n",
+            "smmla z", $c, ".s, z", $x, ".b, z18.b\n smmla z", $d, ".s, z", $x, ".b, z19.b\n",
         )
     };
 }

@@ -19,6 +19,8 @@ mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod planes;
 #[cfg(target_arch = "aarch64")]
+mod sparse;
+#[cfg(target_arch = "aarch64")]
 mod unpack;
 
 use bitnet_kernel::Kernels;

@@ -82,32 +82,35 @@ macro_rules! total {
 }
 
 macro_rules! matvec_planes {
-    ($(#[$attribute:meta])* $name:ident, $format:ident, $cols:literal) => {
+    ($(#[$attribute:meta])* $name:ident, $format:ident, $cols:literal, $blocks:literal apart) => {
         $(#[$attribute])*
+        ///
+        /// # Safety
+        /// From each of `rows` on, every so many blocks lies one that may be read, `steps` in all.
         #[target_feature(enable = "sve")]
         #[inline(never)]
-        pub(crate) fn $name(steps: &[[Block; 4]], x: &[i8]) -> [i32; 4] {
-            assert!(!steps.is_empty() && x.len() >= steps.len() * $cols);
+        unsafe fn $name(rows: [*const Block; 4], steps: usize, x: &[i8]) -> [i32; 4] {
+            assert!(steps > 0 && x.len() >= steps * $cols);
             let mut y = [0; 4];
-            // SAFETY: the loop reads `steps`, 256 bytes a step, and a step's columns of `x` for each, whose length was checked;
-            // it writes `y`. Every register that it changes is named.
+            // SAFETY: the loop reads these blocks of `rows`, and a step's columns of `x` for each, whose length was checked; it
+            // writes `y`. Every register that it changes is named.
             unsafe {
                 asm!(
                     zero!(0 1 2 3 4 5 6 7 8 9 10 11), masks!($format),
-                    "add x4, x0, #64", "add x5, x0, #128", "add x6, x0, #192",
                     "add x7, x1, #64", "add x8, x1, #128", "add x9, x1, #192",
                     "mov x10, #0", "mov x11, #0", "mov x12, #64", "mov x13, #0",
                     "cntb x14, pow2", "cmp x14, x12", "csel x14, x14, x12, lo", "whilelo p0.b, xzr, x14",
                     "2:", activations!($format),
                     row!($format "x0" 0 1 2), row!($format "x4" 3 4 5), row!($format "x5" 6 7 8), row!($format "x6" 9 10 11),
                     "add x10, x10, x14", "add x11, x11, x14", "cmp x10, x12", "b.lo 2b",
-                    // The next step: its block ends 256 bytes after this one's.
+                    // The next step: its blocks end so many bytes after these.
                     concat!("add x13, x13, #", $cols), "mov x11, x13",
-                    "add x12, x12, #256", "sub x10, x12, #64", "cmp x10, x2", "b.lo 2b",
+                    concat!("add x12, x12, #64*", $blocks), "sub x10, x12, #64", "cmp x10, x2", "b.lo 2b",
                     "ptrue p0.b",
                     total!($format 0 0 1 2), total!($format 4 3 4 5), total!($format 8 6 7 8), total!($format 12 9 10 11),
-                    in("x0") steps.as_ptr(), in("x1") x.as_ptr(), in("x2") size_of_val(steps), in("x3") &mut y,
-                    out("x4") _, out("x5") _, out("x6") _, out("x7") _, out("x8") _, out("x9") _, out("x10") _,
+                    in("x0") rows[0], in("x4") rows[1], in("x5") rows[2], in("x6") rows[3],
+                    in("x1") x.as_ptr(), in("x2") steps * $blocks * Block::BYTES, in("x3") &mut y,
+                    out("x7") _, out("x8") _, out("x9") _, out("x10") _,
                     out("x11") _, out("x12") _, out("x13") _, out("x14") _, out("p0") _,
                     out("v0") _, out("v1") _, out("v2") _, out("v3") _, out("v4") _, out("v5") _, out("v6") _, out("v7") _,
                     out("v8") _, out("v9") _, out("v10") _, out("v11") _, out("v16") _, out("v17") _, out("v18") _,
@@ -122,13 +125,42 @@ macro_rules! matvec_planes {
 
 matvec_planes!(
     /// `Σ c·x` of 4 rows, with the codes `c` of T2.
-    matvec_t2_sve, t2, 256
+    matvec_t2_sve, t2, 256, 4 apart
 );
 matvec_planes!(
     /// `Σ c·x` of 4 rows, with the codes `c` of I4.
-    matvec_i4_sve, i4, 128
+    matvec_i4_sve, i4, 128, 4 apart
 );
 matvec_planes!(
     /// `Σ w·x` of 4 rows of I8.
-    matvec_i8_sve, i8, 64
+    matvec_i8_sve, i8, 64, 4 apart
 );
+matvec_planes!(
+    /// `Σ c·x` of 4 rows that are stored by themselves, with the codes `c` of T2.
+    dot_rows_t2r_sve, t2, 256, 1 apart
+);
+
+macro_rules! tile {
+    ($name:ident, $matvec:ident) => {
+        /// The same of the rows of a tile.
+        #[target_feature(enable = "sve")]
+        pub(crate) fn $name(tile: &[[Block; 4]], x: &[i8]) -> [i32; 4] {
+            let first = tile.as_ptr().cast::<Block>();
+            // SAFETY: a step of the tile is a block of each row.
+            unsafe { $matvec([0, 1, 2, 3].map(|row| first.wrapping_add(row)), tile.len(), x) }
+        }
+    };
+}
+
+tile!(tile_t2_sve, matvec_t2_sve);
+tile!(tile_i4_sve, matvec_i4_sve);
+tile!(tile_i8_sve, matvec_i8_sve);
+
+/// `Σ c·x` of any 4 rows of T2R.
+#[target_feature(enable = "sve")]
+pub(crate) fn rows_t2r_sve(rows: [&[Block]; 4], x: &[i8]) -> [i32; 4] {
+    let steps = rows[0].len();
+    assert!(rows.iter().all(|row| row.len() == steps));
+    // SAFETY: the slices are as long as that.
+    unsafe { dot_rows_t2r_sve(rows.map(|row| row.as_ptr()), steps, x) }
+}
