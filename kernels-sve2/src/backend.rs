@@ -1,5 +1,5 @@
 //! The two backends: which loop serves what.
-use crate::{batch, lanes, planes, sparse};
+use crate::{batch, grouped, lanes, planes, sparse};
 use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
 
 /// Invariant: a value exists only where the CPU has SVE and what its fields say. [`sve`] and [`sve2`] make the only ones.
@@ -55,6 +55,17 @@ impl Kernels for Sve {
             unsafe { batch::products(w, x.tokens(), y) }
         } else {
             self.products(w, x.tokens(), y);
+        }
+    }
+    fn matvec_grouped(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [f32]) {
+        assert_eq!(y.len(), w.rows());
+        x.assert_fit(&w);
+        match (w.format(), self.sve2) {
+            // SAFETY: `self` says that the CPU has these features.
+            (Format::B1G | Format::TLG, false) => unsafe { grouped::products_sve(w, x, y) },
+            // SAFETY: as above.
+            (Format::B1G | Format::TLG, true) => unsafe { grouped::products_sve2(w, x, y) },
+            _ => self.matmat_grouped(w, Batch::new(&[x]), y),
         }
     }
     fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {

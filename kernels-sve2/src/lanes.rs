@@ -84,29 +84,18 @@ macro_rules! block {
 /// Adds the sums of bytes of a step to 16-bit ones: those of even rows and those of odd rows.
 ///
 /// SVE has no addition that widens. There the first register takes whole pairs, `odd · 256 + even`, and [`split!`] parts them.
+#[rustfmt::skip]
 macro_rules! widen {
     (sve $sum:literal $even:literal $odd:literal) => {
         concat!(
-            "add z",
-            $even,
-            ".h, z",
-            $even,
-            ".h, z",
-            $sum,
-            ".h\n lsr z19.h, z",
-            $sum,
-            ".h, #8\n",
-            "add z",
-            $odd,
-            ".h, z",
-            $odd,
-            ".h, z19.h\n",
+            "add z", $even, ".h, z", $even, ".h, z", $sum, ".h\n lsr z19.h, z", $sum, ".h, #8\n",
+            "add z", $odd, ".h, z", $odd, ".h, z19.h\n",
         )
     };
     (sve2 $sum:literal $even:literal $odd:literal) => {
         concat!(
-            "uaddwb z", $even, ".h, z", $even, ".h, z", $sum, ".b\n", "uaddwt z", $odd, ".h, z", $odd, ".h, z", $sum,
-            ".b\n",
+            "uaddwb z", $even, ".h, z", $even, ".h, z", $sum, ".b\n",
+            "uaddwt z", $odd, ".h, z", $odd, ".h, z", $sum, ".b\n",
         )
     };
 }
@@ -115,6 +104,20 @@ macro_rules! split {
         concat!($("lsl z19.h, z", $odd, ".h, #8\n sub z", $even, ".h, z", $even, ".h, z19.h\n"),+)
     };
     (sve2 $($even:literal $odd:literal),+) => { "" };
+}
+
+/// A step: `x0` and `x1` are two vectors of rows of its first block, `x4` to `x7` the places of its nibbles, `x2` is the middle of
+/// its tables. The sums of rows in the first vector are in `z4` to `z7` (low even, low odd, high even, high odd), those of the
+/// second in `z20` to `z23`.
+macro_rules! step {
+    ($format:ident $isa:ident $blocks:literal) => {
+        concat!(
+            block!($format $isa first, "x4", -128 -112 -96 -80), block!($format $isa next, "x5", -64 -48 -32 -16),
+            block!($format $isa next, "x6", 0 16 32 48), block!($format $isa next, "x7", 64 80 96 112),
+            widen!($isa 0 4 5), widen!($isa 1 6 7), widen!($isa 2 20 21), widen!($isa 3 22 23),
+            "add x0, x0, #64*", $blocks, "\n add x1, x1, #64*", $blocks, "\n add x2, x2, #256\n",
+        )
+    };
 }
 
 macro_rules! sums_of_lanes {
@@ -137,12 +140,7 @@ macro_rules! sums_of_lanes {
                     "mov z4.d, #0", "mov z5.d, #0", "mov z6.d, #0", "mov z7.d, #0",
                     "mov z20.d, #0", "mov z21.d, #0", "mov z22.d, #0", "mov z23.d, #0",
                     "2:",
-                    block!($format $isa first, "x4", -128 -112 -96 -80),
-                    block!($format $isa next, "x5", -64 -48 -32 -16),
-                    block!($format $isa next, "x6", 0 16 32 48),
-                    block!($format $isa next, "x7", 64 80 96 112),
-                    widen!($isa 0 4 5), widen!($isa 1 6 7), widen!($isa 2 20 21), widen!($isa 3 22 23),
-                    concat!("add x0, x0, #64*", $blocks), concat!("add x1, x1, #64*", $blocks), "add x2, x2, #256",
+                    step!($format $isa $blocks),
                     "subs x3, x3, #1", "b.ne 2b",
                     split!($isa 4 5, 6 7, 20 21, 22 23),
                     // A vector has half as many 16-bit lanes, and as many rows of either kind.

@@ -10,12 +10,17 @@
 #[cfg(feature = "std")]
 extern crate std;
 
+// First, for its macros.
+#[cfg(target_arch = "aarch64")]
+#[macro_use]
+mod lanes;
+
 #[cfg(target_arch = "aarch64")]
 mod backend;
 #[cfg(target_arch = "aarch64")]
 mod batch;
 #[cfg(target_arch = "aarch64")]
-mod lanes;
+mod grouped;
 #[cfg(target_arch = "aarch64")]
 mod planes;
 #[cfg(target_arch = "aarch64")]
