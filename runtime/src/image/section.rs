@@ -117,6 +117,10 @@ impl Kind {
             _ => Self::DownInputNorm,
         }
     }
+    /// Whether it is a matrix of a layer.
+    pub const fn is_linear(self) -> bool {
+        matches!(self, Self::Query | Self::Key | Self::Value | Self::Output | Self::Gate | Self::Up | Self::Down)
+    }
     /// Whether a section of this kind may be encoded so.
     pub const fn allows(self, encoding: Encoding) -> bool {
         match self {
@@ -124,7 +128,7 @@ impl Kind {
             Self::Embedding | Self::Head => {
                 matches!(encoding, Encoding::Matrix(f) if f.is_grouped() || matches!(f, Format::I4 | Format::I8 | Format::F16))
             }
-            Self::Query | Self::Key | Self::Value | Self::Output | Self::Gate | Self::Up | Self::Down => {
+            _ if self.is_linear() => {
                 matches!(encoding, Encoding::Matrix(f) if f.is_integer() && !matches!(f, Format::T2R))
             }
             _ => matches!(encoding, Encoding::Vector),

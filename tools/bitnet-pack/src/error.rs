@@ -31,6 +31,13 @@ pub enum Error {
         /// What is wrong.
         what: String,
     },
+    /// A GGUF file is malformed.
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
     /// A tensor is missing, superfluous, of the wrong shape, or holds what it must not.
     Tensor {
         /// The file, or the directory where it is looked for.
@@ -92,6 +99,9 @@ impl Error {
     pub(crate) fn safetensors(path: &Path, what: impl Into<String>) -> Self {
         Self::Safetensors { path: path.into(), what: what.into() }
     }
+    pub(crate) fn gguf(path: &Path, what: impl Into<String>) -> Self {
+        Self::Gguf { path: path.into(), what: what.into() }
+    }
     pub(crate) fn tensor(path: &Path, tensor: &str, what: impl Into<String>) -> Self {
         Self::Tensor { path: path.into(), tensor: tensor.into(), what: what.into() }
     }
@@ -103,7 +113,7 @@ impl Error {
             Foreign::Empty => "the file is empty; was a download interrupted?",
             Foreign::LfsPointer => "a git-LFS pointer, not the file itself: fetch it with `git lfs pull`",
             Foreign::Html => "a web page, not a checkpoint: the download saved an error page",
-            Foreign::Gguf => "GGUF is not read yet; use the model's safetensors files",
+            Foreign::Gguf => "a GGUF file, where something else is expected; pack it by its own name",
             Foreign::Ggml => {
                 "containers of early llama.cpp (GGML, GGJT) are not read; use the model's safetensors files"
             }
@@ -123,6 +133,7 @@ impl fmt::Display for Error {
             Self::NotReadable { path, what } | Self::Safetensors { path, what } | Self::Tokenizer { path, what } => {
                 write!(f, "{}: {what}", path.display())
             }
+            Self::Gguf { path, what } => write!(f, "{}: GGUF: {what}", path.display()),
             Self::Tensor { path, tensor, what } => write!(f, "{}: tensor {tensor}: {what}", path.display()),
             Self::Config { path, key, value, what } => {
                 write!(f, "{}: {key} = {value}: {what}", path.display())

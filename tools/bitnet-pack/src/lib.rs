@@ -1,6 +1,6 @@
 //! checkpoint → [`checkpoint`] → [`quantize`] → [`encode`] → [`write`](mod@write) → image; then [`verify`](mod@verify) and [`inspect`](mod@inspect)
 //!
-//! Reads a checkpoint of the Hugging Face bitnet families, checks it, and writes one image that `bitnet-runtime` runs. The
+//! Reads a checkpoint (safetensors, GGUF, llama2.c), checks it, and writes one image that `bitnet-runtime` runs. The
 //! whole passes through in units of 64 rows, so the memory it takes is known before it starts and does not depend on the
 //! size of the model.
 #![forbid(unsafe_code)]

@@ -1,6 +1,7 @@
 //! `bitnet-pack`: the command a person types to make an image, and to know what is in one.
 #![forbid(unsafe_code)]
 use bitnet_kernel::Format;
+use bitnet_pack::checkpoint::Dtype;
 use bitnet_pack::{Error, Options, Preset, Progress, Report};
 use bitnet_runtime::memory::KvFormat;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -42,24 +43,33 @@ enum Command {
 
 /// Make an image of a checkpoint.
 ///
-/// Reads models of the Hugging Face bitnet families: BitNetForCausalLM, BitnetForCausalLM, and LlamaForCausalLM and
-/// Qwen3ForCausalLM with a bitnet quantization section; packed already, or as the float masters of training. The image is written under a
+/// Reads models of transformers (BitNetForCausalLM, BitnetForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM), packed already,
+/// as the float masters of training or in plain floats; GGUF files of the architectures bitnet, bitnet-b1.58, bitnet-25,
+/// llama and qwen3; and files of llama2.c. Ternary weights stay what they are, bit for bit. Linears that are not ternary are
+/// quantized as --dense says, and the error is shown. The image is written under a
 /// temporary name, read back and checked, and only then renamed: if anything goes wrong, or on Ctrl-C, nothing is left.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   bitnet-pack pack ./stories -o stories.bitnet
   bitnet-pack pack ./Falcon3-1B-Instruct-1.58bit -o falcon3.bitnet --head i4
-  bitnet-pack pack ./model/model.safetensors -o model.bitnet --context 2048 --kv i8")]
+  bitnet-pack pack ./model/model.safetensors -o model.bitnet --context 2048 --kv i8
+  bitnet-pack pack ggml-model-i2_s.gguf -o 2b4t.bitnet
+  bitnet-pack pack SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2.bitnet --dense i4")]
 struct Pack {
-    /// The checkpoint: a directory with config.json and model.safetensors (or shards with their index), or that file.
+    /// The checkpoint: a directory with config.json and model.safetensors (or shards with their index), or that file; or a
+    /// GGUF file (the first, if the model is in several); or a file of llama2.c.
     source: PathBuf,
     /// The image to write; an image that is there already is replaced.
     #[arg(short, long, value_name = "IMAGE")]
     output: PathBuf,
-    /// The tokenizer: tokenizer.json, a sentencepiece model or a tiktoken file [default: the one in the directory].
+    /// The tokenizer: tokenizer.json, a sentencepiece model or a tiktoken file [default: the one in the directory, or in the
+    /// GGUF file].
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
+    /// Weights in a group of I2_S in a GGUF file: 128, or 64 as bitnet.cpp once wrote on ARM. Nothing in a file tells.
+    #[arg(long, value_name = "WEIGHTS", default_value = "128", value_parser = i2s_group())]
+    i2s_group: Dtype,
     #[command(flatten)]
     formats: Formats,
     #[command(flatten)]
@@ -72,6 +82,10 @@ struct Formats {
     /// that end in g128 have a scale for every 128 columns of a row.
     #[arg(long, default_value = "tl", value_parser = format(&["tl", "t2", "b1", "i4", "i8", "tlg128", "b1g128", "i4g128"]))]
     format: Format,
+    /// Format of linears that are not ternary, in models that have such. Those that are ternary but for a scale for every 128
+    /// columns become tlg128, or b1g128 if no weight is zero.
+    #[arg(long, default_value = "i8", value_parser = format(&["i8", "i4", "i4g128"]))]
+    dense: Format,
     /// Format of the head, which scores the tokens.
     #[arg(long, default_value = "i8", value_parser = format(&["i8", "i4", "f16", "i4g128", "tlg128", "b1g128"]))]
     head: Format,
@@ -158,6 +172,10 @@ fn format(names: &'static [&'static str]) -> impl TypedValueParser<Value = Forma
     PossibleValuesParser::new(names.iter().copied()).map(named)
 }
 
+fn i2s_group() -> impl TypedValueParser<Value = Dtype> {
+    PossibleValuesParser::new(["128", "64"]).map(|n| if n == "64" { Dtype::I2_S_64 } else { Dtype::I2_S })
+}
+
 fn preset() -> impl TypedValueParser<Value = Preset> {
     let named = |name: String| Preset::ALL.into_iter().find(|(n, _)| *n == name).expect("all are presets").1;
     PossibleValuesParser::new(Preset::ALL.map(|(name, _)| name)).map(named)
@@ -171,10 +189,10 @@ fn kv_format(name: &str) -> KvFormat {
     }
 }
 
-fn options(formats: Formats, plan: PlanOptions, tokenizer: Option<PathBuf>) -> Options {
-    let Formats { format, head, embedding, name } = formats;
+fn options(formats: Formats, plan: PlanOptions) -> Options {
+    let Formats { format, dense, head, embedding, name } = formats;
     let PlanOptions { context, batch, kv } = plan;
-    Options { format, head, embedding, tokenizer, name, context, batch, kv }
+    Options { format, dense, head, embedding, name, context, batch, kv, ..Options::default() }
 }
 
 /// A bar on a terminal; elsewhere only the lines.
@@ -235,8 +253,8 @@ impl Drop for Bar {
 
 fn run(command: Command) -> Result<String, Error> {
     match command {
-        Command::Pack(Pack { source, output, tokenizer, formats, plan }) => {
-            let options = options(formats, plan, tokenizer);
+        Command::Pack(Pack { source, output, tokenizer, i2s_group, formats, plan }) => {
+            let options = Options { tokenizer, i2s: i2s_group, ..options(formats, plan) };
             let report = bitnet_pack::pack(&source, &output, &options, &mut Bar::new().listen())?;
             Ok(written(&report, &output))
         }
@@ -256,7 +274,7 @@ fn run(command: Command) -> Result<String, Error> {
             config.vocab = vocab.unwrap_or(config.vocab);
             // A benchmark may want more positions than the model was trained for.
             config.context = plan.context.unwrap_or(0).max(config.context);
-            let options = options(formats, plan, None);
+            let options = options(formats, plan);
             let report = bitnet_pack::dummy(&output, &shape, &options, seed, &mut Bar::new().listen())?;
             Ok(written(&report, &output))
         }

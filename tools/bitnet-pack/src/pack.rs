@@ -1,6 +1,6 @@
 //! A checkpoint becomes an image, one unit of 64 rows after another.
-use crate::checkpoint::sections::{self, Source};
-use crate::checkpoint::{Checkpoint, Table, TensorInfo};
+use crate::checkpoint::sections::{self, Bound, Source};
+use crate::checkpoint::{Checkpoint, Dtype, Naming, TensorInfo};
 use crate::encode::{encode, encode_f16, encode_grouped};
 use crate::quantize::{self, Absmean, Distance, MagnitudeSum};
 use crate::report::{LayerBits, Progress, Report, SectionReport, planned_bits};
@@ -11,18 +11,23 @@ use bitnet_kernel::{Block, Format};
 use bitnet_runtime::image::{Encoding, Kind, Section, UNIT_ROWS};
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::{Config, Limits};
+use half::f16;
 use std::path::{Path, PathBuf};
 use zerocopy::IntoBytes;
 
 /// What the user chooses.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The linears' format.
+    /// The ternary linears' format.
     pub format: Format,
+    /// The format of linears that are not ternary.
+    pub dense: Format,
     /// The head's format.
     pub head: Format,
     /// The embedding's format, where it is not the head; the head's if `None`.
     pub embedding: Option<Format>,
+    /// How I2_S tensors of GGUF files are read: [`Dtype::I2_S`] or [`Dtype::I2_S_64`].
+    pub i2s: Dtype,
     /// The tokenizer file, where the choice is not left to the packer.
     pub tokenizer: Option<PathBuf>,
     /// A name for people; the directory's if `None`.
@@ -39,8 +44,10 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             format: Format::TL,
+            dense: Format::I8,
             head: Format::I8,
             embedding: None,
+            i2s: Dtype::I2_S,
             tokenizer: None,
             name: None,
             context: None,
@@ -56,14 +63,21 @@ impl Options {
         let encoding = match kind {
             Kind::Head => Encoding::Matrix(self.head),
             Kind::Embedding => Encoding::Matrix(self.embedding.unwrap_or(self.head)),
-            Kind::Query | Kind::Key | Kind::Value | Kind::Output | Kind::Gate | Kind::Up | Kind::Down => {
-                Encoding::Matrix(self.format)
-            }
+            _ if kind.is_linear() => Encoding::Matrix(self.format),
             Kind::Tokenizer => Encoding::Bytes,
             _ => Encoding::Vector,
         };
         debug_assert!(kind.allows(encoding) || matches!(encoding, Encoding::Matrix(_)));
         encoding
+    }
+    /// The encoding of a section that is made from `source`.
+    pub(crate) fn encoding_of(&self, kind: Kind, source: &Source) -> Encoding {
+        match source {
+            Source::Rows(_) if kind.is_linear() => Encoding::Matrix(self.dense),
+            Source::Grouped(_, true) => Encoding::Matrix(Format::B1G),
+            Source::Grouped(_, false) => Encoding::Matrix(Format::TLG),
+            _ => self.encoding(kind),
+        }
     }
     pub(crate) fn check(&self) -> Result<(), Error> {
         for (option, kind) in [("--format", Kind::Query), ("--head", Kind::Head), ("--embedding", Kind::Embedding)] {
@@ -73,16 +87,22 @@ impl Options {
                 return Err(Error::Options(format!("{option} cannot be {}", format.name())));
             }
         }
+        if !matches!(self.dense, Format::I4 | Format::I8 | Format::I4G) {
+            return Err(Error::Options(format!("--dense cannot be {}", self.dense.name())));
+        }
+        if !matches!(self.i2s, Dtype::I2_S | Dtype::I2_S_64) {
+            return Err(Error::Options(format!("I2_S is not read as {}", self.i2s.name())));
+        }
         Ok(())
     }
-    /// Whether the choices suit a checkpoint with one scale a matrix, whose head has floats.
+    /// Whether the choices suit a checkpoint, whose head has floats.
     fn check_source(&self) -> Result<(), Error> {
         let refuse = |option, format: Format, why| Err(Error::Options(format!("{option} {}: {why}", format.name())));
         if self.format.is_grouped() {
             return refuse(
                 "--format",
                 self.format,
-                "this checkpoint has one scale a matrix, and not one for 128 columns",
+                "linears that have a scale for every 128 columns take this format by themselves",
             );
         }
         for (option, format) in [("--head", Some(self.head)), ("--embedding", self.embedding)] {
@@ -105,32 +125,36 @@ impl Options {
     }
 }
 
-/// Packs `source`, a directory or a `.safetensors` file in one, as `output`.
+/// Packs `source`, a directory, a `.safetensors` file in one, a GGUF file or one of llama2.c, as `output`.
 ///
 /// # Errors
 /// The first thing that is wrong. Then nothing is there under the name `output` that was not there before.
 pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn Progress) -> Result<Report, Error> {
     options.check()?;
     options.check_source()?;
-    let checkpoint = Checkpoint::open(source)?;
-    let mut table = Table::read(&checkpoint.config_path(), checkpoint.config())?;
-    table.config.formats = 1 << options.format as u8;
+    let checkpoint = Checkpoint::open(source, options.i2s)?;
+    let mut table = checkpoint.table()?;
     let limits = options.limits(&table.config)?;
-    let bound = sections::bind(&checkpoint, &mut table)?;
+    let bound = sections::bind(&checkpoint, &mut table, options, progress)?;
     let peak_bytes = peak(&checkpoint, &bound, options)?;
     progress.say(&format!("peak memory: {} MiB", peak_bytes.div_ceil(1 << 20)));
 
     let text = tokenizer::read(&checkpoint, &mut table, options.tokenizer.as_deref())?;
+    let name = match &options.name {
+        Some(name) => name.clone(),
+        None => name_of(source, &checkpoint),
+    };
     let parts = Parts {
         config: table.config,
         limits,
-        name: options.name.clone().unwrap_or_else(|| name(source)),
+        name: name.clone(),
         architecture: table.architecture.clone(),
         bos: text.bos,
         stop: text.stop,
         chat_template: text.chat_template,
     };
-    let layout = Layout::new(&parts, text.tokenizer.as_ref().map(Vec::len), |s| options.encoding(s.kind))?;
+    let sections = bound.iter().map(|b| (b.section, b.encoding));
+    let layout = Layout::new(&parts, text.tokenizer.as_ref().map(Vec::len), sections)?;
     let mut reports: Vec<SectionReport> = layout.records().iter().filter_map(SectionReport::of).collect();
     progress.start(layout.file_bytes());
     let mut writer = ImageWriter::create(output, parts, layout)?;
@@ -142,14 +166,14 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
         written = 1;
     }
     let mut packer = Packer { checkpoint: &checkpoint, writer: &mut writer, progress, buffers: Buffers::default() };
-    for ((section, source), report) in bound.iter().zip(&mut reports[written..]) {
-        packer.section(section, source, options.encoding(section.kind), report)?;
+    for (bound, report) in bound.iter().zip(&mut reports[written..]) {
+        packer.section(bound, report)?;
     }
     let finished = writer.finish()?;
-    let layers = check_written(&finished, &bound, options, progress)?;
+    let layers = check_written(&finished, &bound, progress)?;
     finished.publish()?;
     Ok(Report {
-        name: options.name.clone().unwrap_or_else(|| name(source)),
+        name,
         architecture: table.architecture,
         config: table.config,
         limits,
@@ -166,17 +190,12 @@ fn reports_end(output: &Path) -> Result<u64, Error> {
 }
 
 /// Reads the image back: every checksum, every code, and whether it has the bits that were planned.
-fn check_written(
-    finished: &Finished,
-    bound: &[(Section, Source)],
-    options: &Options,
-    progress: &mut dyn Progress,
-) -> Result<Vec<LayerBits>, Error> {
+fn check_written(finished: &Finished, bound: &[Bound], progress: &mut dyn Progress) -> Result<Vec<LayerBits>, Error> {
     verify_with(finished.path(), progress)?;
     let opened = Opened::open(finished.path())?;
     let image = opened.image()?;
     let found = LayerBits::of(&image);
-    let planned = bound.iter().filter_map(|(section, _)| match options.encoding(section.kind) {
+    let planned = bound.iter().filter_map(|Bound { section, encoding, .. }| match *encoding {
         Encoding::Matrix(format) => {
             let (rows, cols) = (section.rows.into(), section.cols.into());
             Some((section.layer, rows * cols, planned_bits(format, rows, cols)))
@@ -197,9 +216,12 @@ fn check_written(
     Ok(found)
 }
 
-/// A name for people: the directory's, or the repository's in a Hugging Face cache.
-fn name(source: &Path) -> String {
+/// A name for people: the directory's, or the repository's in a Hugging Face cache; the file's where one file is all.
+fn name_of(source: &Path, checkpoint: &Checkpoint) -> String {
     let path = source.canonicalize().unwrap_or_else(|_| source.into());
+    if checkpoint.naming() != Naming::HuggingFace && !path.is_dir() {
+        return path.file_stem().map_or("model".into(), |n| n.to_string_lossy().into_owned());
+    }
     let directory = if path.is_dir() { Some(path.as_path()) } else { path.parent() };
     let last = |p: &Path| p.file_name().map(|n| n.to_string_lossy().into_owned());
     let cached = directory.and_then(Path::parent).filter(|p| p.ends_with("snapshots")).and_then(Path::parent);
@@ -215,16 +237,9 @@ const ENTRY_BYTES: u64 = 1024;
 const TOKENIZER_FACTOR: u64 = 24;
 
 /// The most memory that packing will take.
-fn peak(checkpoint: &Checkpoint, bound: &[(Section, Source)], options: &Options) -> Result<u64, Error> {
-    let files = match &options.tokenizer {
-        Some(path) => vec![path.clone()],
-        None => tokenizer::candidates(checkpoint.directory())?,
-    };
-    let tokenizers: u64 = files.iter().filter_map(|path| path.metadata().ok()).map(|m| m.len()).sum();
-    let mut most = Sizes::default();
-    for (section, source) in bound {
-        most = most.max(Sizes::of(section, source, options.encoding(section.kind)));
-    }
+fn peak(checkpoint: &Checkpoint, bound: &[Bound], options: &Options) -> Result<u64, Error> {
+    let tokenizers = tokenizer::source_bytes(checkpoint, options.tokenizer.as_deref())?;
+    let most = bound.iter().map(Sizes::of).fold(Sizes::default(), Sizes::max);
     let entries = checkpoint.tensors().count() as u64 * ENTRY_BYTES;
     Ok(PROGRAM_BYTES + entries + tokenizers * TOKENIZER_FACTOR + most.bytes() + 3 * BUFFER_BYTES as u64)
 }
@@ -240,17 +255,18 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn of(section: &Section, source: &Source, encoding: Encoding) -> Self {
+    fn of(Bound { section, source, encoding }: &Bound) -> Self {
         let rows = UNIT_ROWS.min(section.rows as usize);
         let cols = section.cols as usize;
-        let bytes = source.tensor().map_or(0, |t| t.dtype.bytes() as usize);
-        let Encoding::Matrix(format) = encoding else {
-            return Self { raw: cols * bytes, floats: cols, ..Self::default() };
+        let (elements, bytes) = source.tensor().map_or((1, 0), |t| t.dtype.block());
+        let raw = |n: usize| n.div_ceil(elements as usize) * bytes as usize;
+        let Encoding::Matrix(format) = *encoding else {
+            return Self { raw: raw(cols), floats: cols, ..Self::default() };
         };
         let padded = rows * format.padded_cols(cols);
         let dense = format == Format::F16;
         Self {
-            raw: rows * cols * bytes,
+            raw: raw(rows * cols),
             floats: if matches!(source, Source::Packed(..)) { 0 } else { rows * cols },
             codes: if dense { 0 } else { padded },
             halves: if dense {
@@ -325,20 +341,18 @@ struct Packer<'a> {
 impl Packer<'_> {
     fn section(
         &mut self,
-        section: &Section,
-        source: &Source,
-        encoding: Encoding,
+        Bound { section, source, encoding }: &Bound,
         report: &mut SectionReport,
     ) -> Result<(), Error> {
         match section.layer {
             Some(layer) => self.progress.section(&format!("layer {layer}: {}", section.kind.name())),
             None => self.progress.section(section.kind.name()),
         }
-        match (source, encoding) {
+        match (source, *encoding) {
             (Source::Values(values), Encoding::Vector) => self.vector(values)?,
             (Source::Vector(tensor), Encoding::Vector) => {
                 let mut values = vec![0.0; section.cols as usize];
-                self.read_floats(tensor, 0, 1, &mut values)?;
+                self.checkpoint.read_floats(tensor, 0, &mut self.buffers.raw, &mut values)?;
                 self.vector(&values)?;
             }
             (Source::Packed(tensor, multiplier), Encoding::Matrix(format)) => {
@@ -349,11 +363,27 @@ impl Packer<'_> {
                 }
             }
             (Source::Masters(tensor), Encoding::Matrix(format)) => self.masters(tensor, format, section, report)?,
-            (Source::Rows(tensor), Encoding::Matrix(format)) => {
+            (Source::Ternary(tensor, magnitude, beside), Encoding::Matrix(format)) => {
+                let multiplier = magnitude * beside;
+                self.begin_ternary(format, multiplier, report)?;
+                for unit in units(tensor, format, section) {
+                    self.read_signs(&unit)?;
+                    self.put_ternary(&unit, multiplier)?;
+                }
+            }
+            (Source::Grouped(tensor, _), Encoding::Matrix(format)) => {
                 self.writer.begin(1.0)?;
                 for unit in units(tensor, format, section) {
-                    self.dense(&unit)?;
+                    self.grouped(&unit)?;
                 }
+            }
+            (Source::Rows(tensor), Encoding::Matrix(format)) => {
+                self.writer.begin(1.0)?;
+                let mut distance = Distance::default();
+                for unit in units(tensor, format, section) {
+                    self.dense(&unit, &mut distance)?;
+                }
+                report.error = (format != Format::F16).then(|| distance.relative());
             }
             _ => unreachable!("{encoding:?} from {source:?}"),
         }
@@ -392,7 +422,7 @@ impl Packer<'_> {
         let mut sum = MagnitudeSum::default();
         for unit in units(tensor, format, section) {
             let values = fit(&mut floats, unit.rows * unit.shape.1, 0.0);
-            self.read_floats(tensor, unit.first, unit.rows, values)?;
+            self.read_floats(&unit, values)?;
             sum.add(values);
         }
         let rule = Absmean::new(sum.mean());
@@ -401,7 +431,7 @@ impl Packer<'_> {
         for unit in units(tensor, format, section) {
             let (cols, stride) = (unit.shape.1, format.padded_cols(unit.shape.1));
             let values = fit(&mut floats, unit.rows * cols, 0.0);
-            self.read_floats(tensor, unit.first, unit.rows, values)?;
+            self.read_floats(&unit, values)?;
             let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
             for (values, codes) in values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride)) {
                 let (codes, padding) = codes.split_at_mut(cols);
@@ -416,20 +446,26 @@ impl Packer<'_> {
         Ok(())
     }
 
-    /// Reads whole rows of a float tensor; all of them must be finite.
-    fn read_floats(&mut self, tensor: &TensorInfo, first: usize, rows: usize, into: &mut [f32]) -> Result<(), Error> {
-        let row_bytes = into.len() / rows * tensor.dtype.bytes() as usize;
-        let raw = fit(&mut self.buffers.raw, rows * row_bytes, 0);
-        self.checkpoint.read(tensor, (first * row_bytes) as u64, raw)?;
-        quantize::widen(tensor.dtype, raw, into);
-        // Without a branch for each: this sees every number of the checkpoint.
-        if !into.iter().fold(false, |found, v| found | !v.is_finite()) {
-            return Ok(());
+    /// Reads the numbers of a unit; all of them must be finite.
+    fn read_floats(&mut self, unit: &Unit<'_>, into: &mut [f32]) -> Result<(), Error> {
+        let first = (unit.first * unit.shape.1) as u64;
+        self.checkpoint.read_floats(unit.tensor, first, &mut self.buffers.raw, into)
+    }
+
+    /// Reads a unit of numbers that are ternary but for a factor.
+    fn read_signs(&mut self, unit: &Unit<'_>) -> Result<(), Error> {
+        let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
+        let mut floats = core::mem::take(&mut self.buffers.floats);
+        let values = fit(&mut floats, unit.rows * cols, 0.0);
+        self.read_floats(unit, values)?;
+        let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
+        for (values, codes) in values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride)) {
+            let (codes, padding) = codes.split_at_mut(cols);
+            padding.fill(0);
+            codes.iter_mut().zip(values).for_each(|(code, v)| *code = i8::from(*v > 0.0) - i8::from(*v < 0.0));
         }
-        let at = into.iter().position(|v| !v.is_finite()).expect("one is not finite");
-        let (row, column) = (first + at / (into.len() / rows), at % (into.len() / rows));
-        let what = format!("row {row}, column {column}: {} is not a finite number", into[at]);
-        Err(Error::tensor(self.checkpoint.path_of(tensor), &tensor.name, what))
+        self.buffers.floats = floats;
+        Ok(())
     }
 
     /// Unpacks a unit of codes. Byte row `r % R` holds row `r` at bit `2 (r / R)`, `R` being a quarter of the rows, rounded
@@ -503,16 +539,16 @@ impl Packer<'_> {
         self.put(padded[..scales.len().next_multiple_of(16)].as_bytes())
     }
 
-    /// Quantizes and writes one unit of the head or the embedding.
-    fn dense(&mut self, unit: &Unit<'_>) -> Result<(), Error> {
+    /// Quantizes and writes one unit of a matrix that is not ternary.
+    fn dense(&mut self, unit: &Unit<'_>, distance: &mut Distance) -> Result<(), Error> {
         let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
         let mut floats = core::mem::take(&mut self.buffers.floats);
         let values = fit(&mut floats, unit.rows * cols, 0.0);
-        self.read_floats(unit.tensor, unit.first, unit.rows, values)?;
+        self.read_floats(unit, values)?;
         if unit.format == Format::F16 {
             self.dense_f16(unit, values)?;
         } else if unit.format.is_grouped() {
-            self.dense_i4g(unit, values)?;
+            self.dense_i4g(unit, values, distance)?;
         } else {
             let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
             let mut scales = [0.0; UNIT_ROWS];
@@ -524,6 +560,7 @@ impl Packer<'_> {
                     Format::I4 => quantize::row_i4(values, codes),
                     _ => quantize::row_i8(values, codes),
                 };
+                distance.add(values, codes, *scale);
             }
             self.put_codes(unit)?;
             self.put_scales(unit, &scales[..unit.rows])?;
@@ -532,7 +569,26 @@ impl Packer<'_> {
         Ok(())
     }
 
-    fn dense_i4g(&mut self, unit: &Unit<'_>, values: &[f32]) -> Result<(), Error> {
+    /// Writes a unit of numbers that are ternary in each group of columns, but for the group's factor.
+    fn grouped(&mut self, unit: &Unit<'_>) -> Result<(), Error> {
+        self.read_signs(unit)?;
+        let (format, cols) = (unit.format, unit.shape.1);
+        let Buffers { floats, codes, halves, blocks, .. } = &mut self.buffers;
+        let halves = fit(halves, unit.rows * format.steps(cols), 0);
+        for (values, scales) in floats.chunks_exact(cols).zip(halves.chunks_exact_mut(format.steps(cols))) {
+            for (values, scale) in values.chunks(Format::GROUP_COLS).zip(scales) {
+                *scale = quantize::group_scale(values).expect("the numbers were looked at before");
+            }
+        }
+        let mut out = core::mem::take(blocks);
+        let filled = fit(&mut out, format.matrix_blocks(unit.rows, cols), Block::ZERO);
+        encode_grouped(format, unit.rows, cols, codes, halves, filled);
+        self.put(filled.as_bytes())?;
+        self.buffers.blocks = out;
+        Ok(())
+    }
+
+    fn dense_i4g(&mut self, unit: &Unit<'_>, values: &[f32], distance: &mut Distance) -> Result<(), Error> {
         let (format, cols) = (unit.format, unit.shape.1);
         let (stride, groups) = (format.padded_cols(cols), format.steps(cols));
         let Buffers { codes, halves, blocks, .. } = &mut self.buffers;
@@ -547,6 +603,7 @@ impl Packer<'_> {
                     let what = format!("row {row}, columns from {column}: a scale beyond f16; use --head i8");
                     Error::tensor(self.checkpoint.path_of(unit.tensor), &unit.tensor.name, what)
                 })?;
+                distance.add(values, codes, f16::from_bits(*scale).to_f32());
             }
         }
         let mut out = core::mem::take(blocks);

@@ -1,22 +1,59 @@
 //! From the numbers of a checkpoint to the numbers of an image. Everything here works on rows that are in memory.
-use crate::checkpoint::Dtype;
-use half::{bf16, f16};
+use bitnet_kernel::Format;
+use half::f16;
 
-/// Widens elements of a float tensor to f32. `raw` is little-endian.
-///
-/// # Panics
-/// If `dtype` is no float, or `raw` and `into` differ in length.
-pub fn widen(dtype: Dtype, raw: &[u8], into: &mut [f32]) {
-    assert_eq!(raw.len() as u64, into.len() as u64 * dtype.bytes());
-    let pair = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
-    match dtype {
-        Dtype::BF16 => raw.chunks_exact(2).zip(into).for_each(|(b, v)| *v = bf16::from_bits(pair(b)).to_f32()),
-        Dtype::F16 => raw.chunks_exact(2).zip(into).for_each(|(b, v)| *v = f16::from_bits(pair(b)).to_f32()),
-        Dtype::F32 => {
-            raw.chunks_exact(4).zip(into).for_each(|(b, v)| *v = f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-        }
-        _ => panic!("{} is not read as numbers", dtype.name()),
+/// What the numbers of a matrix say of themselves, as they come in.
+#[derive(Clone, Copy, Debug)]
+pub struct Evidence {
+    /// The only magnitude other than zero so far, zero if there was none.
+    magnitude: Option<f32>,
+    /// Whether no number was zero, if every group had one magnitude so far.
+    grouped: Option<bool>,
+}
+
+impl Default for Evidence {
+    fn default() -> Self {
+        Self { magnitude: Some(0.0), grouped: Some(true) }
     }
+}
+
+impl Evidence {
+    /// Looks at whole rows of `cols` numbers.
+    pub fn add(&mut self, values: &[f32], cols: usize) {
+        if let Some(mut magnitude) = self.magnitude {
+            if magnitude == 0.0 {
+                magnitude = values.iter().map(|v| v.abs()).find(|&v| v != 0.0).unwrap_or(0.0);
+            }
+            let same = values.iter().all(|v| *v == 0.0 || v.abs() == magnitude);
+            self.magnitude = same.then_some(magnitude);
+        }
+        if let Some(binary) = self.grouped {
+            let mut groups = values.chunks_exact(cols).flat_map(|row| row.chunks(Format::GROUP_COLS));
+            let same = groups.all(|group| group_scale(group).is_some());
+            self.grouped = same.then(|| binary && values.iter().all(|v| *v != 0.0));
+        }
+    }
+    /// Whether more numbers can still say something.
+    pub fn is_open(&self) -> bool {
+        self.magnitude.is_some() || self.grouped.is_some()
+    }
+    /// The magnitude of all numbers that are not zero, bit for bit, if they have one in common; 1 for a matrix of zeros.
+    pub fn magnitude(&self) -> Option<f32> {
+        self.magnitude.map(|m| if m == 0.0 { 1.0 } else { m })
+    }
+    /// If every group of columns of a row has one magnitude beside zero, which half precision holds exactly: whether no
+    /// number is zero.
+    pub fn grouped(&self) -> Option<bool> {
+        self.grouped
+    }
+}
+
+/// The bits of the half-precision magnitude of all numbers of a group that are not zero, if they have one in common.
+pub fn group_scale(group: &[f32]) -> Option<u16> {
+    let magnitude = group.iter().map(|v| v.abs()).find(|&v| v != 0.0).unwrap_or(0.0);
+    let half = f16::from_f32(magnitude);
+    let same = half.to_f32() == magnitude && group.iter().all(|v| *v == 0.0 || v.abs() == magnitude);
+    same.then(|| half.to_bits())
 }
 
 /// The sum of magnitudes of a whole tensor, taken in f64 so that the number of elements does not matter.

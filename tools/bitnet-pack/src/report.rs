@@ -49,6 +49,8 @@ pub struct SectionReport {
     pub scale: Option<f32>,
     /// How far float masters were from ternary, if it was made from such: see [`crate::quantize::Distance`].
     pub distance: Option<f32>,
+    /// The root of the energy of what quantizing a dense matrix lost, over that of its weights.
+    pub error: Option<f32>,
 }
 
 impl SectionReport {
@@ -66,6 +68,7 @@ impl SectionReport {
             bytes: u64::from(record.blocks.get()) * 64,
             scale: one_scale.then_some(record.scale.get()),
             distance: None,
+            error: None,
         })
     }
     /// Weights of a matrix.
@@ -226,6 +229,9 @@ fn table(f: &mut dyn fmt::Write, sections: &[SectionReport]) -> fmt::Result {
         }
         if let Some(distance) = same().filter_map(|t| t.distance).reduce(f32::max) {
             write!(f, ", masters {:.0}% from ternary", distance * 100.0)?;
+        }
+        if let Some(error) = same().filter_map(|t| t.error).reduce(f32::max) {
+            write!(f, ", error {:.2}%", error * 100.0)?;
         }
         writeln!(f)?;
     }

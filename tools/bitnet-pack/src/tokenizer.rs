@@ -3,7 +3,7 @@
 //! Which tokenizer is told by the files that are there and by what is in them, never by the model's name. It is converted
 //! once, here, into the form that the runtime loads.
 use crate::Error;
-use crate::checkpoint::{Checkpoint, Table, table};
+use crate::checkpoint::{Checkpoint, Naming, Table, gguf, llama2c, table};
 use crate::files::{Input, read_capped};
 use bitnet_runtime::image::{CHAT_TEMPLATE_MAX, StopIds};
 use kitoken::{Definition, InsertionPosition, Kitoken, Processing, Token};
@@ -31,10 +31,7 @@ pub struct Text {
 const TURN_ENDS: [&str; 4] = ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"];
 
 /// The tokenizer files of a directory, the preferred kind first.
-///
-/// # Errors
-/// If the directory cannot be read.
-pub fn candidates(directory: &Path) -> Result<Vec<PathBuf>, Error> {
+fn candidates(directory: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut found: Vec<PathBuf> = ["tokenizer.json", "tokenizer.model"].map(|name| directory.join(name)).into();
     let entries = directory.read_dir().map_err(|e| Error::io(directory, "read", e))?;
     let paths = entries.flatten().map(|e| e.path());
@@ -45,21 +42,77 @@ pub fn candidates(directory: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(found)
 }
 
+/// The tokenizer beside a file of llama2.c.
+fn beside(directory: &Path, vocab: u32) -> Option<PathBuf> {
+    let names = [format!("tok{vocab}.bin"), "tokenizer.bin".into()];
+    names.iter().map(|name| directory.join(name)).find(|path| path.exists())
+}
+
+/// Bytes of everything from which a tokenizer may be made.
+///
+/// # Errors
+/// If a directory cannot be read.
+pub fn source_bytes(checkpoint: &Checkpoint, chosen: Option<&Path>) -> Result<u64, Error> {
+    let files = match (chosen, checkpoint.naming()) {
+        (Some(path), _) => vec![path.to_path_buf()],
+        (None, Naming::HuggingFace) => candidates(checkpoint.directory())?,
+        // A few bytes a token, tens of kilobytes.
+        (None, Naming::Llama2c) => Vec::new(),
+        (None, Naming::Gguf) => return Ok(checkpoint.gguf().map_or(0, gguf::text_bytes)),
+    };
+    Ok(files.iter().filter_map(|path| path.metadata().ok()).map(|m| m.len()).sum())
+}
+
 /// Reads everything that belongs to text. `chosen` overrides the choice among several tokenizers.
 ///
 /// # Errors
 /// If files disagree with one another or with the configuration, or cannot be read.
 pub fn read(checkpoint: &Checkpoint, table: &mut Table, chosen: Option<&Path>) -> Result<Text, Error> {
-    let definition = match chosen {
-        Some(path) => Some((path.to_path_buf(), convert(path)?)),
-        None => choose(&candidates(checkpoint.directory())?)?,
-    };
     let vocab = table.config.vocab;
-    let settings = checkpoint.json("tokenizer_config.json")?.unwrap_or(Value::Null);
-    let generation = checkpoint.json("generation_config.json")?;
-    let (generation_bos, generation_eos) = match &generation {
-        Some(config) => table::generation_ids(&checkpoint.directory().join("generation_config.json"), config)?,
-        None => (None, Vec::new()),
+    let (origin, definition, bos, mut stop, chat_template) = match checkpoint.gguf() {
+        Some(metadata) => {
+            let text = gguf::text(metadata, &table.architecture, chosen.is_none())?;
+            table.notes.extend(text.notes);
+            let path = checkpoint.config_path();
+            let definition = match (chosen, &text.tokenizer) {
+                (Some(path), _) => Some((path.to_path_buf(), convert(path, vocab)?)),
+                (None, Some(bytes)) => Some((path.clone(), parse(&path, bytes)?)),
+                (None, None) => None,
+            };
+            ("the file's keys", definition, text.bos, text.stop, text.chat_template)
+        }
+        None => {
+            let definition = match chosen {
+                Some(path) => Some((path.to_path_buf(), convert(path, vocab)?)),
+                None if checkpoint.naming() == Naming::Llama2c => match beside(checkpoint.directory(), vocab) {
+                    Some(path) => Some((path.clone(), convert(&path, vocab)?)),
+                    None => None,
+                },
+                None => choose(&candidates(checkpoint.directory())?, vocab)?,
+            };
+            // A file of llama2.c has nothing else beside it.
+            let json = |name: &str| match checkpoint.naming() {
+                Naming::HuggingFace => checkpoint.json(name),
+                _ => Ok(None),
+            };
+            let settings = json("tokenizer_config.json")?.unwrap_or(Value::Null);
+            let (generation_bos, generation_eos) = match json("generation_config.json")? {
+                Some(config) => table::generation_ids(&checkpoint.directory().join("generation_config.json"), &config)?,
+                None => (None, Vec::new()),
+            };
+            let (configured, of) = (table.bos.or(generation_bos), definition.as_ref().map(|(_, d)| d));
+            let bos = match checkpoint.naming() {
+                Naming::Llama2c => configured,
+                _ => bos(&settings, of, configured, &mut table.notes),
+            };
+            let mut stop = table.eos.clone();
+            stop.extend(generation_eos);
+            let template = match checkpoint.naming() {
+                Naming::HuggingFace => chat_template(checkpoint, &settings)?,
+                _ => String::new(),
+            };
+            ("bos_token_id or eos_token_id", definition, bos, stop, template)
+        }
     };
     let mut tokenizer = None;
     if let Some((path, definition)) = &definition {
@@ -72,26 +125,23 @@ pub fn read(checkpoint: &Checkpoint, table: &mut Table, chosen: Option<&Path>) -
         table.notes.push("tokenizer: none found; the image takes and gives token ids only".into());
     }
     let definition = definition.map(|(_, definition)| definition);
-    let bos = bos(&settings, definition.as_ref(), table.bos.or(generation_bos), &mut table.notes);
-    let mut stop = table.eos.clone();
-    stop.extend(generation_eos);
     stop.extend(TURN_ENDS.iter().filter_map(|name| special(definition.as_ref()?, name)));
     let mut seen = BTreeSet::new();
     stop.retain(|&id| seen.insert(id));
     if let Some(id) = bos.iter().chain(&stop).find(|&&id| id >= vocab) {
-        let (key, what) = ("bos_token_id or eos_token_id".into(), format!("the vocabulary has {vocab} tokens"));
+        let (key, what) = (origin.into(), format!("the vocabulary has {vocab} tokens"));
         return Err(Error::Config { path: checkpoint.config_path(), key, value: id.to_string(), what });
     }
     let stop = StopIds::new(&stop)
         .ok_or_else(|| Error::Options(format!("{} tokens end a reply, at most {} fit", stop.len(), StopIds::MAX)))?;
-    Ok(Text { tokenizer, bos, stop, chat_template: chat_template(checkpoint, &settings)? })
+    Ok(Text { tokenizer, bos, stop, chat_template })
 }
 
 /// The tokenizer among several: any, if they agree in the number of tokens.
-fn choose(paths: &[PathBuf]) -> Result<Option<(PathBuf, Definition)>, Error> {
+fn choose(paths: &[PathBuf], vocab: u32) -> Result<Option<(PathBuf, Definition)>, Error> {
     let mut chosen: Option<(PathBuf, Definition)> = None;
     for path in paths {
-        let definition = convert(path)?;
+        let definition = convert(path, vocab)?;
         let Some((first, chosen)) = &chosen else {
             chosen = Some((path.clone(), definition));
             continue;
@@ -109,23 +159,31 @@ fn choose(paths: &[PathBuf]) -> Result<Option<(PathBuf, Definition)>, Error> {
 }
 
 /// Reads a tokenizer of any kind that is known; the kind is told by the bytes.
-fn convert(path: &Path) -> Result<Definition, Error> {
+fn convert(path: &Path, vocab: u32) -> Result<Definition, Error> {
     let input = Input::open(path)?;
     let start = input.start()?;
-    let trimmed = start.trim_ascii_start();
-    if !trimmed.starts_with(b"{")
+    if !start.trim_ascii_start().starts_with(b"{")
         && let Some(foreign) = input.foreign()?
     {
         return Err(Error::foreign(path, foreign));
     }
     let bytes = read_capped(path, FILE_BYTES_MAX)?;
-    let (kind, definition) = if trimmed.starts_with(b"{") {
-        ("tokenizer.json", Definition::from_tokenizers_slice(&bytes))
-    } else if start.starts_with(b"\n") {
+    // No other kind has zeros in its first bytes.
+    if start.first_chunk().is_some_and(|first: &[u8; 4]| first[2..] == [0, 0]) {
+        return parse(path, &llama2c::tokenizer(path, &bytes, vocab)?);
+    }
+    parse(path, &bytes)
+}
+
+/// Reads a tokenizer in the form of one of three libraries.
+fn parse(path: &Path, bytes: &[u8]) -> Result<Definition, Error> {
+    let (kind, definition) = if bytes.trim_ascii_start().starts_with(b"{") {
+        ("tokenizer.json", Definition::from_tokenizers_slice(bytes))
+    } else if bytes.starts_with(b"\n") {
         // The first field of a sentencepiece model is a list of pieces: tag 1, a length-delimited value.
-        ("sentencepiece", Definition::from_sentencepiece_slice(&bytes))
-    } else if start.contains(&b' ') || bytes.iter().take(4096).any(|&b| b == b' ') {
-        ("tiktoken", Definition::from_tiktoken_slice(&bytes))
+        ("sentencepiece", Definition::from_sentencepiece_slice(bytes))
+    } else if bytes.iter().take(4096).any(|&b| b == b' ') {
+        ("tiktoken", Definition::from_tiktoken_slice(bytes))
     } else {
         return Err(Error::tokenizer(path, "neither tokenizer.json nor a sentencepiece model nor a tiktoken file"));
     };

@@ -6,7 +6,7 @@ use crate::Error;
 use bitnet_kernel::Block;
 use bitnet_runtime::image::{
     CHAT_TEMPLATE_MAX, Encoding, HEADER_BYTES_MAX, Header, HeaderError, Kind, MAGIC, MemoryPlan, PREFIX_BYTES,
-    Provenance, Record, Section, StopIds, TOKENIZER_BYTES_MAX, Text, WEIGHTS_ALIGN, encode_prefix, expected_sections,
+    Provenance, Record, Section, StopIds, TOKENIZER_BYTES_MAX, Text, WEIGHTS_ALIGN, encode_prefix,
 };
 use bitnet_runtime::{Config, Limits, Plan};
 use std::fs::File;
@@ -82,14 +82,14 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Lays out the sections that `parts.config` asks for, each with the encoding that `encoding` gives it.
+    /// Lays out `sections`, which are those that `parts.config` asks for, with their encodings.
     ///
     /// # Errors
     /// If something is beyond the format's limits.
     pub fn new(
         parts: &Parts,
         tokenizer: Option<usize>,
-        encoding: impl Fn(&Section) -> Encoding,
+        sections: impl Iterator<Item = (Section, Encoding)>,
     ) -> Result<Self, Error> {
         let mut records = Vec::new();
         if let Some(bytes) = tokenizer {
@@ -100,7 +100,7 @@ impl Layout {
             let section = Section { kind: Kind::Tokenizer, layer: None, rows: 1, cols: bytes as u32 };
             records.push(record(&section, Encoding::Bytes));
         }
-        records.extend(expected_sections(&parts.config).map(|section| record(&section, encoding(&section))));
+        records.extend(sections.map(|(section, encoding)| record(&section, encoding)));
         let header_bytes = parts.encode(&records)?.len();
         let mut end = (PREFIX_BYTES + header_bytes).next_multiple_of(Block::BYTES) as u64;
         let first = usize::from(tokenizer.is_some());

@@ -1,34 +1,12 @@
 //! Checkpoints that must be packed, and into exactly what.
 mod common;
 
-use bitnet_kernel::{Block, Format, format};
+use bitnet_kernel::Format;
 use bitnet_pack::{Error, Options, Progress, pack, verify};
 use bitnet_runtime::Image;
-use bitnet_runtime::image::{Kind, Record, UNIT_ROWS};
-use common::{Checkpoint, Place, SMALL, Shape, Storage, Tensor, named, pack_rows, stories};
+use bitnet_runtime::image::Kind;
+use common::{Checkpoint, Place, SMALL, Shape, Storage, Tensor, named, pack_rows, rows, section, stories};
 use serde_json::json;
-
-fn section(image: &[u8], kind: Kind, layer: Option<u32>) -> (Record, &[u8]) {
-    let checked = Image::check(image, image.len() as u64).unwrap();
-    let record = *checked.sections().find(kind, layer).unwrap_or_else(|| panic!("{kind:?}"));
-    let start = record.start.get() as usize * 64;
-    (record, &image[start..start + record.blocks.get() as usize * 64])
-}
-
-/// A matrix of one unit, by the definition of its format.
-fn rows(image: &[u8], kind: Kind, layer: Option<u32>) -> Vec<Vec<i8>> {
-    let (record, bytes) = section(image, kind, layer);
-    let tensor = record.tensor().unwrap();
-    let (f, cols) = (tensor.format, tensor.cols as usize);
-    assert!(tensor.rows as usize <= UNIT_ROWS);
-    let blocks: Vec<Block> = bytes.chunks_exact(64).map(|b| Block(b.try_into().unwrap())).collect();
-    let weight = |r: usize, c: usize| {
-        let tile = &blocks[r / f.tile_rows() * f.tile_blocks(cols)..];
-        let step = &tile[c / f.step_cols() * f.step_blocks()..][..f.step_blocks()];
-        format::decode(f, step, r % f.tile_rows(), c % f.step_cols())
-    };
-    (0..tensor.rows as usize).map(|r| (0..cols).map(|c| weight(r, c)).collect()).collect()
-}
 
 fn floats(image: &[u8], kind: Kind) -> Vec<f32> {
     let (record, bytes) = section(image, kind, None);

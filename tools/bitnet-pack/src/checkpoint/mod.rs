@@ -1,10 +1,16 @@
-//! A checkpoint on disk: a directory with `config.json`, tensors in one safetensors file or in shards, and text files.
+//! A checkpoint on disk: a directory with `config.json`, tensors in one safetensors file or in shards, and text files; or a
+//! GGUF file, which holds all of it, or the parts of one; or a file of llama2.c.
+pub mod dtype;
+pub mod gguf;
+pub(crate) mod llama2c;
+mod pieces;
 pub mod rope;
 pub mod safetensors;
 pub mod sections;
 pub mod table;
 
-pub use safetensors::{Dtype, TensorInfo};
+pub use dtype::Dtype;
+pub use safetensors::TensorInfo;
 pub use table::{Storage, Table};
 
 use crate::Error;
@@ -27,57 +33,150 @@ pub const INDEX_BYTES_MAX: u64 = 1 << 24;
 /// Most shards.
 pub const SHARDS_MAX: usize = 1024;
 
+const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+
+/// What says what the model is.
+#[derive(Debug)]
+enum Origin {
+    /// `config.json`.
+    HuggingFace(Value),
+    Gguf(gguf::Metadata),
+    Llama2c(llama2c::Header),
+}
+
+/// How tensors are named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Naming {
+    /// As in transformers.
+    HuggingFace,
+    /// As in GGUF files.
+    Gguf,
+    /// As here in llama2.c's files, which have no names.
+    Llama2c,
+}
 
 /// An opened checkpoint: its headers are read and checked, its tensors are not.
 #[derive(Debug)]
 pub struct Checkpoint {
     directory: PathBuf,
-    config: Value,
+    origin: Origin,
     files: Vec<Input>,
     tensors: BTreeMap<String, (usize, TensorInfo)>,
+    notes: Vec<String>,
 }
 
 impl Checkpoint {
-    /// Opens a directory, or a `.safetensors` file in one.
+    /// Opens a directory or a file. I2_S tensors have groups as `i2s` says.
     ///
     /// # Errors
     /// If it is something else, or if a header is malformed.
-    pub fn open(source: &Path) -> Result<Self, Error> {
+    pub fn open(source: &Path, i2s: Dtype) -> Result<Self, Error> {
         let metadata = source.metadata().map_err(|e| Error::io(source, "open", e))?;
-        let (directory, file) = if metadata.is_dir() {
-            (source.to_path_buf(), None)
-        } else {
-            // Recognised before anything beside it is looked for: a GGUF file has no config.json.
-            let input = Input::open(source)?;
-            match input.foreign()? {
-                None | Some(Foreign::Safetensors) => {}
-                Some(foreign) => return Err(Error::foreign(source, foreign)),
+        if metadata.is_dir() {
+            let config_path = source.join(CONFIG);
+            if config_path.exists() {
+                return Self::open_directory(source, None);
             }
-            let parent = source.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            (parent.to_path_buf(), Some(input))
-        };
-        let config_path = directory.join("config.json");
+            return match gguf_in(source)? {
+                Some(path) => Self::open_gguf(&path, i2s),
+                None => Err(Error::not_readable(source, format!("no {CONFIG}; {WHAT_IS_READ}"))),
+            };
+        }
+        // Recognised before anything beside it is looked for.
+        let input = Input::open(source)?;
+        match input.foreign()? {
+            None | Some(Foreign::Safetensors) => {}
+            Some(Foreign::Gguf) => return Self::open_gguf(source, i2s),
+            Some(foreign) => return Err(Error::foreign(source, foreign)),
+        }
+        let parent = source.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        if let Some((header, tensors)) = llama2c::recognise(&input)? {
+            let mut checkpoint = Self::new(parent, Origin::Llama2c(header));
+            checkpoint.add(input, tensors)?;
+            return Ok(checkpoint);
+        }
+        Self::open_directory(parent, Some(input))
+    }
+
+    fn new(directory: &Path, origin: Origin) -> Self {
+        Self { directory: directory.into(), origin, files: Vec::new(), tensors: BTreeMap::new(), notes: Vec::new() }
+    }
+
+    /// A directory of transformers, all of its tensors or those of one file.
+    fn open_directory(directory: &Path, file: Option<Input>) -> Result<Self, Error> {
+        let config_path = directory.join(CONFIG);
         if !config_path.exists() {
-            return Err(Error::not_readable(&directory, without_config(&directory)));
+            return Err(Error::not_readable(directory, format!("no {CONFIG}; {WHAT_IS_READ}")));
         }
         let config = read_json(&config_path, CONFIG_BYTES_MAX)?;
-        let mut checkpoint = Self { directory, config, files: Vec::new(), tensors: BTreeMap::new() };
-        let single = checkpoint.directory.join(SINGLE);
-        let index = checkpoint.directory.join(INDEX);
+        let mut checkpoint = Self::new(directory, Origin::HuggingFace(config));
+        let single = directory.join(SINGLE);
+        let index = directory.join(INDEX);
         match file {
-            Some(input) => checkpoint.add(input)?,
-            None if single.exists() => checkpoint.add(Input::open(&single)?)?,
+            Some(input) => checkpoint.add_safetensors(input)?,
+            None if single.exists() => checkpoint.add_safetensors(Input::open(&single)?)?,
             None if index.exists() => checkpoint.add_shards(&index)?,
-            None => return Err(Error::not_readable(&checkpoint.directory, without_tensors(&checkpoint.directory))),
+            None => return Err(Error::not_readable(directory, without_tensors(directory))),
         }
         Ok(checkpoint)
     }
 
-    fn add(&mut self, input: Input) -> Result<(), Error> {
+    /// A GGUF file, with the others if it is one of several.
+    fn open_gguf(path: &Path, i2s: Dtype) -> Result<Self, Error> {
+        let part = gguf::read(Input::open(path)?, i2s)?;
+        let count = part.metadata.u32(gguf::SPLIT_COUNT)?.unwrap_or(1).max(1);
+        let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        if count == 1 {
+            let input = Input::open(path)?;
+            let mut checkpoint = Self::new(directory, Origin::Gguf(part.metadata));
+            checkpoint.add(input, part.tensors)?;
+            checkpoint.notes = part.notes;
+            return Ok(checkpoint);
+        }
+        if count as usize > SHARDS_MAX {
+            return part.metadata.refuse(gguf::SPLIT_COUNT, format!("at most {SHARDS_MAX} files are accepted"));
+        }
+        let Some(paths) = gguf::parts(path, count) else {
+            let what = format!("one of {count} files, which are found by a name like model-00001-of-{count:05}.gguf");
+            return Err(Error::gguf(path, what));
+        };
+        let mut checkpoint: Option<Self> = None;
+        for (path, number) in paths.iter().zip(0..) {
+            if !path.exists() {
+                return Err(Error::gguf(path, format!("missing; the model is split into {count} files")));
+            }
+            let part = gguf::read(Input::open(path)?, i2s)?;
+            for (key, expected) in [(gguf::SPLIT_COUNT, count), (gguf::SPLIT_NUMBER, number)] {
+                if part.metadata.u32(key)? != Some(expected) {
+                    return part.metadata.refuse(key, format!("{expected} is expected, by the file's name"));
+                }
+            }
+            let input = Input::open(path)?;
+            let checkpoint = checkpoint.get_or_insert_with(|| Self::new(directory, Origin::Gguf(part.metadata)));
+            checkpoint.add(input, part.tensors)?;
+            checkpoint.notes.extend(part.notes);
+        }
+        let checkpoint = checkpoint.expect("there is more than one");
+        let Origin::Gguf(metadata) = &checkpoint.origin else { unreachable!("it was just made") };
+        let found = checkpoint.tensors.len();
+        match metadata.u32(gguf::SPLIT_TENSORS)? {
+            Some(expected) if expected as usize != found => {
+                metadata.refuse(gguf::SPLIT_TENSORS, format!("the files have {found} tensors"))
+            }
+            _ => Ok(checkpoint),
+        }
+    }
+
+    fn add_safetensors(&mut self, input: Input) -> Result<(), Error> {
+        let tensors = safetensors::read_header(&input)?;
+        self.add(input, tensors)
+    }
+
+    fn add(&mut self, input: Input, tensors: Vec<TensorInfo>) -> Result<(), Error> {
         let file = self.files.len();
-        for tensor in safetensors::read_header(&input)? {
+        for tensor in tensors {
             if let Some((other, _)) = self.tensors.get(&tensor.name) {
                 let other = self.files[*other].path.display();
                 return Err(Error::tensor(&input.path, &tensor.name, format!("occurs in {other} too")));
@@ -110,7 +209,7 @@ impl Checkpoint {
                 let what = format!("the shard {shard} is missing; the index names it for {tensor} and others");
                 return Err(Error::safetensors(path, what));
             }
-            self.add(Input::open(&shard_path)?)?;
+            self.add_safetensors(Input::open(&shard_path)?)?;
         }
         for (tensor, shard) in &map {
             let found = self.tensors.get(tensor.as_str()).map(|(file, _)| &self.files[*file].path);
@@ -133,13 +232,47 @@ impl Checkpoint {
     pub fn directory(&self) -> &Path {
         &self.directory
     }
-    /// `config.json`.
-    pub const fn config(&self) -> &Value {
-        &self.config
+    /// What the files say of the model.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the first key whose value is not known.
+    pub fn table(&self) -> Result<Table, Error> {
+        let mut table = match &self.origin {
+            Origin::HuggingFace(config) => Table::read(&self.config_path(), config)?,
+            Origin::Gguf(metadata) => gguf::table(metadata)?,
+            Origin::Llama2c(header) => llama2c::table(header),
+        };
+        table.notes.extend(self.notes.iter().cloned());
+        Ok(table)
     }
-    /// Where `config.json` lies.
+    /// How tensors are named.
+    pub const fn naming(&self) -> Naming {
+        match self.origin {
+            Origin::HuggingFace(_) => Naming::HuggingFace,
+            Origin::Gguf(_) => Naming::Gguf,
+            Origin::Llama2c(_) => Naming::Llama2c,
+        }
+    }
+    /// The keys of a GGUF file.
+    pub(crate) const fn gguf(&self) -> Option<&gguf::Metadata> {
+        match &self.origin {
+            Origin::Gguf(metadata) => Some(metadata),
+            _ => None,
+        }
+    }
+    /// The file that says what the model is: `config.json`, or the one that has everything.
     pub fn config_path(&self) -> PathBuf {
-        self.directory.join("config.json")
+        match &self.origin {
+            Origin::HuggingFace(_) => self.directory.join(CONFIG),
+            _ => self.files.first().map_or_else(|| self.directory.clone(), |input| input.path.clone()),
+        }
+    }
+    /// Where tensors are looked for: a directory, or the file that has all.
+    pub fn place(&self) -> PathBuf {
+        match &self.origin {
+            Origin::HuggingFace(_) => self.directory.clone(),
+            _ => self.config_path(),
+        }
     }
     /// All tensors, by name.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
@@ -164,6 +297,40 @@ impl Checkpoint {
         assert!(offset + into.len() as u64 <= tensor.bytes, "{}", tensor.name);
         self.files[self.tensors[&tensor.name].0].read_at(tensor.offset + offset, into)
     }
+    /// Reads numbers of a tensor from element `first` on, which must start a block. `raw` is made as long as the bytes are.
+    ///
+    /// # Errors
+    /// If the system refuses, or if a number is not finite or stands for nothing.
+    ///
+    /// # Panics
+    /// If they are not all the tensor's, or the tensor's type is not read as numbers.
+    pub fn read_floats(
+        &self,
+        tensor: &TensorInfo,
+        first: u64,
+        raw: &mut Vec<u8>,
+        into: &mut [f32],
+    ) -> Result<(), Error> {
+        let (elements, bytes) = tensor.dtype.block();
+        assert!(first.is_multiple_of(elements), "{}: element {first} is inside a block", tensor.name);
+        let length = (into.len() as u64).div_ceil(elements) * bytes;
+        raw.reserve_exact((length as usize).saturating_sub(raw.len()));
+        raw.resize(length as usize, 0);
+        self.read(tensor, first / elements * bytes, raw)?;
+        let wrong = |at: usize, what: String| {
+            let cols = tensor.shape.last().copied().unwrap_or(1).max(1);
+            let (row, column) = ((first + at as u64) / cols, (first + at as u64) % cols);
+            Error::tensor(self.path_of(tensor), &tensor.name, format!("row {row}, column {column}: {what}"))
+        };
+        let sound = tensor.dtype.decode(raw, tensor.scale, into);
+        sound.map_err(|at| wrong(at, "code 3, which no weight has".into()))?;
+        // Without a branch for each: this sees every number of the checkpoint.
+        if !into.iter().fold(false, |found, v| found | !v.is_finite()) {
+            return Ok(());
+        }
+        let at = into.iter().position(|v| !v.is_finite()).expect("one is not finite");
+        Err(wrong(at, format!("{} is not a finite number", into[at])))
+    }
     /// Another JSON file of the directory, if it is there.
     ///
     /// # Errors
@@ -174,31 +341,46 @@ impl Checkpoint {
     }
 }
 
-/// Why a directory without `config.json` is no checkpoint.
-fn without_config(directory: &Path) -> String {
-    if find_extension(directory, "gguf").is_some() {
-        return "holds a GGUF file, which is not read yet; use the model's safetensors files".into();
+const WHAT_IS_READ: &str = "a checkpoint is a directory with config.json and model.safetensors, a GGUF file, or a file of \
+                            llama2.c";
+
+/// The GGUF file of a directory, or the first of its parts.
+fn gguf_in(directory: &Path) -> Result<Option<PathBuf>, Error> {
+    let names = with_extension(directory, "gguf");
+    let first = |name: &&String| !name.contains("-of-") || name.contains("-00001-of-");
+    let models: Vec<&String> = names.iter().filter(first).collect();
+    match models[..] {
+        [] => Ok(None),
+        [name] => Ok(Some(directory.join(name))),
+        [a, b, ..] => {
+            let what = format!("holds {} GGUF files, {a} and {b} among them; name the one to pack", models.len());
+            Err(Error::not_readable(directory, what))
+        }
     }
-    "no config.json; a checkpoint is a directory with config.json and model.safetensors".into()
 }
 
 /// Why a directory with `config.json` and no tensors is no checkpoint.
 fn without_tensors(directory: &Path) -> String {
-    for (extension, what) in [("gguf", "GGUF"), ("bin", "PyTorch"), ("pt", "PyTorch"), ("pth", "PyTorch")] {
-        if let Some(name) = find_extension(directory, extension) {
+    if let Some(name) = with_extension(directory, "gguf").first() {
+        return format!("no {SINGLE} and no {INDEX}; to pack {name}, name that file");
+    }
+    for extension in ["bin", "pt", "pth"] {
+        if let Some(name) = with_extension(directory, extension).first() {
             return format!(
-                "no {SINGLE} and no {INDEX}; {name} is {what}, which is not read: convert it to safetensors"
+                "no {SINGLE} and no {INDEX}; {name} is PyTorch, which is not read: convert it to safetensors"
             );
         }
     }
     format!("no {SINGLE} and no {INDEX}")
 }
 
-fn find_extension(directory: &Path, extension: &str) -> Option<String> {
-    let mut names: Vec<String> =
-        directory.read_dir().ok()?.flatten().filter_map(|e| e.file_name().into_string().ok()).collect();
+/// Names of the files with this extension, in their order.
+fn with_extension(directory: &Path, extension: &str) -> Vec<String> {
+    let Ok(entries) = directory.read_dir() else { return Vec::new() };
+    let names = entries.flatten().filter_map(|e| e.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|n| Path::new(n).extension().is_some_and(|e| e == extension)).collect();
     names.sort();
-    names.into_iter().find(|name| Path::new(name).extension().is_some_and(|e| e == extension))
+    names
 }
 
 /// Tensor and shard, sorted by tensor.

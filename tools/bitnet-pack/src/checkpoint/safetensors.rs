@@ -2,6 +2,7 @@
 //!
 //! The header is checked as a whole before anything is believed: names are unique, every range has the length that its
 //! shape needs, and the ranges cover the data without a gap or an overlap. What a file claims never sizes an allocation.
+use super::Dtype;
 use crate::Error;
 use crate::files::Input;
 use bitnet_runtime::error::Foreign;
@@ -18,62 +19,6 @@ pub const TENSORS_MAX: usize = 1 << 16;
 /// Most dimensions of a tensor.
 pub const DIMENSIONS_MAX: usize = 8;
 
-/// Element types that are known by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names are the format's")]
-pub enum Dtype {
-    Bool,
-    U8,
-    I8,
-    F8E4M3,
-    F8E5M2,
-    I16,
-    U16,
-    F16,
-    BF16,
-    I32,
-    U32,
-    F32,
-    F64,
-    I64,
-    U64,
-}
-
-impl Dtype {
-    const ALL: [(&'static str, Self, u64); 15] = [
-        ("BOOL", Self::Bool, 1),
-        ("U8", Self::U8, 1),
-        ("I8", Self::I8, 1),
-        ("F8_E4M3", Self::F8E4M3, 1),
-        ("F8_E5M2", Self::F8E5M2, 1),
-        ("I16", Self::I16, 2),
-        ("U16", Self::U16, 2),
-        ("F16", Self::F16, 2),
-        ("BF16", Self::BF16, 2),
-        ("I32", Self::I32, 4),
-        ("U32", Self::U32, 4),
-        ("F32", Self::F32, 4),
-        ("F64", Self::F64, 8),
-        ("I64", Self::I64, 8),
-        ("U64", Self::U64, 8),
-    ];
-    /// The type as headers spell it.
-    pub fn name(self) -> &'static str {
-        Self::ALL.iter().find(|(_, d, _)| *d == self).expect("all are listed").0
-    }
-    /// Bytes of one element.
-    pub fn bytes(self) -> u64 {
-        Self::ALL.iter().find(|(_, d, _)| *d == self).expect("all are listed").2
-    }
-    /// Whether it is one of the three that are read as numbers.
-    pub const fn is_float(self) -> bool {
-        matches!(self, Self::F16 | Self::BF16 | Self::F32)
-    }
-    fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.iter().find(|(n, ..)| *n == name).map(|(_, d, _)| *d)
-    }
-}
-
 /// A tensor of a checked header.
 #[derive(Clone, Debug)]
 pub struct TensorInfo {
@@ -87,6 +32,15 @@ pub struct TensorInfo {
     pub offset: u64,
     /// Number of bytes.
     pub bytes: u64,
+    /// What all codes of an I2_S tensor are multiplied by; 1 of any other.
+    pub scale: f32,
+}
+
+impl TensorInfo {
+    /// Number of elements.
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().product()
+    }
 }
 
 #[derive(Deserialize)]
@@ -253,11 +207,11 @@ fn check(path: &Path, entries: Vec<(String, RawTensor)>, data: u64, file: u64) -
 
 fn check_entry(path: &Path, name: String, raw: &RawTensor, data: u64, file: u64) -> Result<TensorInfo, Error> {
     let wrong = |what: String| Err(Error::tensor(path, &name, what));
-    let Some(dtype) = Dtype::from_name(&raw.dtype) else {
+    let Some(dtype) = Dtype::from_safetensors(&raw.dtype) else {
         return wrong(format!("dtype {:?} is unknown", raw.dtype));
     };
     let count = raw.shape.iter().try_fold(1, |n: u64, &d| n.checked_mul(d));
-    let Some(bytes) = count.and_then(|n| n.checked_mul(dtype.bytes())) else {
+    let Some(bytes) = count.and_then(|n| dtype.bytes_of(n)) else {
         return wrong(format!("shape {:?} overflows", raw.shape));
     };
     let (begin, end) = raw.data_offsets;
@@ -272,5 +226,5 @@ fn check_entry(path: &Path, name: String, raw: &RawTensor, data: u64, file: u64)
         let needed = u128::from(data) + u128::from(end);
         return wrong(format!("it ends at byte {needed}, the file at {file}: truncated"));
     }
-    Ok(TensorInfo { name, dtype, shape: raw.shape.clone(), offset: data + begin, bytes })
+    Ok(TensorInfo { name, dtype, shape: raw.shape.clone(), offset: data + begin, bytes, scale: 1.0 })
 }

@@ -1,9 +1,9 @@
 //! Which tensor each section of the image is made from. All names, types and shapes are checked here, before anything is
 //! written, and no tensor may be left over.
-use super::{Checkpoint, Dtype, Storage, Table, TensorInfo};
-use crate::Error;
-use crate::quantize;
-use bitnet_runtime::image::{Kind, Section, expected_sections};
+use super::{Checkpoint, Dtype, Naming, Storage, Table, TensorInfo, llama2c};
+use crate::quantize::Evidence;
+use crate::{Error, Options, Progress};
+use bitnet_runtime::image::{Encoding, Kind, Section, UNIT_ROWS, expected_sections};
 use std::collections::BTreeSet;
 
 /// Where a section's numbers come from.
@@ -15,10 +15,26 @@ pub enum Source {
     Vector(TensorInfo),
     /// Ternary codes, four rows a byte, and what they are multiplied by.
     Packed(TensorInfo, f32),
+    /// Numbers that are all a multiple of one magnitude by -1, 0 or 1, and this magnitude; and what they are multiplied by
+    /// in addition.
+    Ternary(TensorInfo, f32, f32),
+    /// Numbers of which every group of 128 columns of a row is ternary but for a factor, and whether none is zero.
+    Grouped(TensorInfo, bool),
     /// Float masters of a ternary matrix.
     Masters(TensorInfo),
-    /// A float matrix that stays dense: the embedding or the head.
+    /// A float matrix that stays dense: the embedding, the head, or a linear that is not ternary.
     Rows(TensorInfo),
+}
+
+/// A section of the image and what it is made from.
+#[derive(Clone, Debug)]
+pub struct Bound {
+    /// What it holds.
+    pub section: Section,
+    /// What it is made from.
+    pub source: Source,
+    /// How it will be encoded.
+    pub encoding: Encoding,
 }
 
 impl Source {
@@ -26,7 +42,12 @@ impl Source {
     pub const fn tensor(&self) -> Option<&TensorInfo> {
         match self {
             Self::Values(_) => None,
-            Self::Vector(t) | Self::Packed(t, _) | Self::Masters(t) | Self::Rows(t) => Some(t),
+            Self::Vector(t)
+            | Self::Packed(t, _)
+            | Self::Ternary(t, ..)
+            | Self::Grouped(t, _)
+            | Self::Masters(t)
+            | Self::Rows(t) => Some(t),
         }
     }
 }
@@ -35,33 +56,60 @@ impl Source {
 const SCALE_RANGE: (f32, f32) = (1e-5, 1e3);
 const SCALE_USUAL: (f32, f32) = (1e-3, 10.0);
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
-
-/// Finds the tensor of every section. Sets `tied`.
+/// Finds the tensor of every section, and how each will be encoded. Sets what the tensors decide: `tied`, `formats`,
+/// `linear_norm_eps`, and factors of the angles.
 ///
 /// # Errors
 /// If one is missing, left over, or of the wrong type or shape.
-pub fn bind(checkpoint: &Checkpoint, table: &mut Table) -> Result<Vec<(Section, Source)>, Error> {
-    let mut binder = Binder { checkpoint, storage: table.storage, used: BTreeSet::new(), notes: Vec::new() };
+pub fn bind(
+    checkpoint: &Checkpoint,
+    table: &mut Table,
+    options: &Options,
+    progress: &dyn Progress,
+) -> Result<Vec<Bound>, Error> {
+    let naming = checkpoint.naming();
+    let mut binder =
+        Binder { checkpoint, naming, storage: table.storage, progress, used: BTreeSet::new(), notes: Vec::new() };
     table.config.tied = binder.tied(table)?;
-    let mut sections = Vec::new();
+    binder.linear_norms(table);
+    binder.factors(table)?;
+    let mut bound = Vec::new();
     for section in expected_sections(&table.config) {
         let source = binder.source(&section, table)?;
-        sections.push((section, source));
+        let encoding = options.encoding_of(section.kind, &source);
+        bound.push(Bound { section, source, encoding });
     }
-    let left = |t: &&TensorInfo| !binder.used.contains(t.name.as_str()) && !t.name.ends_with(".rotary_emb.inv_freq");
+    let left = |t: &&TensorInfo| !binder.used.contains(t.name.as_str()) && !is_computed(naming, &t.name);
     if let Some(tensor) = checkpoint.tensors().find(left) {
         let what = "unknown to this class of model; leaving it out would change what the model computes";
         return Err(Error::tensor(checkpoint.path_of(tensor), &tensor.name, what));
     }
+    table.config.formats = bound.iter().filter(|b| b.section.kind.is_linear()).fold(0, |set, b| match b.encoding {
+        Encoding::Matrix(format) => set | 1 << format as u8,
+        _ => set,
+    });
+    let dense = bound.iter().filter(|b| b.section.kind.is_linear() && matches!(b.source, Source::Rows(_))).count();
+    if dense > 0 {
+        binder.notes.push(format!("{dense} linears are not ternary and become {}", options.dense.name()));
+    }
     table.notes.append(&mut binder.notes);
-    Ok(sections)
+    Ok(bound)
+}
+
+/// Whether a tensor holds what is computed anew: the angles of rotations.
+fn is_computed(naming: Naming, name: &str) -> bool {
+    match naming {
+        Naming::HuggingFace => name.ends_with(".rotary_emb.inv_freq"),
+        Naming::Gguf => false,
+        Naming::Llama2c => name == llama2c::ANGLES,
+    }
 }
 
 struct Binder<'a> {
     checkpoint: &'a Checkpoint,
+    naming: Naming,
     storage: Storage,
+    progress: &'a dyn Progress,
     used: BTreeSet<&'a str>,
     notes: Vec<String>,
 }
@@ -78,7 +126,7 @@ impl<'a> Binder<'a> {
                 self.used.insert(&tensor.name);
                 Ok(tensor)
             }
-            None => Err(Error::tensor(self.checkpoint.directory(), &names.join(" or "), "missing")),
+            None => Err(Error::tensor(&self.checkpoint.place(), &names.join(" or "), "missing")),
         }
     }
 
@@ -89,39 +137,91 @@ impl<'a> Binder<'a> {
         self.wrong(tensor, format!("shape {:?}, the configuration needs {shape:?}", tensor.shape))
     }
 
-    fn expect_float(&self, tensor: &TensorInfo) -> Result<(), Error> {
-        if tensor.dtype.is_float() {
+    fn expect_plain(&self, tensor: &TensorInfo) -> Result<(), Error> {
+        if tensor.dtype.is_plain_float() {
             return Ok(());
         }
         self.wrong(tensor, format!("dtype {}, where F32, F16 or BF16 is expected", tensor.dtype.name()))
     }
 
+    fn expect_float(&self, tensor: &TensorInfo) -> Result<(), Error> {
+        if tensor.dtype.is_float() {
+            return Ok(());
+        }
+        self.wrong(
+            tensor,
+            format!("dtype {}, where F32, F16 or BF16 (or blocks of GGUF) is expected", tensor.dtype.name()),
+        )
+    }
+
     /// Whether the head is the embedding: the configuration and the tensors have a say.
     fn tied(&mut self, table: &Table) -> Result<bool, Error> {
-        let head = self.checkpoint.tensor(HEAD);
+        let heads = top(self.naming, Kind::Head);
+        let head = heads.iter().find_map(|name| self.checkpoint.tensor(name));
+        let name = heads.last().expect("a head has a name");
         let (tied, note) = match (table.tie, head) {
             (Some(true), None) => (true, "head: the embedding, by tie_word_embeddings".into()),
             (Some(true), Some(head)) => {
                 self.used.insert(&head.name);
-                let embedding = self.find(&[EMBEDDING.into()])?;
+                let embedding = self.find(&top(self.naming, Kind::Embedding))?;
                 let same = if same_bytes(self.checkpoint, head, embedding)? { "equal" } else { "DIFFERENT" };
-                (true, format!("head: the embedding, by tie_word_embeddings; {HEAD} is there too and is {same}"))
+                (true, format!("head: the embedding, by tie_word_embeddings; {} is there too and is {same}", head.name))
             }
             (Some(false), None) => {
                 let what = "missing, and config.json has tie_word_embeddings = false";
-                return Err(Error::tensor(self.checkpoint.directory(), HEAD, what));
+                return Err(Error::tensor(&self.checkpoint.place(), name, what));
             }
-            (None, None) => (true, format!("head: the embedding; there is no {HEAD} and no tie_word_embeddings")),
-            (Some(false), Some(_)) => (false, format!("head: {HEAD}")),
-            (None, Some(_)) => (false, format!("head: {HEAD}; there is no tie_word_embeddings")),
+            (None, None) if self.naming == Naming::HuggingFace => {
+                (true, format!("head: the embedding; there is no {name} and no tie_word_embeddings"))
+            }
+            (None, None) => (true, format!("head: the embedding; there is no {name}")),
+            (Some(false), Some(_)) => (false, format!("head: {name}")),
+            (None, Some(_)) if self.naming == Naming::HuggingFace => {
+                (false, format!("head: {name}; there is no tie_word_embeddings"))
+            }
+            (None, Some(_)) => (false, format!("head: {name}")),
         };
         self.notes.push(note);
         Ok(tied)
     }
 
+    /// BitNet embedding models have a norm in every linear, which their configuration does not mention.
+    fn linear_norms(&mut self, table: &mut Table) {
+        let section = Section { kind: Kind::QueryInputNorm, layer: Some(0), rows: 1, cols: 1 };
+        let names = names(self.naming, &section, false);
+        let found = names.iter().find(|name| self.checkpoint.tensor(name).is_some());
+        if let (None, Some(name)) = (table.config.linear_norm_eps, found) {
+            table.config.linear_norm_eps = Some(table.config.norm_eps);
+            self.notes.push(format!("linears have norms of their own, by {name}; their epsilon is that of the others"));
+            // Such linears are BitNet's, so floats are masters.
+            if let Storage::Found { masters } = &mut self.storage {
+                *masters = true;
+            }
+        }
+    }
+
+    /// Divides the angles by what a file brings for a longer context.
+    fn factors(&mut self, table: &mut Table) -> Result<(), Error> {
+        if self.naming != Naming::Gguf || self.checkpoint.tensor(FACTORS).is_none() {
+            return Ok(());
+        }
+        let tensor = self.find(&[FACTORS.into()])?;
+        self.expect_plain(tensor)?;
+        self.expect_shape(tensor, &[table.frequencies.len() as u64])?;
+        let mut factors = vec![0.0; table.frequencies.len()];
+        self.checkpoint.read_floats(tensor, 0, &mut Vec::new(), &mut factors)?;
+        for (frequency, factor) in table.frequencies.iter_mut().zip(factors) {
+            if factor <= 0.0 {
+                return self.wrong(tensor, format!("{factor} is no factor"));
+            }
+            *frequency /= factor;
+        }
+        Ok(())
+    }
+
     fn source(&mut self, section: &Section, table: &Table) -> Result<Source, Error> {
         let (rows, cols) = (u64::from(section.rows), u64::from(section.cols));
-        let names = names(section, table.config.tied);
+        let names = names(self.naming, section, table.config.tied);
         match section.kind {
             Kind::RopeFrequencies => Ok(Source::Values(table.frequencies.clone())),
             Kind::Embedding | Kind::Head => {
@@ -135,7 +235,7 @@ impl<'a> Binder<'a> {
             }
             _ => {
                 let tensor = self.find(&names)?;
-                self.expect_float(tensor)?;
+                self.expect_plain(tensor)?;
                 self.expect_shape(tensor, &[cols])?;
                 Ok(Source::Vector(tensor.clone()))
             }
@@ -150,6 +250,9 @@ impl<'a> Binder<'a> {
             if self.storage == Storage::Multiply {
                 return self.wrong(tensor, "float masters, but config.json says that weights are packed (offline)");
             }
+            if let Storage::Found { masters } = self.storage {
+                return self.found(tensor, masters);
+            }
             return Ok(Source::Masters(tensor.clone()));
         }
         self.expect_shape(tensor, &[rows.div_ceil(4), cols])?;
@@ -159,7 +262,7 @@ impl<'a> Binder<'a> {
             Storage::Online => {
                 return self.wrong(tensor, "packed, but config.json says that weights are masters (online)");
             }
-            Storage::Masters => {
+            Storage::Masters | Storage::Found { .. } => {
                 let what = "packed, but config.json has no quantization_config: \
                             whether its weight_scale multiplies or divides is unknown";
                 return self.wrong(tensor, what);
@@ -169,18 +272,61 @@ impl<'a> Binder<'a> {
         Ok(Source::Packed(tensor.clone(), self.multiplier(scale, multiply)?))
     }
 
+    /// A linear of which nothing but its numbers is known: ternary if they are.
+    fn found(&mut self, tensor: &'a TensorInfo, masters: bool) -> Result<Source, Error> {
+        let (magnitude, grouped) = match tensor.dtype {
+            Dtype::I2_S | Dtype::I2_S_64 => (Some(tensor.scale), None),
+            _ => {
+                let evidence = self.evidence(tensor)?;
+                (evidence.magnitude(), evidence.grouped())
+            }
+        };
+        // A multiplier beside the weights, which some converters keep apart.
+        let beside = tensor.name.strip_suffix(".weight").map(|name| format!("{name}.scale"));
+        let beside = beside.and_then(|name| self.checkpoint.tensor(&name));
+        match (magnitude, beside) {
+            (Some(magnitude), None) => Ok(Source::Ternary(tensor.clone(), magnitude, 1.0)),
+            (Some(magnitude), Some(scale)) => {
+                self.used.insert(&scale.name);
+                Ok(Source::Ternary(tensor.clone(), magnitude, self.multiplier(scale, true)?))
+            }
+            (None, Some(scale)) => self.wrong(scale, "a multiplier of weights that have not one magnitude"),
+            (None, None) if grouped.is_some() => Ok(Source::Grouped(tensor.clone(), grouped == Some(true))),
+            (None, None) if masters && tensor.dtype.is_plain_float() => Ok(Source::Masters(tensor.clone())),
+            (None, None) => Ok(Source::Rows(tensor.clone())),
+        }
+    }
+
+    /// Looks at the numbers of a matrix, as far as it takes.
+    fn evidence(&self, tensor: &TensorInfo) -> Result<Evidence, Error> {
+        let cols = tensor.shape[1];
+        let (mut raw, mut floats) = (Vec::new(), Vec::new());
+        let mut evidence = Evidence::default();
+        for first in (0..tensor.shape[0]).step_by(UNIT_ROWS) {
+            if self.progress.cancelled() {
+                return Err(Error::Interrupted);
+            }
+            let rows = (UNIT_ROWS as u64).min(tensor.shape[0] - first);
+            floats.resize((rows * cols) as usize, 0.0);
+            self.checkpoint.read_floats(tensor, first * cols, &mut raw, &mut floats)?;
+            evidence.add(&floats, cols as usize);
+            if !evidence.is_open() {
+                break;
+            }
+        }
+        Ok(evidence)
+    }
+
     /// Reads a `weight_scale` and turns it into what the image stores.
     fn multiplier(&mut self, tensor: &TensorInfo, multiply: bool) -> Result<f32, Error> {
-        self.expect_float(tensor)?;
+        self.expect_plain(tensor)?;
         if !matches!(tensor.shape[..], [] | [1]) {
             return self.wrong(tensor, format!("shape {:?}, where one number is expected", tensor.shape));
         }
-        let mut raw = vec![0; tensor.bytes as usize];
-        self.checkpoint.read(tensor, 0, &mut raw)?;
         let mut value = [0.0];
-        quantize::widen(tensor.dtype, &raw, &mut value);
+        self.checkpoint.read_floats(tensor, 0, &mut Vec::new(), &mut value)?;
         let [value] = value;
-        if !(value.is_finite() && value > 0.0) {
+        if value <= 0.0 {
             return self.wrong(tensor, format!("{value} is no scale"));
         }
         let multiplier = if multiply { value } else { 1.0 / value };
@@ -199,15 +345,46 @@ impl<'a> Binder<'a> {
     }
 }
 
+/// What GGUF files bring to divide angles by.
+const FACTORS: &str = "rope_freqs.weight";
+
 /// The names that a section's tensor may have.
-fn names(section: &Section, tied: bool) -> Vec<String> {
-    let (layer, kind) = (section.layer.unwrap_or(0), section.kind);
-    let names: &[&str] = match kind {
-        Kind::Head if tied => return vec![EMBEDDING.into()],
-        Kind::Head => return vec![HEAD.into()],
-        Kind::Embedding => return vec![EMBEDDING.into()],
-        Kind::FinalNorm => return vec!["model.norm.weight".into()],
-        Kind::Tokenizer | Kind::RopeFrequencies => &[],
+fn names(naming: Naming, section: &Section, tied: bool) -> Vec<String> {
+    let kind = if section.kind == Kind::Head && tied { Kind::Embedding } else { section.kind };
+    let Some(layer) = section.layer else { return top(naming, kind) };
+    match naming {
+        Naming::HuggingFace => {
+            let each = |name: &&str| format!("layers.{layer}.{name}.weight");
+            either(hugging_face(kind).iter().map(each))
+        }
+        Naming::Gguf => gguf(kind).iter().map(|name| format!("blk.{layer}.{name}.weight")).collect(),
+        Naming::Llama2c => llama2c_name(kind).iter().map(|name| format!("{name}.{layer}")).collect(),
+    }
+}
+
+/// With and without the prefix that models with a head have.
+fn either(names: impl Iterator<Item = String>) -> Vec<String> {
+    names.flat_map(|name| [format!("model.{name}"), name]).collect()
+}
+
+/// The names of a tensor that belongs to no layer.
+fn top(naming: Naming, kind: Kind) -> Vec<String> {
+    let of = |hugging_face: &str, gguf: &str, llama2c: &str| match naming {
+        Naming::HuggingFace => either([hugging_face.to_owned()].into_iter()),
+        Naming::Gguf => vec![gguf.into()],
+        Naming::Llama2c => vec![llama2c.into()],
+    };
+    match kind {
+        Kind::Head if naming == Naming::HuggingFace => vec!["lm_head.weight".into()],
+        Kind::Head => of("", "output.weight", "wcls"),
+        Kind::Embedding => of("embed_tokens.weight", "token_embd.weight", "tok_emb"),
+        Kind::FinalNorm => of("norm.weight", "output_norm.weight", "rms_final"),
+        _ => Vec::new(),
+    }
+}
+
+fn hugging_face(kind: Kind) -> &'static [&'static str] {
+    match kind {
         Kind::AttentionNorm => &["input_layernorm"],
         Kind::FfnNorm => &["post_attention_layernorm"],
         Kind::AttentionSubNorm => &["self_attn.attn_sub_norm", "self_attn.inner_attn_ln"],
@@ -221,15 +398,56 @@ fn names(section: &Section, tied: bool) -> Vec<String> {
         Kind::Down => &["mlp.down_proj"],
         Kind::QueryNorm => &["self_attn.q_norm"],
         Kind::KeyNorm => &["self_attn.k_norm"],
-        Kind::QueryInputNorm => &["self_attn.q_proj.rms_norm"],
-        Kind::KeyInputNorm => &["self_attn.k_proj.rms_norm"],
-        Kind::ValueInputNorm => &["self_attn.v_proj.rms_norm"],
-        Kind::OutputInputNorm => &["self_attn.o_proj.rms_norm"],
-        Kind::GateInputNorm => &["mlp.gate_proj.rms_norm"],
-        Kind::UpInputNorm => &["mlp.up_proj.rms_norm"],
-        Kind::DownInputNorm => &["mlp.down_proj.rms_norm"],
-    };
-    names.iter().map(|name| format!("model.layers.{layer}.{name}.weight")).collect()
+        Kind::QueryInputNorm => &["self_attn.q_proj.rms_norm", "self_attn.q_proj.norm"],
+        Kind::KeyInputNorm => &["self_attn.k_proj.rms_norm", "self_attn.k_proj.norm"],
+        Kind::ValueInputNorm => &["self_attn.v_proj.rms_norm", "self_attn.v_proj.norm"],
+        Kind::OutputInputNorm => &["self_attn.o_proj.rms_norm", "self_attn.o_proj.norm"],
+        Kind::GateInputNorm => &["mlp.gate_proj.rms_norm", "mlp.gate_proj.norm"],
+        Kind::UpInputNorm => &["mlp.up_proj.rms_norm", "mlp.up_proj.norm"],
+        Kind::DownInputNorm => &["mlp.down_proj.rms_norm", "mlp.down_proj.norm"],
+        _ => &[],
+    }
+}
+
+fn gguf(kind: Kind) -> &'static [&'static str] {
+    match kind {
+        Kind::AttentionNorm => &["attn_norm"],
+        Kind::FfnNorm => &["ffn_norm"],
+        Kind::AttentionSubNorm => &["attn_sub_norm"],
+        Kind::FfnSubNorm => &["ffn_sub_norm"],
+        Kind::Query => &["attn_q"],
+        Kind::Key => &["attn_k"],
+        Kind::Value => &["attn_v"],
+        Kind::Output => &["attn_output"],
+        Kind::Gate => &["ffn_gate"],
+        Kind::Up => &["ffn_up"],
+        Kind::Down => &["ffn_down"],
+        Kind::QueryNorm => &["attn_q_norm"],
+        Kind::KeyNorm => &["attn_k_norm"],
+        Kind::QueryInputNorm => &["attn_q_norm_in"],
+        Kind::KeyInputNorm => &["attn_k_norm_in"],
+        Kind::ValueInputNorm => &["attn_v_norm_in"],
+        Kind::OutputInputNorm => &["attn_output_norm_in"],
+        Kind::GateInputNorm => &["ffn_gate_norm_in"],
+        Kind::UpInputNorm => &["ffn_up_norm_in"],
+        Kind::DownInputNorm => &["ffn_down_norm_in"],
+        _ => &[],
+    }
+}
+
+fn llama2c_name(kind: Kind) -> &'static [&'static str] {
+    match kind {
+        Kind::AttentionNorm => &["rms_att"],
+        Kind::FfnNorm => &["rms_ffn"],
+        Kind::Query => &["wq"],
+        Kind::Key => &["wk"],
+        Kind::Value => &["wv"],
+        Kind::Output => &["wo"],
+        Kind::Gate => &["w1"],
+        Kind::Up => &["w3"],
+        Kind::Down => &["w2"],
+        _ => &[],
+    }
 }
 
 /// Whether two tensors are the same, bit for bit.

@@ -39,6 +39,12 @@ pub enum Storage {
     Multiply,
     /// `bitlinear`, or no class: packed, `y = (x · T) / weight_scale`; float masters are read too.
     Divide,
+    /// Nothing is said: ternary where all numbers are a multiple of one magnitude by -1, 0 or 1, else dense, or if `masters`
+    /// masters of ternary weights.
+    Found {
+        /// What floats that are not ternary are.
+        masters: bool,
+    },
 }
 
 /// Classes that are read.
@@ -52,11 +58,12 @@ enum Class {
     Qwen3,
 }
 
-const CLASSES: [(&str, Class, f64); 4] = [
+const CLASSES: [(&str, Class, f64); 5] = [
     ("BitNetForCausalLM", Class::BitNet, 500_000.0),
     ("BitnetForCausalLM", Class::BitNet, 10_000.0),
     ("LlamaForCausalLM", Class::Llama, 10_000.0),
     ("Qwen3ForCausalLM", Class::Qwen3, 10_000.0),
+    ("Qwen3Model", Class::Qwen3, 10_000.0),
 ];
 
 /// Keys that would change the arithmetic, and the values under which they do not.
@@ -279,12 +286,8 @@ fn class<'a>(reader: &Reader<'a>) -> Result<(&'a str, Class, f64), Error> {
 
 fn quantization(reader: &Reader<'_>, class: Class) -> Result<(Storage, Option<f32>), Error> {
     let Some(section) = reader.object_or_null("quantization_config", "quantization_config.")? else {
-        if class != Class::BitNet {
-            let what = "this class needs {\"quant_method\": \"bitnet\"}: other models of this class were not \
-                        trained for ternary weights";
-            return reader.refuse("quantization_config", what);
-        }
-        return Ok((Storage::Masters, None));
+        let storage = if class == Class::BitNet { Storage::Masters } else { Storage::Found { masters: false } };
+        return Ok((storage, None));
     };
     section.only(&[
         "quant_method",
@@ -385,7 +388,7 @@ fn config_key(field: &str) -> &str {
 }
 
 /// What the image format allows.
-fn limits(field: &str) -> String {
+pub(crate) fn limits(field: &str) -> String {
     match field {
         "vocab" => format!("1 to {} is supported", Config::VOCAB_MAX),
         "layers" => format!("1 to {} is supported", Config::LAYERS_MAX),

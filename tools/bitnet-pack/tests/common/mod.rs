@@ -1,6 +1,11 @@
 //! Small checkpoints, written here byte by byte so that the packer is not tested with its own reader.
 #![allow(dead_code, reason = "every test file uses a part of it")]
+pub(crate) mod gguf;
+
+use bitnet_kernel::{Block, format};
 use bitnet_pack::{Error, Options, Progress, pack};
+use bitnet_runtime::Image;
+use bitnet_runtime::image::{Kind, Record, UNIT_ROWS};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
@@ -216,6 +221,29 @@ pub(crate) fn safetensors(tensors: &[Tensor]) -> Vec<u8> {
         data.extend_from_slice(&t.data);
     }
     container(&format!("{{{}}}", entries.join(",")), &data)
+}
+
+/// A section's record and bytes.
+pub(crate) fn section(image: &[u8], kind: Kind, layer: Option<u32>) -> (Record, &[u8]) {
+    let checked = Image::check(image, image.len() as u64).unwrap();
+    let record = *checked.sections().find(kind, layer).unwrap_or_else(|| panic!("{kind:?}"));
+    let start = record.start.get() as usize * 64;
+    (record, &image[start..start + record.blocks.get() as usize * 64])
+}
+
+/// A matrix of one unit, by the definition of its format.
+pub(crate) fn rows(image: &[u8], kind: Kind, layer: Option<u32>) -> Vec<Vec<i8>> {
+    let (record, bytes) = section(image, kind, layer);
+    let tensor = record.tensor().unwrap();
+    let (f, cols) = (tensor.format, tensor.cols as usize);
+    assert!(tensor.rows as usize <= UNIT_ROWS);
+    let blocks: Vec<Block> = bytes.chunks_exact(64).map(|b| Block(b.try_into().unwrap())).collect();
+    let weight = |r: usize, c: usize| {
+        let tile = &blocks[r / f.tile_rows() * f.tile_blocks(cols)..];
+        let step = &tile[c / f.step_cols() * f.step_blocks()..][..f.step_blocks()];
+        format::decode(f, step, r % f.tile_rows(), c % f.step_cols())
+    };
+    (0..tensor.rows as usize).map(|r| (0..cols).map(|c| weight(r, c)).collect()).collect()
 }
 
 /// Directories for a checkpoint and for what is made from it.
