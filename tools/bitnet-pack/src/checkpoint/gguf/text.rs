@@ -128,7 +128,8 @@ impl Tokens {
         (0..).zip(&self.texts).zip(&self.kinds).map(|((id, text), &kind)| (id, text.as_str(), kind))
     }
     fn has(&self, name: &str) -> bool {
-        self.iter().any(|(_, text, kind)| text == name && kind == PieceKind::Control)
+        let marked = |kind| matches!(kind, PieceKind::Control | PieceKind::UserDefined);
+        self.iter().any(|(_, text, kind)| text == name && marked(kind))
     }
 }
 
