@@ -13,3 +13,13 @@ fn run(name: &str, backend: Option<&dyn Kernels>) {
 fn dotprod() {
     run("neon-dotprod", bitnet_kernels_neon::dotprod());
 }
+
+#[test]
+fn i8mm() {
+    run("neon-i8mm", bitnet_kernels_neon::i8mm());
+}
+
+#[test]
+fn neon() {
+    run("neon", bitnet_kernels_neon::neon());
+}

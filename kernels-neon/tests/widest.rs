@@ -2,36 +2,62 @@
 use bitnet_kernel::tables::{self, B1_BASE, TL_BASE};
 use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix, format};
 
-fn backend() -> Option<&'static dyn Kernels> {
-    bitnet_kernels_neon::dotprod()
+/// Every backend that this CPU runs.
+fn backends() -> impl Iterator<Item = &'static dyn Kernels> {
+    [bitnet_kernels_neon::neon(), bitnet_kernels_neon::dotprod(), bitnet_kernels_neon::i8mm()].into_iter().flatten()
 }
 
-/// Against the sum itself, `cols · w · x`: all weights and all activations of a token are alike.
+/// Against the sum itself, `cols · w · x`: all weights and all activations of a token are alike. There are as many tokens as
+/// two loops of a batch take, one of 8 and one of 4.
 #[test]
 fn the_widest_rows_are_exact() {
-    let Some(k) = backend() else { return println!("not on this CPU") };
+    const TOKENS: [i8; 12] = [-128, 127, 0, -1, 1, -128, 127, 64, -128, 127, 0, -1];
     let (rows, cols) = (5, Format::COLS_MAX);
-    for f in Format::INTEGER {
+    for (k, f) in backends().flat_map(|k| Format::INTEGER.map(|f| (k, f))) {
         let (low, high) = f.range();
         for weight in [low, high] {
             let mut blocks = vec![Block::ZERO; f.matrix_blocks(rows, cols)];
             format::encode(f, rows, cols, &mut blocks, |_, _| weight);
             let w = Matrix::new(f, rows, cols, &blocks).unwrap();
-            let tokens = [-128, 127, 0, -1];
-            let values = tokens.map(|x| [vec![x; cols], vec![0; f.padded_cols(cols) - cols]].concat());
-            let mut tables = vec![Block::ZERO; 4 * f.table_blocks(cols)];
+            let values = TOKENS.map(|x| [vec![x; cols], vec![0; f.padded_cols(cols) - cols]].concat());
+            let mut tables = vec![Block::ZERO; TOKENS.len() * f.table_blocks(cols)];
             let mut parts = tables.chunks_mut(f.table_blocks(cols).max(1));
-            let x: [Activations<'_>; 4] =
+            let x: [Activations<'_>; TOKENS.len()] =
                 core::array::from_fn(|t| k.prepare(f, cols, &values[t], parts.next().unwrap_or_default()));
-            let mut y = vec![0; 4 * rows];
+            let mut y = vec![0; TOKENS.len() * rows];
             k.matmat(w, Batch::new(&x), &mut y);
             for (t, y) in y.chunks(rows).enumerate() {
-                let want = cols as i32 * i32::from(weight) * i32::from(tokens[t]);
-                assert_eq!(y, [want; 5], "matmat {} of {weight} with {}", f.name(), tokens[t]);
+                let want = cols as i32 * i32::from(weight) * i32::from(TOKENS[t]);
+                assert_eq!(y, [want; 5], "{} matmat {} of {weight} with {}", k.name(), f.name(), TOKENS[t]);
+            }
+            for t in 0..2 {
                 let mut y = [0; 5];
                 k.matvec(w, x[t], &mut y);
-                assert_eq!(y, [want; 5], "matvec {} of {weight} with {}", f.name(), tokens[t]);
+                let want = cols as i32 * i32::from(weight) * i32::from(TOKENS[t]);
+                assert_eq!(y, [want; 5], "{} matvec {} of {weight} with {}", k.name(), f.name(), TOKENS[t]);
             }
+        }
+    }
+}
+
+/// The same for the longest list of rows stored apart, and its columns.
+#[test]
+fn the_longest_lists_of_rows_are_exact() {
+    let (rows, cols) = (Format::COLS_MAX, 5);
+    let list: Vec<u32> = (0..rows as u32).collect();
+    for (k, weight) in backends().flat_map(|k| [(k, -1), (k, 1)]) {
+        let mut blocks = vec![Block::ZERO; Format::T2R.matrix_blocks(rows, cols)];
+        format::encode(Format::T2R, rows, cols, &mut blocks, |_, _| weight);
+        let w = Matrix::new(Format::T2R, rows, cols, &blocks).unwrap();
+        for x in [-128, 127] {
+            let mut y = [0; 5];
+            k.sum_rows(w, &list, &vec![x; rows], &mut y);
+            assert_eq!(
+                y,
+                [rows as i32 * i32::from(weight) * i32::from(x); 5],
+                "{} sum of {weight} times {x}",
+                k.name()
+            );
         }
     }
 }
@@ -39,7 +65,8 @@ fn the_widest_rows_are_exact() {
 /// The parts are within `-16..=15`, which the sums rely on, and add up to what the shared tables hold.
 #[test]
 fn tables_hold_the_shared_sums() {
-    let Some(k) = backend() else { return println!("not on this CPU") };
+    // All backends share these tables.
+    let Some(k) = bitnet_kernels_neon::neon() else { return println!("not on this CPU") };
     // Every first activation with the ends and a middle of the others: all partial sums there are.
     let ends = [-128, -127, -1, 0, 1, 64, 127];
     for (f, base) in [(Format::TL, TL_BASE), (Format::B1, B1_BASE)] {

@@ -5,7 +5,9 @@ use bitnet_kernel::{Kernels, portable};
 const BACKENDS: &[(&str, Detect)] = &[
     ("sve2", bitnet_kernels_sve2::sve2),
     ("sve", bitnet_kernels_sve2::sve),
+    ("neon-i8mm", bitnet_kernels_neon::i8mm),
     ("neon-dotprod", bitnet_kernels_neon::dotprod),
+    ("neon", bitnet_kernels_neon::neon),
     ("avx512-vnni", bitnet_kernels_x86::avx512_vnni),
     ("avx512-bw", bitnet_kernels_x86::avx512_bw),
     ("avx2", bitnet_kernels_x86::avx2),

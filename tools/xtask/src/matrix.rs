@@ -101,13 +101,15 @@ const SUITES: &[&Suite] = &[&KERNELS, &SVE, &BACKENDS, &WHOLE];
 
 /// Every CPU claimed. `neoverse-n2` also stands for Graviton4 (`neoverse-v2`, not in QEMU).
 pub(crate) const CPUS: &[Cpu] = &[
+    // Raspberry Pi 3 and Zero 2: plain NEON.
+    Cpu { name: "cortex-a53", qemu: "cortex-a53", suites: &[&KERNELS, &BACKENDS] },
     // Raspberry Pi 4: plain NEON.
     Cpu { name: "cortex-a72", qemu: "cortex-a72", suites: &[&KERNELS, &BACKENDS] },
     // Raspberry Pi 5: NEON with dot products.
     Cpu { name: "cortex-a76", qemu: "cortex-a76", suites: &[&KERNELS, &BACKENDS, &WHOLE] },
     // Graviton3: i8mm and SVE of 256 bits, but no SVE2.
     Cpu { name: "neoverse-v1", qemu: "neoverse-v1", suites: &[&KERNELS, &BACKENDS] },
-    // SVE2 of 128 bits.
+    // i8mm, and SVE2 of 128 bits.
     Cpu { name: "neoverse-n2", qemu: "neoverse-n2", suites: &[&KERNELS, &BACKENDS] },
     // SVE without i8mm, 512 bits: products of several tokens take the other way.
     Cpu { name: "a64fx", qemu: "a64fx", suites: &[&SVE] },

@@ -242,10 +242,12 @@ mod tests {
 
     #[test]
     fn a_qemu_counts_only_with_every_cpu_of_the_matrix() {
-        let all = "Available CPUs:\n  a64fx\n  cortex-a72\n  cortex-a76\n  max\n  neoverse-n1\n  neoverse-n2\n  neoverse-v1\n";
+        let all = "Available CPUs:\n  a64fx\n  cortex-a53\n  cortex-a72\n  cortex-a76\n  max\n  neoverse-n1\n  neoverse-n2\n  neoverse-v1\n";
         assert!(has_cpus(all));
         // Debian 12's own QEMU 7.2.
-        assert!(!has_cpus("Available CPUs:\n  a64fx\n  cortex-a72\n  cortex-a76\n  max\n  neoverse-n1\n"));
+        assert!(!has_cpus(
+            "Available CPUs:\n  a64fx\n  cortex-a53\n  cortex-a72\n  cortex-a76\n  max\n  neoverse-n1\n"
+        ));
     }
 
     #[test]

@@ -1,0 +1,238 @@
+//! B1 and TL with plain NEON, for every backend of this crate: rows in byte lanes, a table of partial sums for each group of
+//! columns. A sum is `base · hi + lo + 16`.
+//!
+//! The sum that a nibble names is looked up by `tbl`, for low and high parts. A sign costs nothing: `uaba` adds `|t - m|`, taken
+//! as unsigned bytes, which for `m = 0` is `t` and for `m = 255` is `255 - t`, the complement that negates both parts (see
+//! [`bitnet_kernel::tables`]). It took the place of an exclusive or and an addition: TL 17.7 cycles where it took 22.0.
+//!
+//! Two loops are assembly, [`LOOP_TL`] and [`LOOP_B1`], 32 rows and one step an iteration, since compiled from intrinsics
+//! they load pairs of registers by `ldp`, which the model of the N1 counts as more operations than `ld1`. The order of their
+//! instructions was searched for at random under their dependencies. It matters to the model of the V1 alone, which counts a
+//! `tbl` as two operations: TL 13.7 in the order in which one would write it, B1 9.1.
+//!
+//! Lost: 16 rows a loop in place of 32 (26.7 against 25.0 for TL, both with the exclusive or); tables of 32 entries with the
+//! sign in the index (29.4 against 23.3); B1 in planes (`cmtst` and `sdot`, 16.0 against 12.3); 4 tokens at a time with 16 rows in
+//! registers (26.2 for TL against 25.0 for one token, 15.9 against 12.0 for B1), 2 tokens with 32 rows (26.8): what unpacking
+//! saves goes into loads of tables and spilled sums.
+
+use bitnet_kernel::tables::{B1_BASE, TL_BASE, TL_WEIGHTS};
+use bitnet_kernel::{Activations, Block, Format, Matrix};
+use core::arch::aarch64::*;
+use core::arch::asm;
+
+/// Steps after which the 16-bit sums of either part are emptied: within a step 8 groups add up in byte lanes to `-128..=120`,
+/// 255 steps to at least -32640.
+const FLUSH: usize = 255;
+
+/// A tile: 64 rows, `BLOCKS` blocks a step, the last 4 of nibbles and one of signs before them in TL.
+type Steps<'a, const BLOCKS: usize> = &'a [[Block; BLOCKS]];
+
+/// One step of 32 rows of TL: 5 blocks at `x0`, 4 of tables at `x1`, `x2` times. Raw text, hence registers by name.
+macro_rules! loop_tl {
+    () => {
+        include_str!("lanes/tl.s")
+    };
+}
+
+/// The same of B1: 4 blocks at `x0`.
+macro_rules! loop_b1 {
+    () => {
+        include_str!("lanes/b1.s")
+    };
+}
+
+/// [`bitnet_kernel::Kernels::prepare`]: the tables of [`bitnet_kernel::tables`], in the same places. A sum at the edge of two
+/// splits may take the other one.
+#[target_feature(enable = "neon")]
+pub(crate) fn prepare<'a>(format: Format, cols: usize, values: &'a [i8], tables: &'a mut [Block]) -> Activations<'a> {
+    match format {
+        Format::B1 => prepare_b1_neon(values, tables),
+        Format::TL => prepare_tl_neon(values, tables),
+        _ => {}
+    }
+    Activations::new(format, cols, values, tables)
+}
+
+/// `y[t][r] = Σ w x` of every token, tile by tile, so that the weights of a tile are in the first-level cache for all tokens but
+/// the first.
+#[target_feature(enable = "neon")]
+pub(crate) fn matmat(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
+    if w.cols() == 0 || w.rows() == 0 {
+        return y.fill(0);
+    }
+    for (first, tile) in (0..w.rows()).step_by(64).zip(w.tiles()) {
+        let here = first..w.rows().min(first + 64);
+        for (x, y) in tokens.iter().zip(y.chunks_exact_mut(w.rows())) {
+            let dots = match w.format() {
+                Format::B1 => matvec_b1_neon(tile.as_chunks().0, *x),
+                _ => matvec_tl_neon(tile.as_chunks().0, *x),
+            };
+            y[here.clone()].copy_from_slice(&dots[..here.len()]);
+        }
+    }
+}
+
+/// The dot products of 64 rows. 17.7 cycles.
+#[target_feature(enable = "neon")]
+#[inline(never)]
+fn matvec_tl_neon(steps: Steps<'_, 5>, x: Activations<'_>) -> [i32; 64] {
+    let constant = 16 * 8 * steps.len() as i32;
+    let masks = [0x0f, 0x40, 0x20, 0x10].map(|byte| vdupq_n_u8(byte));
+    sums_of::<5, TL_BASE>(steps, x, |w, tables, n, sums| {
+        // SAFETY: as `sums_of` promises, `n > 0` steps of 5 blocks and of 4 blocks of tables lie here; the registers of the loop
+        // are all named.
+        unsafe {
+            asm!(loop_tl!(), inout("x0") w => _, inout("x1") tables => _, inout("x2") n => _, in("x5") 64,
+                in("v27") masks[0], in("v8") masks[1], in("v9") masks[2], in("v10") masks[3],
+                inout("v4") sums[0], inout("v5") sums[1], inout("v6") sums[2], inout("v7") sums[3],
+                inout("v28") sums[4], inout("v29") sums[5], inout("v30") sums[6], inout("v31") sums[7],
+                out("v0") _, out("v1") _, out("v2") _, out("v3") _, out("v11") _, out("v12") _, out("v13") _, out("v14") _,
+                out("v15") _, out("v16") _, out("v17") _, out("v18") _, out("v19") _, out("v20") _, out("v21") _,
+                out("v22") _, out("v23") _, out("v24") _, out("v25") _, out("v26") _, options(raw, readonly, nostack));
+        }
+    })
+    .map(|sum| sum + constant)
+}
+
+/// The dot products of 64 rows. 10.6 cycles.
+#[target_feature(enable = "neon")]
+#[inline(never)]
+fn matvec_b1_neon(steps: Steps<'_, 4>, x: Activations<'_>) -> [i32; 64] {
+    let constant = 16 * 8 * steps.len() as i32;
+    let nibble = vdupq_n_u8(15);
+    sums_of::<4, B1_BASE>(steps, x, |w, tables, n, sums| {
+        // SAFETY: as above, with 4 blocks a step.
+        unsafe {
+            asm!(loop_b1!(), inout("x0") w => _, inout("x1") tables => _, inout("x2") n => _, in("x5") 64,
+                in("v27") nibble,
+                inout("v4") sums[0], inout("v5") sums[1], inout("v6") sums[2], inout("v7") sums[3],
+                inout("v28") sums[4], inout("v29") sums[5], inout("v30") sums[6], inout("v31") sums[7],
+                out("v0") _, out("v1") _, out("v2") _, out("v3") _, out("v8") _, out("v9") _, out("v10") _, out("v11") _,
+                out("v12") _, out("v13") _, out("v14") _, out("v15") _, out("v16") _, out("v17") _, out("v18") _,
+                out("v19") _, out("v20") _, out("v21") _, out("v22") _, out("v23") _, out("v24") _, out("v25") _,
+                out("v26") _, options(raw, readonly, nostack));
+        }
+    })
+    .map(|sum| 2 * (sum + constant) - x.sum())
+}
+
+/// `Σ base · hi + lo` over the groups of 64 rows, 32 rows at a time, which share the tables while these are in registers.
+///
+/// `add(w, tables, n, sums)` adds `n` steps, not none and no more than [`FLUSH`], of the 32 rows that start at `w` to the 16-bit
+/// sums of 16 rows and the next 16: low parts of 8 rows and 8 more, then high parts.
+#[target_feature(enable = "neon")]
+#[inline]
+fn sums_of<const BLOCKS: usize, const BASE: i16>(
+    steps: Steps<'_, BLOCKS>,
+    x: Activations<'_>,
+    add: impl Fn(*const u8, *const Block, usize, &mut [int16x8_t; 8]),
+) -> [i32; 64] {
+    let (tables, _) = x.tables().as_chunks::<4>();
+    assert_eq!(tables.len(), steps.len());
+    let mut y = [0; 64];
+    for (steps, tables) in steps.chunks(FLUSH).zip(tables.chunks(FLUSH)) {
+        for (half, y) in y.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            let mut sums = [vdupq_n_s16(0); 8];
+            // SAFETY: the second half of a block begins within it.
+            let w = unsafe { steps.as_ptr().cast::<u8>().add(32 * half) };
+            add(w, tables.as_flattened().as_ptr(), steps.len(), &mut sums);
+            for (sums, y) in sums.as_chunks::<4>().0.iter().zip(y.as_chunks_mut::<16>().0) {
+                add_wide::<BASE>(sums, y);
+            }
+        }
+    }
+    y
+}
+
+/// Empties 16-bit sums of 16 rows into `y`.
+#[target_feature(enable = "neon")]
+fn add_wide<const BASE: i16>(sums: &[int16x8_t; 4], y: &mut [i32; 16]) {
+    let mut parts = [[0i16; 8]; 4];
+    for (part, &sums) in parts.iter_mut().zip(sums) {
+        // SAFETY: `part` is 16 bytes.
+        unsafe { vst1q_s16(part.as_mut_ptr(), sums) };
+    }
+    let [lo, hi] = [parts[0..2].as_flattened(), parts[2..4].as_flattened()];
+    for ((y, &lo), &hi) in y.iter_mut().zip(lo).zip(hi) {
+        *y += i32::from(BASE) * i32::from(hi) + i32::from(lo);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The tables.
+
+/// The coefficient of `column` in each of the 16 sums of a group.
+const fn coefficients(format: Format, column: usize) -> [[i16; 8]; 2] {
+    let mut out = [[0; 8]; 2];
+    let mut n = 0;
+    while n < 16 {
+        out[n / 8][n % 8] = match format {
+            Format::TL => TL_WEIGHTS[n][column] as i16,
+            _ => (n >> column & 1) as i16,
+        };
+        n += 1;
+    }
+    out
+}
+
+/// The sums of one group, in two vectors.
+#[target_feature(enable = "neon")]
+#[inline]
+fn group_sums<const COLS: usize>(coefficients: &[[[i16; 8]; 2]; COLS], x: &[i8; COLS]) -> [int16x8_t; 2] {
+    let mut v = [vdupq_n_s16(0); 2];
+    for (coefficients, &x) in coefficients.iter().zip(x) {
+        for h in 0..2 {
+            // SAFETY: an array of 16 bytes.
+            let c = unsafe { vld1q_s16(coefficients[h].as_ptr()) };
+            v[h] = vmlaq_n_s16(v[h], c, i16::from(x));
+        }
+    }
+    v
+}
+
+#[target_feature(enable = "neon")]
+fn prepare_tl_neon(values: &[i8], tables: &mut [Block]) {
+    const COEFFICIENTS: [[[i16; 8]; 2]; 3] =
+        [coefficients(Format::TL, 0), coefficients(Format::TL, 1), coefficients(Format::TL, 2)];
+    for (x, out) in values.as_chunks::<24>().0.iter().zip(tables.as_chunks_mut::<4>().0) {
+        for (g, x) in x.as_chunks::<3>().0.iter().enumerate() {
+            let v = group_sums(&COEFFICIENTS, x);
+            // v / 31, rounded down or, where 31 divides v, perhaps one less: `lo` is 15 then, in range as well.
+            let hi = [0, 1].map(|h| vshrq_n_s16::<1>(vqdmulhq_n_s16(v[h], 2115)));
+            let lo = [0, 1].map(|h| vmlsq_n_s16(v[h], hi[h], TL_BASE));
+            store_table(&mut out[g / 2], g % 2, lo, hi);
+        }
+    }
+}
+
+#[target_feature(enable = "neon")]
+fn prepare_b1_neon(values: &[i8], tables: &mut [Block]) {
+    const COEFFICIENTS: [[[i16; 8]; 2]; 4] = [
+        coefficients(Format::B1, 0),
+        coefficients(Format::B1, 1),
+        coefficients(Format::B1, 2),
+        coefficients(Format::B1, 3),
+    ];
+    for (x, out) in values.as_chunks::<32>().0.iter().zip(tables.as_chunks_mut::<4>().0) {
+        for (g, x) in x.as_chunks::<4>().0.iter().enumerate() {
+            let v = group_sums(&COEFFICIENTS, x);
+            let hi = v.map(|v| vshrq_n_s16::<5>(v));
+            let lo = v.map(|v| vandq_s16(v, vdupq_n_s16(B1_BASE - 1)));
+            store_table(&mut out[g / 2], g % 2, lo, hi);
+        }
+    }
+}
+
+/// Writes table `i` of the two in `block`: the bytes of `lo - 16`, then those of `hi`.
+#[target_feature(enable = "neon")]
+#[inline]
+fn store_table(block: &mut Block, i: usize, lo: [int16x8_t; 2], hi: [int16x8_t; 2]) {
+    let bytes = |v: [int16x8_t; 2]| vmovn_high_s16(vmovn_s16(v[0]), v[1]);
+    let lo = vsubq_s8(bytes(lo), vdupq_n_s8(16));
+    let out = &mut block.0.as_chunks_mut::<32>().0[i];
+    // SAFETY: `out` is 32 bytes.
+    unsafe {
+        vst1q_s8(out.as_mut_ptr().cast(), lo);
+        vst1q_s8(out.as_mut_ptr().add(16).cast(), bytes(hi));
+    }
+}

@@ -1,0 +1,313 @@
+//! Products with a batch of tokens: weights are unpacked once for all of them.
+//!
+//! 64 rows of some hundred columns are unpacked to bytes, a *panel*, and multiplied by the tokens, 8 rows by 8 tokens at a time
+//! in a loop that only loads and multiplies and is the same for every format. A panel and the activations of 8 tokens lie on the
+//! stack, 36 KiB, and in the first-level cache. How bytes lie in them is the affair of the instructions that multiply: [`Tile`].
+//!
+//! Unpacking costs 20 to 40 operations for 256 weights, as much as two to four tokens: fewer than [`Tile::FEW`] tokens are
+//! multiplied one by one.
+use bitnet_kernel::tables::TL_WEIGHTS;
+use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix, float};
+use core::arch::aarch64::*;
+
+/// 16 columns of 8 rows, or of 8 tokens. The first block is of the first 4 of them.
+pub(crate) type Unit = [Block; 2];
+
+/// Sums of 8 rows and 8 tokens: for each token, two vectors of 4 rows.
+pub(crate) type Sums = [int32x4_t; 16];
+
+/// Rows of a panel.
+const ROWS: usize = 64;
+/// Tokens that are multiplied at a time.
+const TOKENS: usize = 8;
+/// Units of 8 rows of a panel.
+const UNITS: usize = 32;
+
+/// How an instruction set multiplies a panel.
+pub(crate) trait Tile: Kernels {
+    /// Batches of fewer tokens are multiplied one by one.
+    const FEW: usize;
+    /// The sixteenths of a block in which [`Tile::columns`] puts its vectors: for the first 8 columns of a unit, and for the others.
+    const PLACES: [[usize; 2]; 2];
+    /// Lays out 16 columns of 4 rows.
+    fn rows(rows: [uint8x16_t; 4], out: &mut Block);
+    /// The same from 8 columns of 16 rows: for each 4 rows, the vectors of their block.
+    fn columns(columns: [uint8x16_t; 8]) -> [[uint8x16_t; 2]; 4];
+    /// Lays out 16 columns of 4 tokens.
+    fn tokens(tokens: [uint8x16_t; 4], out: &mut Block);
+    /// The products of 8 rows and 8 tokens, of which the first `tokens` matter.
+    fn dots(&self, w: &[Unit], x: &[Unit], tokens: usize) -> Sums;
+}
+
+/// See the module's description.
+struct Panel {
+    weights: [[Unit; UNITS]; ROWS / 8],
+    x: [Unit; UNITS],
+}
+
+impl Panel {
+    const ZERO: Self = Self { weights: [[[Block::ZERO; 2]; UNITS]; ROWS / 8], x: [[Block::ZERO; 2]; UNITS] };
+}
+
+/// [`Kernels::matmat`].
+#[target_feature(enable = "neon")]
+pub(crate) fn matmat<T: Tile>(k: &T, w: Matrix<'_>, x: Batch<'_>, y: &mut [i32]) {
+    assert_eq!(y.len(), w.rows() * x.tokens().len());
+    x.assert_fit(&w);
+    assert!(Format::INTEGER.contains(&w.format()), "{} is not multiplied by this method", w.format().name());
+    y.fill(0);
+    if x.tokens().len() < T::FEW {
+        return one_by_one(k, w, x.tokens(), y);
+    }
+    let mut panel = Panel::ZERO;
+    let steps = steps_max(w.format());
+    let (rows, step_cols) = (w.rows(), w.format().step_cols());
+    for first in (0..rows).step_by(ROWS) {
+        let w = w.slice(first..rows.min(first + ROWS));
+        for step in (0..w.steps()).step_by(steps) {
+            let steps = step..w.steps().min(step + steps);
+            unpack::<T>(w, steps.clone(), &mut panel);
+            let cols = steps.start * step_cols..steps.end * step_cols;
+            let add = |sums: [i32; 8], t: usize, r: usize| {
+                let y = &mut y[t * rows + first..][..w.rows()][r..];
+                y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
+            };
+            multiply(k, w, &mut panel, x.tokens(), cols, add);
+        }
+    }
+}
+
+/// [`Kernels::matmat_grouped`].
+#[target_feature(enable = "neon")]
+pub(crate) fn matmat_grouped<T: Tile>(k: &T, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
+    assert_eq!(y.len(), w.rows() * x.tokens().len());
+    x.assert_fit(&w);
+    y.fill(0.0);
+    if x.tokens().len() < T::FEW {
+        return grouped_one_by_one(k, w, x.tokens(), y);
+    }
+    let mut panel = Panel::ZERO;
+    let rows = w.rows();
+    for (tile, first) in (0..rows).step_by(ROWS).enumerate() {
+        let here = first..rows.min(first + ROWS);
+        for (g, (w, scales)) in w.panels(tile).enumerate() {
+            unpack::<T>(w, 0..w.steps(), &mut panel);
+            let cols = g * Format::GROUP_COLS..(g + 1) * Format::GROUP_COLS;
+            let add = |sums: [i32; 8], t: usize, r: usize| {
+                let y = &mut y[t * rows..][here.clone()];
+                if r < y.len() {
+                    float::add_scaled(&mut y[r..], &sums, &scales[r..]);
+                }
+            };
+            multiply(k, w, &mut panel, x.tokens(), cols, add);
+        }
+    }
+}
+
+/// 64 rows at a time, so that their weights are in the first-level cache for all tokens but the first.
+fn one_by_one<T: Tile>(k: &T, w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
+    let rows = w.rows();
+    for first in (0..rows).step_by(ROWS) {
+        let here = first..rows.min(first + ROWS);
+        for (x, y) in tokens.iter().zip(y.chunks_exact_mut(rows)) {
+            k.matvec(w.slice(here.clone()), *x, &mut y[here.clone()]);
+        }
+    }
+}
+
+/// Group by group, likewise.
+fn grouped_one_by_one<T: Tile>(k: &T, w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [f32]) {
+    let rows = w.rows();
+    let mut sums = [0; ROWS];
+    for (tile, first) in (0..rows).step_by(ROWS).enumerate() {
+        let here = first..rows.min(first + ROWS);
+        for (g, (panel, scales)) in w.panels(tile).enumerate() {
+            for (x, y) in tokens.iter().zip(y.chunks_exact_mut(rows)) {
+                k.matvec(panel, x.group(g), &mut sums);
+                float::add_scaled(&mut y[here.clone()], &sums, scales);
+            }
+        }
+    }
+}
+
+/// Multiplies the panel by the columns `cols` of all tokens: `add(sums, t, r)` is given the sums of rows `r` to `r + 7` of `w`, of
+/// which the last ones may not exist, with token `t`.
+#[target_feature(enable = "neon")]
+fn multiply<T: Tile>(
+    k: &T,
+    w: Matrix<'_>,
+    panel: &mut Panel,
+    tokens: &[Activations<'_>],
+    cols: core::ops::Range<usize>,
+    mut add: impl FnMut([i32; 8], usize, usize),
+) {
+    let (scale, bias) = scale_and_bias(w.format());
+    for (group, tokens) in tokens.chunks(TOKENS).enumerate() {
+        let units = cols.len().div_ceil(16);
+        let x_sums = pack::<T>(tokens, cols.clone(), &mut panel.x[..units]);
+        for (r, weights) in (0..w.rows()).step_by(8).zip(&panel.weights) {
+            let sums = k.dots(&weights[..units], &panel.x[..units], tokens.len());
+            for (t, (sums, x_sum)) in sums.as_chunks::<2>().0.iter().zip(x_sums).take(tokens.len()).enumerate() {
+                let mut dots = [0; 8];
+                // SAFETY: 8 sums are two vectors of 4.
+                unsafe { vst1q_s32_x2(dots.as_mut_ptr(), int32x4x2_t(sums[0], sums[1])) };
+                add(dots.map(|dot| scale * dot - bias * x_sum), TOKENS * group + t, r);
+            }
+        }
+    }
+}
+
+/// What turns sums of the bytes of a panel into sums of weights: `scale · dot - bias · Σx`. A byte is a code `w + bias`, a weight
+/// (TL and I8), or -1 where the bit of B1 is set: `Σ(2b - 1)x = 2Σbx - Σx`.
+const fn scale_and_bias(format: Format) -> (i32, i32) {
+    match format {
+        Format::B1 => (-2, 1),
+        Format::T2 => (1, 1),
+        Format::I4 => (1, 8),
+        _ => (1, 0),
+    }
+}
+
+/// Lays out the columns `cols` of up to 8 tokens, zeros after them, and returns the sums of each.
+#[target_feature(enable = "neon")]
+fn pack<T: Tile>(tokens: &[Activations<'_>], cols: core::ops::Range<usize>, out: &mut [Unit]) -> [i32; TOKENS] {
+    let mut sums = [0; TOKENS];
+    for (u, unit) in out.iter_mut().enumerate() {
+        let here = cols.start + 16 * u..cols.end.min(cols.start + 16 * (u + 1));
+        for (half, block) in unit.iter_mut().enumerate() {
+            let x = core::array::from_fn(|i| {
+                let t = 4 * half + i;
+                let mut x = [0; 16];
+                if let Some(token) = tokens.get(t) {
+                    x[..here.len()].copy_from_slice(&token.values()[here.clone()]);
+                }
+                // SAFETY: `x` is 16 bytes.
+                let x = unsafe { vld1q_s8(x.as_ptr()) };
+                sums[t] += i32::from(vaddlvq_s8(x));
+                vreinterpretq_u8_s8(x)
+            });
+            T::tokens(x, block);
+        }
+    }
+    sums
+}
+
+/// Steps of a format that fit a panel and end where a unit does.
+const fn steps_max(format: Format) -> usize {
+    match format {
+        Format::TL => UNITS * 16 / 48 * 2,
+        _ => UNITS * 16 / format.step_cols(),
+    }
+}
+
+/// Unpacks the steps `steps` of up to 64 rows.
+#[target_feature(enable = "neon")]
+fn unpack<T: Tile>(w: Matrix<'_>, steps: core::ops::Range<usize>, panel: &mut Panel) {
+    let blocks = w.format().step_blocks();
+    for (i, tile) in w.tiles().enumerate() {
+        let tile = &tile[blocks * steps.start..blocks * steps.end];
+        match w.format() {
+            Format::B1 => unpack_b1::<T>(tile.as_chunks().0, panel),
+            Format::TL => unpack_tl::<T>(tile.as_chunks().0, panel),
+            Format::T2 => unpack_planes::<T, 256, 2>(tile.as_chunks().0, &mut panel.weights[i / 2], i % 2),
+            Format::I4 => unpack_planes::<T, 128, 4>(tile.as_chunks().0, &mut panel.weights[i / 2], i % 2),
+            _ => unpack_planes::<T, 64, 8>(tile.as_chunks().0, &mut panel.weights[i / 2], i % 2),
+        }
+    }
+}
+
+/// 4 rows of a format with `COLS` columns a step in planes of `BITS` bits, into half `half` of the units.
+#[target_feature(enable = "neon")]
+fn unpack_planes<T: Tile, const COLS: usize, const BITS: i32>(
+    steps: &[[Block; 4]],
+    units: &mut [Unit; UNITS],
+    half: usize,
+) {
+    let mask = vdupq_n_u8(u8::MAX >> (8 - BITS));
+    for (step, units) in steps.iter().zip(units.chunks_exact_mut(COLS / 16)) {
+        for quarter in 0..4 {
+            let mut v: [uint8x16_t; 4] = core::array::from_fn(|r| {
+                // SAFETY: four times 16 bytes are a block.
+                unsafe { vld1q_u8(step[r].0.as_ptr().add(16 * quarter)) }
+            });
+            for plane in 0..COLS / 64 {
+                T::rows(v.map(|v| vandq_u8(v, mask)), &mut units[4 * plane + quarter][half]);
+                if BITS < 8 {
+                    v = v.map(|v| vshrq_n_u8::<BITS>(v));
+                }
+            }
+        }
+    }
+}
+
+/// 64 rows of B1: bit `i` of a byte of block `b` is column `8 b + i`.
+#[target_feature(enable = "neon")]
+fn unpack_b1<T: Tile>(steps: &[[Block; 4]], panel: &mut Panel) {
+    let masks = [1, 2, 4, 8, 16, 32, 64, 128].map(|mask| vdupq_n_u8(mask));
+    for (i, block) in steps.as_flattened().iter().enumerate() {
+        for (q, rows) in block.0.as_chunks::<16>().0.iter().enumerate() {
+            // SAFETY: `rows` is 16 bytes.
+            let v = unsafe { vld1q_u8(rows.as_ptr()) };
+            put::<T>(masks.map(|mask| vtstq_u8(v, mask)), panel, 16 * q, i);
+        }
+    }
+}
+
+/// 64 rows of TL: the three weights of a group by look-ups in tables of 32 entries, the negative ones behind the others.
+#[target_feature(enable = "neon")]
+fn unpack_tl<T: Tile>(steps: &[[Block; 5]], panel: &mut Panel) {
+    const TABLES: [[u8; 32]; 3] = {
+        let mut tables = [[0; 32]; 3];
+        let mut n = 0;
+        while n < 48 {
+            let weight = TL_WEIGHTS[n / 3][n % 3];
+            tables[n % 3][n / 3] = weight as u8;
+            tables[n % 3][16 + n / 3] = -weight as u8;
+            n += 1;
+        }
+        tables
+    };
+    // SAFETY: a table is 32 bytes.
+    let tables = TABLES.map(|table| unsafe { vld1q_u8_x2(table.as_ptr()) });
+    let load = |block: &Block, q: usize| {
+        let rows = &block.0.as_chunks::<16>().0[q];
+        // SAFETY: `rows` is 16 bytes.
+        unsafe { vld1q_u8(rows.as_ptr()) }
+    };
+    for (i, step) in steps.iter().enumerate() {
+        for q in 0..4 {
+            let mut sign = load(&step[0], q);
+            let mut columns = [vdupq_n_u8(0); 24];
+            for (g, columns) in columns.as_chunks_mut::<3>().0.iter_mut().enumerate() {
+                let v = load(&step[1 + g / 2], q);
+                let n = if g % 2 == 0 { vandq_u8(v, vdupq_n_u8(15)) } else { vshrq_n_u8::<4>(v) };
+                let negative = vcltzq_s8(vreinterpretq_s8_u8(sign));
+                sign = vaddq_u8(sign, sign);
+                let n = vorrq_u8(n, vandq_u8(negative, vdupq_n_u8(16)));
+                *columns = tables.map(|table| vqtbl2q_u8(uint8x16x2_t(table.0, table.1), n));
+            }
+            for (j, columns) in columns.as_chunks::<8>().0.iter().enumerate() {
+                put::<T>(*columns, panel, 16 * q, 3 * i + j);
+            }
+        }
+    }
+}
+
+/// Puts columns `8 i` to `8 i + 7` of 16 rows from `row` on into the panel.
+#[target_feature(enable = "neon")]
+fn put<T: Tile>(columns: [uint8x16_t; 8], panel: &mut Panel, row: usize, i: usize) {
+    for (quad, vectors) in T::columns(columns).into_iter().enumerate() {
+        let block = &mut panel.weights[row / 8 + quad / 2][i / 2][quad % 2];
+        for (vector, place) in vectors.into_iter().zip(T::PLACES[i % 2]) {
+            // SAFETY: four times 16 bytes are a block.
+            unsafe { vst1q_u8(block.0.as_chunks_mut::<16>().0[place].as_mut_ptr(), vector) };
+        }
+    }
+}
+
+/// The bytes of `a` and `b` by turns.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(crate) fn zip(a: uint8x16_t, b: uint8x16_t) -> [uint8x16_t; 2] {
+    [vzip1q_u8(a, b), vzip2q_u8(a, b)]
+}
