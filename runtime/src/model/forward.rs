@@ -80,7 +80,10 @@ impl Model<'_> {
         let before = state.position();
         let mut batches = tokens.chunks(self.limits.batch as usize).peekable();
         while let Some(batch) = batches.next() {
+            let parallel = self.machine.parallel;
+            parallel.begin(batch.len());
             let done = self.pass(state, batch).and_then(|()| then(self, batch.len(), batches.peek().is_none()));
+            parallel.end();
             if let Err(e) = done {
                 state.truncate(before);
                 return Err(e);

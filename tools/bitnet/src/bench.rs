@@ -3,10 +3,10 @@ use crate::open::{ModelArgs, Opened, mib, with_model};
 use crate::{output, system};
 use bitnet_kernel::Block;
 use bitnet_runtime::image::Kind;
-use bitnet_runtime::parallel::Parallel;
+use bitnet_runtime::parallel::Tuned;
 use bitnet_runtime::{Image, Model, State};
 use serde::Serialize;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -41,7 +41,11 @@ struct Report {
     bandwidth_share: f64,
     plan_bytes: u64,
     peak_rss_bytes: Option<u64>,
+    /// While decoding.
     threads: usize,
+    prefill_threads: usize,
+    /// What the system grants, and why the numbers of threads are what they are.
+    threads_because: String,
     backend: &'static str,
     prompt_tokens: u32,
     tokens: u32,
@@ -49,23 +53,22 @@ struct Report {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let mut report = with_model(&args.model, |opened| measure(args, opened))?;
-    report.read_gb_per_s = system::read_bandwidth(report.threads)? / 1e9;
+    let report = with_model(&args.model, |opened| measure(args, opened))?;
     let read = report.bytes_per_token as f64 * report.decode_tokens_per_s / 1e9;
-    report.bandwidth_share = read / report.read_gb_per_s;
     if args.json {
         return Ok(output::write(&format!("{}\n", serde_json::to_string(&report)?))?);
     }
     let Report { prefill_range: [p0, p1], decode_range: [d0, d1], .. } = report;
     let peak = report.peak_rss_bytes.map_or("unknown".to_owned(), mib);
     Ok(output::write(&format!(
-        "backend    {}, {} threads\n\
+        "backend    {}\n\
+         threads    {}\n\
          prefill    {:.2} tokens/s ({p0:.2} to {p1:.2}), {} tokens\n\
          decode     {:.2} tokens/s ({d0:.2} to {d1:.2}), {} tokens, median of {}\n\
          reads      {} a token, {read:.2} GB/s: {:.0} % of the {:.2} GB/s that this memory gives\n\
          RAM        {} planned, {peak} used at most\n",
         report.backend,
-        report.threads,
+        report.threads_because,
         report.prefill_tokens_per_s,
         report.prompt_tokens,
         report.decode_tokens_per_s,
@@ -79,7 +82,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
-    let (backend, threads, plan_bytes) = (opened.kernels.name(), opened.pool.threads(), opened.plan_bytes());
+    let (backend, threads, plan_bytes) = (opened.kernels.name(), opened.threads, opened.plan_bytes());
     let image = opened.image;
     let room = opened.limits.context;
     let tokens = args.tokens.min(room.saturating_sub(1)).max(1);
@@ -90,8 +93,12 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let vocab = model.config().vocab;
     // Any tokens do: the time does not depend on them.
     let prompt: Vec<u32> = (0..prompt_tokens).map(|i| (u64::from(i) * 7_919 % u64::from(vocab)) as u32).collect();
-    // Once for nothing: caches, pages, clocks.
-    repetition(&mut model, &mut state, &prompt, 1)?;
+    // Once for nothing: caches, pages, clocks. And on until the numbers of threads are settled, a while at most.
+    let start = Instant::now();
+    while {
+        repetition(&mut model, &mut state, &prompt, tokens.min(SETTLING_TOKENS))?;
+        !settled(threads) && start.elapsed() < SETTLING
+    } {}
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     for _ in 0..args.repetitions {
         let (p, d) = repetition(&mut model, &mut state, &prompt, tokens)?;
@@ -100,22 +107,39 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     }
     let ((prefill_tokens_per_s, prefill_range), (decode_tokens_per_s, decode_range)) =
         (median(prefill), median(decode));
+    let bytes_per_token = weight_bytes_per_token(&image) + kv_bytes;
+    let peak_rss_bytes = system::peak_rss();
+    let read_gb_per_s = system::read_bandwidth(threads.pool(), threads.decode().threads) / 1e9;
     Ok(Report {
         prefill_tokens_per_s,
         prefill_range,
         decode_tokens_per_s,
         decode_range,
-        bytes_per_token: weight_bytes_per_token(&image) + kv_bytes,
-        read_gb_per_s: 0.0,
-        bandwidth_share: 0.0,
+        bytes_per_token,
+        read_gb_per_s,
+        bandwidth_share: bytes_per_token as f64 * decode_tokens_per_s / 1e9 / read_gb_per_s,
         plan_bytes,
-        peak_rss_bytes: system::peak_rss(),
-        threads,
+        peak_rss_bytes,
+        threads: threads.decode().threads,
+        prefill_threads: threads.prefill().threads,
+        threads_because: because(threads),
         backend,
         prompt_tokens,
         tokens,
         repetitions: args.repetitions,
     })
+}
+
+/// The longest time to let the numbers of threads settle, and the tokens decoded between two looks at the clock.
+const SETTLING: Duration = Duration::from_secs(3);
+const SETTLING_TOKENS: u32 = 8;
+
+fn settled(threads: &Tuned) -> bool {
+    threads.prefill().settled && threads.decode().settled
+}
+
+fn because(threads: &Tuned) -> String {
+    format!("{}; prefill {}; decode {}", threads.granted(), threads.prefill(), threads.decode())
 }
 
 /// Tokens a second of one prefill and one decode.

@@ -4,7 +4,7 @@ use anyhow::{Context as _, bail, ensure};
 use bitnet_kernel::{Block, Kernels};
 use bitnet_runtime::image::{HEADER_BYTES_MAX, PREFIX_BYTES};
 use bitnet_runtime::memory::KvFormat;
-use bitnet_runtime::parallel::Pool;
+use bitnet_runtime::parallel::{Threads, Tuned};
 use bitnet_runtime::source::{ImageFile, Mapped, Streamed, WeightSource, map_file};
 use bitnet_runtime::{Image, Limits, Model, Plan, State, backend};
 use clap::ValueEnum;
@@ -17,9 +17,8 @@ use std::path::{Path, PathBuf};
 pub(crate) struct ModelArgs {
     /// The image, made by `bitnet-pack pack`.
     pub image: PathBuf,
-    /// Threads; by default one a core, at most four.
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
-    pub threads: Option<u16>,
+    #[command(flatten)]
+    pub threads: ThreadArgs,
     #[command(flatten)]
     pub backend: BackendArgs,
     /// Positions a conversation can have [default: what the image plans].
@@ -34,6 +33,36 @@ pub(crate) struct ModelArgs {
     /// Where weights are read from.
     #[arg(long, value_enum, default_value_t = Source::Mapped)]
     pub source: Source,
+}
+
+/// How many threads compute, and where. The number changes the time and never the result.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct ThreadArgs {
+    /// Threads: a number, or `auto` for as many as prove fastest of those that affinity, cpuset and the cgroup's quota let
+    /// run at once.
+    #[arg(long, default_value = "auto", value_parser = threads)]
+    pub threads: Threads,
+    /// Threads while a prompt is read [default: --threads; `auto` chooses apart for either].
+    #[arg(long, value_parser = threads)]
+    pub prefill_threads: Option<Threads>,
+    /// Give every thread a core of its own and keep it there.
+    #[arg(long)]
+    pub pin: bool,
+}
+
+impl ThreadArgs {
+    fn start(&self) -> anyhow::Result<Tuned> {
+        Tuned::new(self.prefill_threads.unwrap_or(self.threads), self.threads, self.pin).context("starting threads")
+    }
+}
+
+/// Threads as people write them.
+fn threads(text: &str) -> Result<Threads, String> {
+    match text.parse() {
+        _ if text == "auto" => Ok(Threads::Auto),
+        Ok(n @ 1..=256) => Ok(Threads::Fixed(n)),
+        _ => Err("neither `auto` nor a number from 1 to 256".to_owned()),
+    }
 }
 
 /// Which kernels compute.
@@ -85,7 +114,7 @@ pub(crate) struct Opened<'a> {
     pub limits: Limits,
     pub plan: Plan,
     pub kernels: &'static dyn Kernels,
-    pub pool: &'a Pool,
+    pub threads: &'a Tuned,
     pub source: &'a mut dyn WeightSource,
     /// Bytes of weights in memory: the mapped file, or the staging buffer.
     pub weight_bytes: u64,
@@ -146,43 +175,40 @@ impl Memory {
 impl<'a> Opened<'a> {
     /// Makes a model and an empty conversation of it, and gives the memory of a sampler.
     pub(crate) fn load(self) -> anyhow::Result<(Model<'a>, State<'a>, &'a mut [Block])> {
-        let Self { image, limits, kernels, pool, source, memory, .. } = self;
+        let Self { image, limits, kernels, threads, source, memory, .. } = self;
         let state = State::new(&image.header().config, &limits, &mut memory.state)?;
-        Ok((Model::new(&image, limits, kernels, pool, source, &mut memory.scratch)?, state, &mut memory.sampler))
+        Ok((Model::new(&image, limits, kernels, threads, source, &mut memory.scratch)?, state, &mut memory.sampler))
     }
 }
 
 /// Opens the image and runs `f` with it on the threads that were asked for.
-pub(crate) fn with_model<R: Send>(
-    args: &ModelArgs,
-    f: impl FnOnce(Opened<'_>) -> anyhow::Result<R> + Send,
-) -> anyhow::Result<R> {
+pub(crate) fn with_model<R>(args: &ModelArgs, f: impl FnOnce(Opened<'_>) -> anyhow::Result<R>) -> anyhow::Result<R> {
     let kernels = args.backend.kernels()?;
-    let pool = Pool::new(args.threads.map_or_else(Pool::default_threads, usize::from)).context("starting threads")?;
+    let threads = args.threads.start()?;
     let path = args.image.display();
     let (file, file_bytes) = open_file(&args.image)?;
     let header = read_header(&file, file_bytes).with_context(|| format!("{path}"))?;
     let image = Image::check(&header, file_bytes).with_context(|| format!("{path}"))?;
     let limits = limits(args, &image)?;
     let plan = Plan::new(&image.header().config, &limits);
-    let (pool, memory) = (&pool, &mut Memory::new(&plan, &limits)?);
+    let (threads, memory) = (&threads, &mut Memory::new(&plan, &limits)?);
     match args.source {
         Source::Mapped => {
             let map = map_file(&file).with_context(|| format!("mapping {path}"))?;
             // Between the check and the map the file may have become another one.
             ensure!(map.len() as u64 == file_bytes, "{path}: the file changed while it was opened");
-            pool.enter(|| {
+            threads.pool().enter(|| {
                 let source = &mut Mapped::from_bytes(&map)?;
-                f(Opened { image, limits, plan, kernels, pool, source, weight_bytes: file_bytes, memory })
+                f(Opened { image, limits, plan, kernels, threads, source, weight_bytes: file_bytes, memory })
             })
         }
         Source::Streamed => {
             let blocks = Streamed::<ImageFile>::staging_blocks_min(&image).max(STAGING_BLOCKS);
             let mut staging = vec![Block::ZERO; blocks];
             let weight_bytes = (blocks * Block::BYTES) as u64;
-            pool.enter(|| {
+            threads.pool().enter(|| {
                 let source = &mut Streamed::new(ImageFile(file), &mut staging);
-                f(Opened { image, limits, plan, kernels, pool, source, weight_bytes, memory })
+                f(Opened { image, limits, plan, kernels, threads, source, weight_bytes, memory })
             })
         }
     }

@@ -4,6 +4,7 @@ use crate::sampling::SamplingArgs;
 use crate::{output, system};
 use anyhow::{Context as _, ensure};
 use bitnet_runtime::generate::{Event, Finish, Session, Until};
+use bitnet_runtime::parallel::Tuned;
 use bitnet_runtime::sampler::Sampler;
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
 use std::fmt::Write as _;
@@ -85,7 +86,7 @@ fn generate(args: &Args, prompt: &str, opened: Opened<'_>) -> anyhow::Result<()>
     };
     ensure!(!ids.is_empty(), "the prompt is empty");
 
-    let (backend, threads) = (opened.kernels.name(), bitnet_runtime::parallel::Parallel::threads(opened.pool));
+    let (backend, threads) = (opened.kernels.name(), opened.threads);
     let (planned, file_bytes) = (opened.plan_text(), image.file_bytes());
     let (model, state, sampler) = opened.load()?;
     let sampler = Sampler::new(model.config().vocab, args.sampling.sampling(), sampler)?;
@@ -137,7 +138,7 @@ struct Speed {
     decode: Duration,
 }
 
-fn stats(speed: &Speed, backend: &str, threads: usize, planned: &str, file_bytes: u64, mapped: u64) -> String {
+fn stats(speed: &Speed, backend: &str, threads: &Tuned, planned: &str, file_bytes: u64, mapped: u64) -> String {
     let rate = |n: usize, t: Duration| n as f64 / t.as_secs_f64().max(1e-9);
     let Speed { prompt, prefill, produced, decode } = *speed;
     let mut s = String::new();
@@ -145,7 +146,8 @@ fn stats(speed: &Speed, backend: &str, threads: usize, planned: &str, file_bytes
     // The first token's logits are the prompt's.
     let steps = produced.saturating_sub(1);
     let _ = writeln!(s, "decode: {produced} tokens, {:.1} tokens/s", rate(steps, decode));
-    let _ = writeln!(s, "backend: {backend}, {threads} threads");
+    let _ = writeln!(s, "backend: {backend}");
+    let _ = writeln!(s, "threads: prefill {}; decode {}", threads.prefill(), threads.decode());
     let _ = writeln!(s, "image size: {}", mib(file_bytes));
     let _ = writeln!(s, "RAM planned: {planned}");
     if let (Some(peak), Some(own)) = (system::peak_rss(), system::anonymous_rss()) {

@@ -1,5 +1,6 @@
 //! What the operating system and the CPU say about this process.
-use rayon::prelude::*;
+use bitnet_runtime::parallel::{Parallel, Pool};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 /// The version and what it was built for.
@@ -32,32 +33,37 @@ fn field_bytes(list: &str, field: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// Bytes a second that `threads` threads read from memory, the best of several passes over more than the caches hold.
-pub(crate) fn read_bandwidth(threads: usize) -> anyhow::Result<f64> {
+/// Bytes a second that `threads` threads of `pool` read from memory, the best of several passes over more than the caches
+/// hold.
+pub(crate) fn read_bandwidth(pool: &Pool, threads: usize) -> f64 {
     const BYTES: usize = 256 << 20;
     const PASSES: usize = 5;
-    let words: Vec<u64> = vec![1; BYTES / 8];
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-    let best = pool.install(|| {
-        let pass = || {
-            let start = Instant::now();
-            let sum: u64 = words.par_chunks(words.len().div_ceil(threads)).map(sum).sum();
-            assert_eq!(sum, words.len() as u64);
-            start.elapsed().as_secs_f64()
-        };
-        (0..PASSES).map(|_| pass()).fold(f64::INFINITY, f64::min)
-    });
-    Ok(BYTES as f64 / best)
+    let mut words = vec![1.0_f32; BYTES / 4];
+    pool.set_threads(threads);
+    let sum_all = AtomicU32::new(0);
+    let mut pass = || {
+        let start = Instant::now();
+        // Several chunks a thread, as in the model's passes.
+        let chunk = words.len().div_ceil(8 * threads);
+        pool.for_each_chunk(&mut words, chunk, &|_, words| {
+            sum_all.fetch_add(sum(words), Ordering::Relaxed);
+        });
+        start.elapsed().as_secs_f64()
+    };
+    let best = (0..PASSES).map(|_| pass()).fold(f64::INFINITY, f64::min);
+    std::hint::black_box(sum_all);
+    BYTES as f64 / best
 }
 
-/// Adds in many lanes, so that memory is the only limit.
-fn sum(words: &[u64]) -> u64 {
-    let mut lanes = [0u64; 32];
-    for chunk in words.chunks_exact(32) {
+/// Adds their bits in many lanes, so that memory is the only limit.
+fn sum(words: &[f32]) -> u32 {
+    let mut lanes = [0u32; 64];
+    let chunks = words.chunks_exact(lanes.len());
+    let rest = chunks.remainder();
+    for chunk in chunks {
         for (lane, word) in lanes.iter_mut().zip(chunk) {
-            *lane = lane.wrapping_add(*word);
+            *lane = lane.wrapping_add(word.to_bits());
         }
     }
-    let rest = words.chunks_exact(32).remainder();
-    lanes.iter().chain(rest).sum()
+    lanes.iter().copied().chain(rest.iter().map(|word| word.to_bits())).fold(0, u32::wrapping_add)
 }

@@ -62,6 +62,9 @@ fn run_tells_the_story_however_it_is_run() {
         ["--backend", "portable"],
         ["--threads", "1"],
         ["--threads", "3"],
+        ["--threads", "auto"],
+        ["--prefill-threads", "2"],
+        ["--pin", "--threads=2"],
         ["--source", "streamed"],
         ["--batch", "1"],
         ["--batch", "16"],
@@ -147,10 +150,12 @@ fn bench_reports_what_scripts_read() {
         "plan_bytes",
         "peak_rss_bytes",
         "threads",
+        "prefill_threads",
     ] {
         assert!(report[field].as_f64().unwrap() > 0.0, "{field} in {report}");
     }
     assert!(report["backend"].is_string());
+    assert!(report["threads_because"].as_str().unwrap().contains("decode 2 threads (fixed)"), "{report}");
     let bytes = std::fs::metadata(image()).unwrap().len();
     assert!(report["plan_bytes"].as_u64().unwrap() > bytes, "the image is mapped and part of the plan");
     assert!(output(&args[..4]).contains("tokens/s"));
@@ -240,6 +245,9 @@ fn wrong_usage_is_code_2() {
         &["run", image(), "x", "--temperature", "nan"],
         &["run", image(), "x", "--ids", "1"],
         &["run", image(), "x", "--threads", "0"],
+        &["run", image(), "x", "--threads", "257"],
+        &["run", image(), "x", "--threads", "Auto"],
+        &["run", image(), "x", "--prefill-threads", "-1"],
         &["run", image(), "x", "--stop", ""],
     ] {
         failure(args, 2);

@@ -6,10 +6,16 @@ use super::code::{blank, find_word, line_of};
 use super::{Finding, Tree};
 use crate::workspace::File;
 
-/// Where `unsafe` may stand: the kernels, what talks to a board, and the memory map. The beginning of a path, or a
-/// whole one.
-const UNSAFE_PLACES: &[&str] =
-    &["kernels-neon/", "kernels-sve2/", "kernels-x86/", "boards/support/", "runtime/src/source/map.rs"];
+/// Where `unsafe` may stand: the kernels, what talks to a board, the memory map, and the thread pool, whose workers outlive
+/// a job and yet work on what its caller borrows for it. The beginning of a path, or a whole one.
+const UNSAFE_PLACES: &[&str] = &[
+    "kernels-neon/",
+    "kernels-sve2/",
+    "kernels-x86/",
+    "boards/support/",
+    "runtime/src/source/map.rs",
+    "runtime/src/parallel/pool.rs",
+];
 
 /// The one file of the runtime that names the kernel crates, so that adding one is one line.
 const BACKENDS: &str = "runtime/src/backend.rs";
