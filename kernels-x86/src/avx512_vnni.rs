@@ -72,6 +72,18 @@ impl Kernels for Vnni {
         // SAFETY: `self` exists, so the CPU has these features.
         unsafe { float::quantize(x, q) }
     }
+    fn rmsnorm(&self, x: &mut [f32], weight: &[f32], eps: f32) {
+        // SAFETY: as above.
+        unsafe { float::rmsnorm(x, weight, eps) }
+    }
+    fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { float::silu(gate, up, out) }
+    }
+    fn squared_relu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { float::squared_relu(gate, up, out) }
+    }
     fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
         // SAFETY: `self` exists, so the CPU has these features.
         unsafe { float::attend(q, keys, values, scale, out) }

@@ -101,6 +101,24 @@ pub(crate) fn quantize(x: &[f32], q: &mut [i8]) -> Option<f32> {
     float::quantize(x, q)
 }
 
+/// See [`bitnet_kernel::Kernels::rmsnorm`].
+#[target_feature(enable = "avx2,f16c")]
+pub(crate) fn rmsnorm(x: &mut [f32], weight: &[f32], eps: f32) {
+    float::rmsnorm(x, weight, eps);
+}
+
+/// See [`bitnet_kernel::Kernels::silu`].
+#[target_feature(enable = "avx2,f16c")]
+pub(crate) fn silu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    float::silu(gate, up, out);
+}
+
+/// See [`bitnet_kernel::Kernels::squared_relu`].
+#[target_feature(enable = "avx2,f16c")]
+pub(crate) fn squared_relu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    float::squared_relu(gate, up, out);
+}
+
 /// See [`bitnet_kernel::Kernels::attend`].
 #[target_feature(enable = "avx2,f16c")]
 pub(crate) fn attend(q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {

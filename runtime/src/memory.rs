@@ -86,7 +86,6 @@ impl Plan {
                 + blocks::<i8>(batch * scratch.quantized)
                 + batch * scratch.tables
                 + 2 * blocks::<f32>(batch * scratch.projected)
-                + blocks::<f32>(batch * c.query_width() as usize)
                 + blocks::<f32>(batch * c.head_dim as usize)
                 + blocks::<f32>(padded_rows(c.vocab as usize)),
             sampler: sampler_blocks(c.vocab),

@@ -139,6 +139,7 @@ pub fn check(k: &dyn Kernels, memory: &mut Workspace) -> Result<(), Difference> 
         }
         check_matvec_f16(k, rows, cols, memory)?;
         check_quantize(k, cols, memory)?;
+        check_elementwise(k, cols.min(ELEMENTS_MAX), memory)?;
     }
     check_attend(k, memory)
 }
@@ -388,6 +389,29 @@ fn check_quantize(k: &dyn Kernels, cols: usize, memory: &mut Workspace) -> Resul
     memory.floats[cols - 1] = f32::NAN;
     let nan = k.quantize(&memory.floats[..cols], got);
     compare(k, "quantize", None, cols, &[0.0], &[nan.unwrap_or(0.0)])
+}
+
+/// Elements of the longest vector of [`check_elementwise`].
+const ELEMENTS_MAX: usize = 1_030;
+
+/// `rmsnorm`, and the activation functions with gates from -130 to 130: beyond what their exponential holds.
+fn check_elementwise(k: &dyn Kernels, n: usize, memory: &mut Workspace) -> Result<(), Difference> {
+    let mut rng = Rng(n as u32 | 1);
+    memory.floats[..3 * n].fill_with(|| rng.float() * 130.0);
+    let (gate, rest) = memory.floats[..3 * n].split_at_mut(n);
+    let (up, work) = rest.split_at_mut(n);
+    let mut want = [0.0; ELEMENTS_MAX];
+    float::silu(gate, up, &mut want[..n]);
+    k.silu(gate, up, work);
+    compare(k, "silu", None, n, &want[..n], work)?;
+    float::squared_relu(gate, up, &mut want[..n]);
+    k.squared_relu(gate, up, work);
+    compare(k, "squared_relu", None, n, &want[..n], work)?;
+    want[..n].copy_from_slice(gate);
+    work.copy_from_slice(gate);
+    float::rmsnorm(&mut want[..n], up, 1e-5);
+    k.rmsnorm(work, up, 1e-5);
+    compare(k, "rmsnorm", None, n, &want[..n], work)
 }
 
 fn check_attend(k: &dyn Kernels, memory: &mut Workspace) -> Result<(), Difference> {

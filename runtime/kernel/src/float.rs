@@ -6,10 +6,12 @@
 //! addition, so the features change the speed and not the result. Where the compiler alone does not find the instructions,
 //! a body is written over [`Vectors`].
 mod attend;
+mod elementwise;
 mod exp;
 mod vectors;
 
 pub use attend::{Cache, attend};
+pub use elementwise::{rmsnorm, silu, squared_relu};
 pub use exp::exp;
 pub use vectors::{Arrays, Vectors};
 

@@ -157,6 +157,21 @@ pub trait Kernels: Sync + core::fmt::Debug {
         float::quantize(x, q)
     }
 
+    /// Normalizes `x` in place. See [`float::rmsnorm`].
+    fn rmsnorm(&self, x: &mut [f32], weight: &[f32], eps: f32) {
+        float::rmsnorm(x, weight, eps);
+    }
+
+    /// `out = silu(gate) · up`, as far as all three go. See [`float::silu`].
+    fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        float::silu(gate, up, out);
+    }
+
+    /// `out = max(gate, 0)² · up`, as far as all three go. See [`float::squared_relu`].
+    fn squared_relu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        float::squared_relu(gate, up, out);
+    }
+
     /// One head's attention over a cache: `out = softmax(scale · K q)ᵀ V`. See [`float::attend`].
     ///
     /// # Panics

@@ -299,6 +299,50 @@ fn exp_at_the_extremes() {
     assert_eq!(float::exp(-103.0).to_bits(), 1, "the smallest subnormal number");
 }
 
+#[test]
+fn activations_are_those_of_their_definitions() {
+    let gate: Vec<f32> = (-2_000..=2_000).map(|i| i as f32 / 20.0).chain([f32::MAX, f32::MIN, -0.0]).collect();
+    let up: Vec<f32> = (0..gate.len()).map(|i| 1.0 - i as f32 / 1_000.0).collect();
+    let mut out = vec![f32::NAN; gate.len()];
+    float::silu(&gate, &up, &mut out);
+    for ((&gate, &up), &got) in gate.iter().zip(&up).zip(&out).filter(|((gate, _), _)| gate.abs() < 1e3) {
+        let want = f64::from(gate) / (1.0 + (-f64::from(gate)).exp()) * f64::from(up);
+        // Where the exponential is infinite the result is zero.
+        assert!((f64::from(got) - want).abs() <= 4e-7 * want.abs() + 1e-30, "silu({gate}) · {up} is {got}, not {want}");
+    }
+    float::squared_relu(&gate, &up, &mut out);
+    for ((gate, up), got) in gate.iter().zip(&up).zip(&out) {
+        let positive = gate.max(0.0);
+        assert_eq!(*got, positive * positive * up, "{gate}");
+    }
+    // What is not a number must stay none: the pass finds it at the next quantization.
+    for f in [float::silu, float::squared_relu] {
+        f(&[f32::NAN, 1.0], &[1.0, f32::NAN], &mut out);
+        assert!(out[0].is_nan() && out[1].is_nan());
+    }
+}
+
+#[test]
+fn rmsnorm_is_the_plain_one() {
+    let mut lcg = Lcg(12);
+    for n in [1, 15, 16, 17, 768, 6_912] {
+        for magnitude in [1e-8, 1.0, 1e12] {
+            let x: Vec<f32> = (0..n).map(|_| uniform(&mut lcg) * magnitude).collect();
+            let weight = vector(n, &mut lcg);
+            let mean = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / n as f64;
+            let mut got = x.clone();
+            float::rmsnorm(&mut got, &weight, 1e-5);
+            for ((x, w), got) in x.iter().zip(&weight).zip(got) {
+                let want = f64::from(*x) / (mean + 1e-5).sqrt() * f64::from(*w);
+                assert!((f64::from(got) - want).abs() <= 2e-6 * want.abs(), "{got} is not {want}");
+            }
+        }
+    }
+    let mut x = [1.0, f32::MAX];
+    float::rmsnorm(&mut x, &[1.0; 2], 1e-5);
+    assert!(x.iter().all(|x| x.is_nan()), "a mean beyond the range of f32");
+}
+
 /// A cache of one kind, and what it stands for.
 struct Rows {
     floats: Vec<f32>,

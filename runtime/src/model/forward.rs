@@ -1,7 +1,7 @@
 //! One pass: a batch of tokens through the model, top to bottom.
 use super::linear::{Output, Quantized};
 use super::weights::Linear;
-use super::{Activation, Model, Rope, State, ops};
+use super::{Activation, Model, State, ops};
 use crate::error::Error;
 use crate::image::Kind;
 use crate::memory::{Limits, padded_rows};
@@ -10,8 +10,8 @@ use crate::source::Extent;
 use bitnet_kernel::{Format, format};
 use core::ops::Range;
 
-/// Multiplications below which attention is not worth waking other threads for.
-const PARALLEL_WORK_MIN: usize = 1 << 15;
+/// Multiplications of queries and keys below which attention is not worth waking other threads for: about 8 us on a desktop core.
+const PARALLEL_WORK_MIN: usize = 1 << 17;
 
 impl Model<'_> {
     /// Advances the conversation by one token and returns the logits of the next, `[vocab]`.
@@ -126,14 +126,14 @@ impl Model<'_> {
         for (t, row) in s.projected.chunks_exact_mut(width).take(n).enumerate() {
             let rotation = &s.rotation[t * head_dim..][..head_dim];
             for head in row[..query_width].chunks_exact_mut(head_dim) {
-                rotate(c.rope, head, rotation);
+                ops::rotate(c.rope, head, rotation);
             }
             for head in row[key_at..][..kv_width].chunks_exact_mut(head_dim) {
-                rotate(c.rope, head, rotation);
+                ops::rotate(c.rope, head, rotation);
             }
             // The cache's formats cannot hold these, and would make numbers of them.
             let (keys, values) = (&row[key_at..][..kv_width], &row[value_at..][..kv_width]);
-            if !keys.iter().chain(values).all(|v| v.is_finite()) {
+            if !(ops::finite(keys) && ops::finite(values)) {
                 return Err(Error::NotFinite { layer });
             }
             state.put(layer as usize, position + t, keys, values);
@@ -144,14 +144,13 @@ impl Model<'_> {
         let (kernels, projected, state) = (self.machine.kernels, &*s.projected, &*state);
         let work = n * (position + n) * query_width;
         let parallel: &dyn Parallel = if work < PARALLEL_WORK_MIN { &Serial } else { self.machine.parallel };
-        parallel.for_each_chunk(&mut s.attention[..n * query_width], head_dim, &|i, out| {
+        parallel.for_each_chunk(&mut s.norm[..n * query_width], head_dim, &|i, out| {
             let (t, head) = (i / heads, i % heads);
             let (keys, values) = state.head(layer as usize, head / group, position + t + 1);
             let query = &projected[t * width + head * head_dim..][..head_dim];
             kernels.attend(query, keys, values, scale, out);
         });
 
-        s.norm[..n * query_width].copy_from_slice(&s.attention[..n * query_width]);
         self.sub_norm(weights.norm(Kind::AttentionSubNorm), query_width, n)?;
         self.linears(layer, &[weights.linear(Kind::Output)], query_width, n, padded_rows(hidden))?;
         self.add_projected(n);
@@ -167,20 +166,16 @@ impl Model<'_> {
         self.norm(weights.norm(Kind::FfnNorm), n)?;
         self.linears(layer, &[weights.linear(Kind::Gate), weights.linear(Kind::Up)], hidden, n, width)?;
 
-        let s = &mut self.scratch;
+        let (kernels, s) = (self.machine.kernels, &mut self.scratch);
         for (row, out) in s.projected.chunks_exact(width).zip(s.norm.chunks_exact_mut(ffn)).take(n) {
             // A squared ReLU would make zero of minus infinity.
-            if !row[..ffn].iter().all(|v| v.is_finite()) {
+            if !ops::finite(&row[..ffn]) {
                 return Err(Error::NotFinite { layer });
             }
-            let gate_up = row[..ffn].iter().zip(&row[padded_rows(ffn)..]);
+            let (gate, up) = (&row[..ffn], &row[padded_rows(ffn)..][..ffn]);
             match c.activation {
-                Activation::SquaredRelu => {
-                    out.iter_mut().zip(gate_up).for_each(|(out, (&gate, &up))| *out = ops::squared_relu(gate) * up);
-                }
-                Activation::Silu => {
-                    out.iter_mut().zip(gate_up).for_each(|(out, (&gate, &up))| *out = ops::silu(gate) * up);
-                }
+                Activation::SquaredRelu => kernels.squared_relu(gate, up, out),
+                Activation::Silu => kernels.silu(gate, up, out),
             }
         }
         self.sub_norm(weights.norm(Kind::FfnSubNorm), ffn, n)?;
@@ -196,9 +191,10 @@ impl Model<'_> {
         let weight = ops::floats(self.machine.source.fetch(self.weights.final_norm())?);
         let s = &mut self.scratch;
         let norm = &mut s.norm[..hidden];
-        ops::rmsnorm(norm, &s.x[t * hidden..][..hidden], weight, c.norm_eps);
+        norm.copy_from_slice(&s.x[t * hidden..][..hidden]);
+        self.machine.kernels.rmsnorm(norm, weight, c.norm_eps);
         if tensor.format == Format::F16 {
-            if !norm.iter().all(|v| v.is_finite()) {
+            if !ops::finite(norm) {
                 return Err(Error::NotFinite { layer: c.layers });
             }
             self.machine.linear_f16(tensor, norm, s.logits)?;
@@ -260,7 +256,8 @@ impl Model<'_> {
         let weight = ops::floats(self.machine.source.fetch(weight)?);
         let s = &mut self.scratch;
         for (out, x) in s.norm.chunks_exact_mut(hidden).zip(s.x.chunks_exact(hidden)).take(n) {
-            ops::rmsnorm(out, x, weight, eps);
+            out.copy_from_slice(x);
+            self.machine.kernels.rmsnorm(out, weight, eps);
         }
         Ok(())
     }
@@ -270,7 +267,7 @@ impl Model<'_> {
         let Some(weight) = weight else { return Ok(()) };
         let weight = ops::floats(self.machine.source.fetch(weight)?);
         for x in self.scratch.norm.chunks_exact_mut(width).take(n) {
-            ops::rmsnorm_in_place(x, weight, self.config.norm_eps);
+            self.machine.kernels.rmsnorm(x, weight, self.config.norm_eps);
         }
         Ok(())
     }
@@ -282,7 +279,7 @@ impl Model<'_> {
         let weight = ops::floats(self.machine.source.fetch(weight)?);
         for row in self.scratch.projected.chunks_exact_mut(width).take(n) {
             for head in row[heads.clone()].chunks_exact_mut(head_dim) {
-                ops::rmsnorm_in_place(head, weight, eps);
+                self.machine.kernels.rmsnorm(head, weight, eps);
             }
         }
         Ok(())
@@ -322,8 +319,10 @@ impl Model<'_> {
             let x = &s.norm[t * cols..][..cols];
             let x = match (weight, self.config.linear_norm_eps) {
                 (Some(weight), Some(eps)) => {
-                    ops::rmsnorm(&mut s.input[..cols], x, weight, eps);
-                    &s.input[..cols]
+                    let input = &mut s.input[..cols];
+                    input.copy_from_slice(x);
+                    self.machine.kernels.rmsnorm(input, weight, eps);
+                    input
                 }
                 _ => x,
             };
@@ -347,20 +346,5 @@ impl Model<'_> {
                 *x += y;
             }
         }
-    }
-}
-
-/// Turns one head by the angles of its position: pairs `(a, b)` become `(a cos - b sin, b cos + a sin)`.
-fn rotate(rope: Rope, head: &mut [f32], rotation: &[f32]) {
-    let half = head.len() / 2;
-    let (cos, sin) = rotation.split_at(half);
-    for i in 0..half {
-        let (a, b) = match rope {
-            Rope::HalfSplit => (i, i + half),
-            Rope::Interleaved => (2 * i, 2 * i + 1),
-        };
-        let (x, y) = (head[a], head[b]);
-        head[a] = x * cos[i] - y * sin[i];
-        head[b] = y * cos[i] + x * sin[i];
     }
 }

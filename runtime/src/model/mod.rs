@@ -41,7 +41,7 @@ struct Machine<'m> {
 struct Scratch<'m> {
     /// The residual stream, `[hidden]`.
     x: &'m mut [f32],
-    /// A normalized vector, `[widest]`.
+    /// What the next linears read: a normalized vector, or results of attention or of the gate, `[widest]`.
     norm: &'m mut [f32],
     /// One token's input of a linear that normalizes it, `[widest]`; empty in models without such linears.
     input: &'m mut [f32],
@@ -53,8 +53,6 @@ struct Scratch<'m> {
     projected: &'m mut [f32],
     /// The same, ordered by unit and then by token, as the threads write them.
     units: &'m mut [f32],
-    /// Results of attention, `[heads · head_dim]`.
-    attention: &'m mut [f32],
     /// Cosines and sines of a position's angles, `[head_dim / 2]` each.
     rotation: &'m mut [f32],
     /// `[vocab]`, of one token, padded to whole units.
@@ -87,7 +85,6 @@ impl<'m> Model<'m> {
             tables: arena.take_blocks(batch * sizes.tables),
             projected: arena.take(batch * sizes.projected),
             units: arena.take(batch * sizes.projected),
-            attention: arena.take(batch * config.query_width() as usize),
             rotation: arena.take(batch * config.head_dim as usize),
             logits: arena.take(padded_rows(config.vocab as usize)),
         };
