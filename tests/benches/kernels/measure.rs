@@ -19,7 +19,10 @@ const SHAPES: [(usize, usize); 4] = [(2560, 2560), (6912, 2560), (2560, 6912), (
 /// Rows of a piece of work.
 const PIECE: usize = 64;
 const COLD_BYTES: usize = 400_000_000;
+/// Runs over all copies, fewer of what is so slow that they would take longer than this; then some copies are left out.
 const COLD_PASSES: usize = 4;
+const COLD_SECONDS: f64 = 2.0;
+const COLD_RUNS_MIN: usize = 20;
 /// Seconds of hot runs, of which there are between the two numbers.
 const HOT_SECONDS: f64 = 0.15;
 const HOT_RUNS: (usize, usize) = (10, 400);
@@ -215,7 +218,9 @@ impl<'a> Copies<'a> {
         let runs = ((HOT_SECONDS / about) as usize).clamp(HOT_RUNS.0, HOT_RUNS.1);
         let hot = together(cut, 2 * runs, &first, &[product, &read]);
         let copies = self.blocks.len() / self.blocks_of_one();
-        let cold = together(cut, copies * COLD_PASSES, &|i| self.in_turn(i), &[product, &read]);
+        let affordable = ((COLD_SECONDS / about) as usize).max(COLD_RUNS_MIN);
+        let runs = (copies * COLD_PASSES).min(affordable);
+        let cold = together(cut, runs, &|i| self.in_turn(i), &[product, &read]);
         [at_rank(&hot, 0.0), at_rank(&cold, 0.1)]
     }
 }
