@@ -12,7 +12,7 @@
 mod mca;
 mod trace;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io::BufReader;
 use std::process::{Command, Stdio};
 
@@ -71,6 +71,9 @@ struct Estimate {
     share: f64,
 }
 
+/// A kernel with its estimates, one a CPU that was chosen; none where the CPU does not run it.
+type Row = (Kernel, Vec<Option<Estimate>>);
+
 /// Runs the command.
 pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<bool> {
     let options = Options::read(arguments, &CHOICE, &["--json", "--page"])?;
@@ -82,18 +85,23 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<bool> {
     let program = kernels(workspace, Some(TARGET))?;
     let texts = mca::disassemble(&program)?;
     let mut runs: HashMap<(&str, Kernel), Run> = HashMap::new();
-    let mut estimates: BTreeMap<(usize, Kernel), Vec<Option<Estimate>>> = BTreeMap::new();
+    let mut estimates: Vec<Row> = Vec::new();
     for (column, cpu) in cpus.iter().enumerate() {
-        for (order, kernel) in list(&program, cpu, &options)?.into_iter().enumerate() {
+        for kernel in list(&program, cpu, &options)? {
             let run = match runs.entry((cpu.qemu, kernel.clone())) {
                 std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
                 std::collections::hash_map::Entry::Vacant(new) => new.insert(traced(&program, cpu, &kernel)?),
             };
             let estimate =
                 estimate(run, cpu, &texts).with_context(|| format!("{} on {}", kernel.join(" "), cpu.model))?;
-            let row = estimates.entry((order, kernel)).or_default();
-            row.resize_with(cpus.len(), || None);
-            row[column] = Some(estimate);
+            let row = match estimates.iter().position(|(known, _)| *known == kernel) {
+                Some(row) => row,
+                None => {
+                    estimates.push((kernel, cpus.iter().map(|_| None).collect()));
+                    estimates.len() - 1
+                }
+            };
+            estimates[row].1[column] = Some(estimate);
         }
     }
     finish(workspace, &options, &cpus, &estimates)
@@ -165,18 +173,13 @@ fn estimate(run: &Run, cpu: &Cpu, texts: &HashMap<u64, String>) -> Result<Estima
 }
 
 /// Prints the table and writes what was asked for.
-fn finish(
-    workspace: &Workspace,
-    options: &Options,
-    cpus: &[&Cpu],
-    estimates: &BTreeMap<(usize, Kernel), Vec<Option<Estimate>>>,
-) -> Result<bool> {
+fn finish(workspace: &Workspace, options: &Options, cpus: &[&Cpu], estimates: &[Row]) -> Result<bool> {
     if estimates.is_empty() {
         bail!("no kernel was chosen; `--cpu {}` may not have it", cpus[0].model);
     }
     let mut rows = Vec::new();
     let mut json_rows = Vec::new();
-    for ((_, kernel), of_cpus) in estimates {
+    for (kernel, of_cpus) in estimates {
         let mut row = kernel.to_vec();
         let figure = |f: fn(&Estimate) -> f64, digits: usize| {
             of_cpus.iter().map(move |one| one.as_ref().map_or("-".to_owned(), |one| format!("{:.digits$}", f(one))))

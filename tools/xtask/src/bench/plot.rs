@@ -20,22 +20,24 @@ pub(super) fn roofline(rows: &[Row]) -> String {
     let threads = rows.iter().map(|row| row.threads).max().unwrap_or(1);
     let rows: Vec<&Row> = rows.iter().filter(|row| row.threads == threads).collect();
     let axes = Axes::around(&rows);
-    let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" \
-         font-size=\"12\">\n<rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"white\"/>\n"
-    );
-    let title = if threads == 1 { "1 thread".to_owned() } else { format!("{threads} threads") };
-    text(&mut svg, [FRAME[0], 28.0], &format!("Roofline, {title}: hollow in cache, filled from memory"), "start");
-    axes.grid(&mut svg);
-    for state in ["hot", "cold"] {
-        axes.roof(&mut svg, &rows, state);
-    }
     let mut names: Vec<[&str; 3]> = Vec::new();
     for row in &rows {
         let name = [row.backend.as_str(), row.op.as_str(), row.format.as_str()];
         if !names.contains(&name) {
             names.push(name);
         }
+    }
+    // The legend has a line for each and may be longer than the axes.
+    let height = HEIGHT.max(FRAME[2] + 16.0 * names.len() as f64 + 20.0);
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" font-family=\"sans-serif\" \
+         font-size=\"12\">\n<rect width=\"{WIDTH}\" height=\"{height}\" fill=\"white\"/>\n"
+    );
+    let title = if threads == 1 { "1 thread".to_owned() } else { format!("{threads} threads") };
+    text(&mut svg, [FRAME[0], 28.0], &format!("Roofline, {title}: hollow in cache, filled from memory"), "start");
+    axes.grid(&mut svg);
+    for state in ["hot", "cold"] {
+        axes.roof(&mut svg, &rows, state);
     }
     let mut formats: Vec<&str> = Vec::new();
     for (line, name) in names.iter().enumerate() {
@@ -115,8 +117,12 @@ impl Axes {
         let at = |log: f64| self.place(log.exp2(), bandwidth * log.exp2());
         let ([x1, y1], [x2, y2]) = (at(start), at(end));
         line(svg, [x1, y1, x2, y2], if state == "cold" { "#222222" } else { "#999999" });
-        let label = if state == "cold" { "from memory" } else { "in cache" };
-        text(svg, [x2 - 6.0, y2 + 14.0], &format!("{bandwidth:.0} GB/s {label}"), "end");
+        // One to the left of its line and one to the right, for the lines may lie close together.
+        let (label, x, anchor) = match state {
+            "cold" => ("from memory", x2 + 6.0, "start"),
+            _ => ("in cache", x2 - 12.0, "end"),
+        };
+        text(svg, [x, y2 + 14.0], &format!("{bandwidth:.0} GB/s {label}"), anchor);
     }
 }
 
