@@ -76,12 +76,53 @@ pub(crate) fn matmat(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
 #[target_feature(enable = "neon")]
 #[inline(never)]
 fn matvec_tl_neon(steps: Steps<'_, 5>, x: Activations<'_>) -> [i32; 64] {
-    let constant = 16 * 8 * steps.len() as i32;
+    sums_of::<5, TL_BASE>(steps, x).map(|sum| sum + constant(steps.len()))
+}
+
+/// The dot products of 64 rows. 10.8 cycles.
+#[target_feature(enable = "neon")]
+#[inline(never)]
+fn matvec_b1_neon(steps: Steps<'_, 4>, x: Activations<'_>) -> [i32; 64] {
+    sums_of::<4, B1_BASE>(steps, x).map(|sum| 2 * (sum + constant(steps.len())) - x.sum())
+}
+
+/// What the tables leave out: 16 a group.
+const fn constant(steps: usize) -> i32 {
+    16 * 8 * steps as i32
+}
+
+/// `Σ base · hi + lo` over the groups of 64 rows, 32 rows at a time, which share the tables while these are in registers.
+#[target_feature(enable = "neon")]
+#[inline]
+fn sums_of<const BLOCKS: usize, const BASE: i16>(steps: Steps<'_, BLOCKS>, x: Activations<'_>) -> [i32; 64] {
+    let (tables, _) = x.tables().as_chunks::<4>();
+    assert_eq!(tables.len(), steps.len());
+    let mut y = [0; 64];
+    for (steps, tables) in steps.chunks(FLUSH).zip(tables.chunks(FLUSH)) {
+        for (half, y) in y.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            let sums = sums_of_half(steps, tables, half);
+            for (sums, y) in sums.as_chunks::<4>().0.iter().zip(y.as_chunks_mut::<16>().0) {
+                add_wide::<BASE>(sums, y);
+            }
+        }
+    }
+    y
+}
+
+/// No more than [`FLUSH`] steps of the first or the other 32 rows: the sums of 16 rows, low parts of 8 and 8 more, then high parts,
+/// and those of the next 16.
+#[target_feature(enable = "neon")]
+#[inline]
+fn sums_of_half<const BLOCKS: usize>(steps: Steps<'_, BLOCKS>, tables: &[[Block; 4]], half: usize) -> [int16x8_t; 8] {
+    assert!(steps.len() == tables.len() && !steps.is_empty() && half < 2);
+    let n = steps.len();
     let masks = [0x0f, 0x40, 0x20, 0x10].map(|byte| vdupq_n_u8(byte));
-    sums_of::<5, TL_BASE>(steps, x, |w, tables, n, sums| {
-        // SAFETY: as `sums_of` promises, `n > 0` steps of 5 blocks and of 4 blocks of tables lie here; the registers of the loop
-        // are all named.
-        unsafe {
+    let mut sums = [vdupq_n_s16(0); 8];
+    // SAFETY: the assertion: `n` steps and as many fours of tables lie at the pointers, and not none; the loops read 32 bytes of
+    // every block, from the start or from the middle. Their registers are all named.
+    unsafe {
+        let (w, tables) = (steps.as_ptr().cast::<u8>().add(32 * half), tables.as_ptr());
+        if BLOCKS == 5 {
             asm!(loop_tl!(), inout("x0") w => _, inout("x1") tables => _, inout("x2") n => _, in("x5") 64,
                 in("v27") masks[0], in("v8") masks[1], in("v9") masks[2], in("v10") masks[3],
                 inout("v4") sums[0], inout("v5") sums[1], inout("v6") sums[2], inout("v7") sums[3],
@@ -89,22 +130,9 @@ fn matvec_tl_neon(steps: Steps<'_, 5>, x: Activations<'_>) -> [i32; 64] {
                 out("v0") _, out("v1") _, out("v2") _, out("v3") _, out("v11") _, out("v12") _, out("v13") _, out("v14") _,
                 out("v15") _, out("v16") _, out("v17") _, out("v18") _, out("v19") _, out("v20") _, out("v21") _,
                 out("v22") _, out("v23") _, out("v24") _, out("v25") _, out("v26") _, options(raw, readonly, nostack));
-        }
-    })
-    .map(|sum| sum + constant)
-}
-
-/// The dot products of 64 rows. 10.6 cycles.
-#[target_feature(enable = "neon")]
-#[inline(never)]
-fn matvec_b1_neon(steps: Steps<'_, 4>, x: Activations<'_>) -> [i32; 64] {
-    let constant = 16 * 8 * steps.len() as i32;
-    let nibble = vdupq_n_u8(15);
-    sums_of::<4, B1_BASE>(steps, x, |w, tables, n, sums| {
-        // SAFETY: as above, with 4 blocks a step.
-        unsafe {
+        } else {
             asm!(loop_b1!(), inout("x0") w => _, inout("x1") tables => _, inout("x2") n => _, in("x5") 64,
-                in("v27") nibble,
+                in("v27") masks[0],
                 inout("v4") sums[0], inout("v5") sums[1], inout("v6") sums[2], inout("v7") sums[3],
                 inout("v28") sums[4], inout("v29") sums[5], inout("v30") sums[6], inout("v31") sums[7],
                 out("v0") _, out("v1") _, out("v2") _, out("v3") _, out("v8") _, out("v9") _, out("v10") _, out("v11") _,
@@ -112,36 +140,82 @@ fn matvec_b1_neon(steps: Steps<'_, 4>, x: Activations<'_>) -> [i32; 64] {
                 out("v19") _, out("v20") _, out("v21") _, out("v22") _, out("v23") _, out("v24") _, out("v25") _,
                 out("v26") _, options(raw, readonly, nostack));
         }
-    })
-    .map(|sum| 2 * (sum + constant) - x.sum())
+    }
+    sums
 }
 
-/// `Σ base · hi + lo` over the groups of 64 rows, 32 rows at a time, which share the tables while these are in registers.
-///
-/// `add(w, tables, n, sums)` adds `n` steps, not none and no more than [`FLUSH`], of the 32 rows that start at `w` to the 16-bit
-/// sums of 16 rows and the next 16: low parts of 8 rows and 8 more, then high parts.
+/// [`bitnet_kernel::Kernels::matvec_grouped`] of formats with tables: sums of a group become floats in registers.
 #[target_feature(enable = "neon")]
-#[inline]
-fn sums_of<const BLOCKS: usize, const BASE: i16>(
-    steps: Steps<'_, BLOCKS>,
-    x: Activations<'_>,
-    add: impl Fn(*const u8, *const Block, usize, &mut [int16x8_t; 8]),
-) -> [i32; 64] {
-    let (tables, _) = x.tables().as_chunks::<4>();
-    assert_eq!(tables.len(), steps.len());
-    let mut y = [0; 64];
-    for (steps, tables) in steps.chunks(FLUSH).zip(tables.chunks(FLUSH)) {
-        for (half, y) in y.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-            let mut sums = [vdupq_n_s16(0); 8];
-            // SAFETY: the second half of a block begins within it.
-            let w = unsafe { steps.as_ptr().cast::<u8>().add(32 * half) };
-            add(w, tables.as_flattened().as_ptr(), steps.len(), &mut sums);
-            for (sums, y) in sums.as_chunks::<4>().0.iter().zip(y.as_chunks_mut::<16>().0) {
-                add_wide::<BASE>(sums, y);
+pub(crate) fn matvec_grouped(w: Matrix<'_>, x: Activations<'_>, y: &mut [f32]) {
+    for (tile, y) in y.chunks_mut(64).enumerate() {
+        let mut sums = [vdupq_n_f32(0.0); 16];
+        for (g, (panel, scales)) in w.panels(tile).enumerate() {
+            match w.format() {
+                Format::B1G => add_b1g_neon(panel.blocks().as_chunks().0, x.group(g), scales, &mut sums),
+                _ => add_tlg_neon(panel.blocks().as_chunks().0, x.group(g), scales, &mut sums),
             }
         }
+        let mut floats = [0.0; 64];
+        for (floats, &sums) in floats.as_chunks_mut::<4>().0.iter_mut().zip(&sums) {
+            // SAFETY: 4 floats are 16 bytes.
+            unsafe { vst1q_f32(floats.as_mut_ptr(), sums) };
+        }
+        y.copy_from_slice(&floats[..y.len()]);
     }
-    y
+}
+
+/// Adds a group's products of 64 rows, scaled, to `y`.
+#[target_feature(enable = "neon")]
+#[inline(never)]
+fn add_tlg_neon(steps: Steps<'_, 5>, x: Activations<'_>, scales: &[[u8; 2]], y: &mut [float32x4_t; 16]) {
+    let constant = vdupq_n_s32(constant(steps.len()));
+    add_group::<5, TL_BASE>(steps, x, scales, y, |sum| vaddq_s32(sum, constant));
+}
+
+/// The same of signs.
+#[target_feature(enable = "neon")]
+#[inline(never)]
+fn add_b1g_neon(steps: Steps<'_, 4>, x: Activations<'_>, scales: &[[u8; 2]], y: &mut [float32x4_t; 16]) {
+    let constant = vdupq_n_s32(2 * constant(steps.len()) - x.sum());
+    add_group::<4, B1_BASE>(steps, x, scales, y, |sum| vaddq_s32(vaddq_s32(sum, sum), constant));
+}
+
+/// `y += product(Σ base · hi + lo) · scale`, in the order of [`bitnet_kernel::float::add_scaled`].
+#[target_feature(enable = "neon")]
+#[inline]
+fn add_group<const BLOCKS: usize, const BASE: i16>(
+    steps: Steps<'_, BLOCKS>,
+    x: Activations<'_>,
+    scales: &[[u8; 2]],
+    y: &mut [float32x4_t; 16],
+    product: impl Fn(int32x4_t) -> int32x4_t,
+) {
+    let (scales, _) = scales.as_chunks::<8>();
+    for half in 0..2 {
+        let sums = sums_of_half(steps, x.tables().as_chunks().0, half);
+        for i in 0..4 {
+            // Rows 8 i to 8 i + 7 of this half.
+            let (lo, hi) = (sums[i / 2 * 4 + i % 2], sums[i / 2 * 4 + 2 + i % 2]);
+            let low = vmlal_n_s16(vmovl_s16(vget_low_s16(lo)), vget_low_s16(hi), BASE);
+            let high = vmlal_high_n_s16(vmovl_high_s16(lo), hi, BASE);
+            // SAFETY: 8 scales are 16 bytes.
+            let bits = unsafe { vld1q_u16(scales[4 * half + i].as_ptr().cast()) };
+            let y = &mut y[8 * half + 2 * i..][..2];
+            y[0] = vaddq_f32(y[0], vmulq_f32(vcvtq_f32_s32(product(low)), f16_to_f32(vget_low_u16(bits))));
+            y[1] = vaddq_f32(y[1], vmulq_f32(vcvtq_f32_s32(product(high)), f16_to_f32(vget_high_u16(bits))));
+        }
+    }
+}
+
+/// [`bitnet_kernel::float::f16_to_f32`] of four.
+#[target_feature(enable = "neon")]
+#[inline]
+fn f16_to_f32(bits: uint16x4_t) -> float32x4_t {
+    let bias = vdupq_n_f32(f32::from_bits((127 + 112) << 23));
+    let sign = vshll_n_u16::<16>(vand_u16(bits, vdup_n_u16(0x8000)));
+    let magnitude = vshll_n_u16::<13>(vand_u16(bits, vdup_n_u16(0x7fff)));
+    let magnitude = vreinterpretq_u32_f32(vmulq_f32(vreinterpretq_f32_u32(magnitude), bias));
+    vreinterpretq_f32_u32(vorrq_u32(magnitude, sign))
 }
 
 /// Empties 16-bit sums of 16 rows into `y`.

@@ -8,7 +8,7 @@
 #![allow(clippy::needless_range_loop, reason = "one index for several arrays of registers")]
 
 use crate::apart::{self, SUMMED};
-use crate::lanes;
+use crate::{lanes, panel};
 use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
 use core::arch::aarch64::*;
 
@@ -46,6 +46,13 @@ impl Kernels for Neon {
                 _ => panic!("{} is not multiplied by this method", w.format().name()),
             }
         }
+    }
+    fn matmat_grouped(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
+        assert_eq!(y.len(), w.rows() * x.tokens().len());
+        x.assert_fit(&w);
+        y.fill(0.0);
+        // SAFETY: as above.
+        unsafe { panel::grouped_one_by_one(self, w, x.tokens(), y) }
     }
     fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
         // SAFETY: as above.

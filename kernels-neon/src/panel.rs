@@ -6,8 +6,9 @@
 //!
 //! Unpacking costs 20 to 40 operations for 256 weights, as much as two to four tokens: fewer than [`Tile::FEW`] tokens are
 //! multiplied one by one.
+use crate::lanes;
 use bitnet_kernel::tables::TL_WEIGHTS;
-use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix, float};
+use bitnet_kernel::{Activations, Batch, Block, Format, Geometry, Kernels, Matrix, float};
 use core::arch::aarch64::*;
 
 /// 16 columns of 8 rows, or of 8 tokens. The first block is of the first 4 of them.
@@ -116,8 +117,13 @@ fn one_by_one<T: Tile>(k: &T, w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut
 }
 
 /// Group by group, likewise.
-fn grouped_one_by_one<T: Tile>(k: &T, w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [f32]) {
+#[target_feature(enable = "neon")]
+pub(crate) fn grouped_one_by_one(k: &dyn Kernels, w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [f32]) {
     let rows = w.rows();
+    if w.format().base().geometry() == Geometry::Lanes {
+        tokens.iter().zip(y.chunks_exact_mut(rows.max(1))).for_each(|(x, y)| lanes::matvec_grouped(w, *x, y));
+        return;
+    }
     let mut sums = [0; ROWS];
     for (tile, first) in (0..rows).step_by(ROWS).enumerate() {
         let here = first..rows.min(first + ROWS);
