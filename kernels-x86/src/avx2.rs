@@ -18,6 +18,7 @@
 
 use crate::cpu::Features;
 use crate::float;
+use crate::rows;
 use crate::tiles::{self, Lanes, Planes};
 use bitnet_kernel::float::Cache;
 use bitnet_kernel::tables::{B1_BASE, TL_BASE, TL_WEIGHTS};
@@ -61,6 +62,14 @@ impl Kernels for Avx2 {
         x.assert_fit(&w);
         // SAFETY: `self` exists, so the CPU has AVX2.
         unsafe { products(w, x.tokens(), y) }
+    }
+    fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { rows::dot_rows(w, rows, x, y) }
+    }
+    fn sum_rows(&self, w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { rows::sum_rows(w, rows, x, y) }
     }
     fn matvec_f16(&self, w: Matrix<'_>, x: &[f32], y: &mut [f32]) {
         // SAFETY: `self` exists, so the CPU has AVX2 and F16C.
@@ -113,7 +122,7 @@ pub(crate) fn load_twice<T: Bytes, const N: usize>(bytes: &[T; N], at: usize) ->
 
 /// Asks for the cache line `bytes` after `block`, into the second level.
 #[inline(always)]
-fn prefetch(block: &Block, bytes: usize) {
+pub(crate) fn prefetch(block: &Block, bytes: usize) {
     let p = block.0.as_ptr().wrapping_add(bytes).cast();
     // SAFETY: a prefetch reads nothing that the program sees and never faults; the address need not exist.
     unsafe { _mm_prefetch::<_MM_HINT_T1>(p) }
@@ -132,7 +141,7 @@ pub(crate) fn lanes(v: __m256i) -> [i32; 8] {
 /// The sums of four vectors' lanes: 3 horizontal additions in place of four trees.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn sums(v: [__m256i; 4]) -> [i32; 4] {
+pub(crate) fn sums(v: [__m256i; 4]) -> [i32; 4] {
     let q = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
     let [a, b, c, d, e, f, g, h] = lanes(q);
     [a + e, b + f, c + g, d + h]
@@ -141,14 +150,14 @@ fn sums(v: [__m256i; 4]) -> [i32; 4] {
 /// Adds the pairs of 16-bit lanes to 32-bit sums.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn add_pairs(total: __m256i, pairs: __m256i) -> __m256i {
+pub(crate) fn add_pairs(total: __m256i, pairs: __m256i) -> __m256i {
     _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
 /// `acc + codes · x`, in pairs: unsigned bytes times signed bytes.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn add_products(acc: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+pub(crate) fn add_products(acc: __m256i, codes: __m256i, x: __m256i) -> __m256i {
     _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x))
 }
 
@@ -202,7 +211,7 @@ fn by_count<const ROWS: usize>(
 /// One lane of `vpmaddubsw` is two products: at weight 4 from `-2·8·128 = -2048` to `2·8·127 = 2032`. A step adds two planes
 /// of two halves, so 4 steps stay within `-32768..=32512`. At weight 1 it is a quarter of that, and the sum of both after the
 /// division by 4 at most 16384 in magnitude. All sums at weight 4 are multiples of 4, so the shift is exact.
-const T2_FLUSH: usize = 4;
+pub(crate) const T2_FLUSH: usize = 4;
 const T2_PREFETCH: usize = 2048;
 
 /// The dot products of 4 rows.

@@ -5,6 +5,7 @@ use crate::avx2::{prepare_b1_avx2, prepare_tl_balanced_avx2};
 use crate::avx512::{by_tokens, lanes, load, load_four_times, opaque, prefetch, sums_less};
 use crate::cpu::Features;
 use crate::float;
+use crate::rows;
 use crate::tiles::{self, Lanes, Planes};
 use bitnet_kernel::float::Cache;
 use bitnet_kernel::tables::{B1_BASE, TL_BASE};
@@ -48,6 +49,14 @@ impl Kernels for Bw {
         x.assert_fit(&w);
         // SAFETY: `self` exists, so the CPU has these features.
         unsafe { products(w, x.tokens(), y) }
+    }
+    fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { rows::dot_rows(w, rows, x, y) }
+    }
+    fn sum_rows(&self, w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { rows::sum_rows(w, rows, x, y) }
     }
     fn matvec_f16(&self, w: Matrix<'_>, x: &[f32], y: &mut [f32]) {
         // SAFETY: `self` exists, so the CPU has these features.
