@@ -4,11 +4,14 @@
 //! counter has run out and waits for those who joined. Nobody waits for a worker that sleeps or that the system has given no
 //! core: it finds the job closed. So a job costs the others nothing but one exchange each, and allocates nothing.
 //!
-//! Tried and lost, on two cores that other work kept busy (`cargo bench -p bitnet-tests --bench dispatch` measures this pool):
-//! rayon took 0.14 microseconds for an empty job where this takes 0.06, the worker asleep in either; a token of a 2B model
-//! took it 78 ms where this took 69 (best tenth of 36 of each, taken in turn); and it allocated now and then. A spin without
-//! an offer of the core to others: a worker that was woken on its caller's core kept that from its caller, 105 microseconds
-//! for an empty job in place of 5. A barrier at the end of a job, for workers that sleep too, costs a wake-up each.
+//! Against rayon, on two cores that other work kept busy the whole time, so that these figures say little about a machine
+//! with free cores: an empty job took 0.06 microseconds and rayon 0.14, by the caller alone in either. A token of a 2B model
+//! took 69 ms and rayon 78, but one thread 71 and pinned threads 93 (best tenth of 36 of each, taken in turn): within the
+//! noise. What decided is that rayon allocates now and then and this does not. `cargo bench -p bitnet-tests --bench dispatch`
+//! measures this pool.
+//!
+//! Tried and lost: a spin that does not offer the core to others. A worker that was woken on its caller's core kept it from
+//! its caller: 105 microseconds for an empty job after a pause of 300, and 5 with the offer.
 use super::{Parallel, Serial, cpus};
 use alloc::boxed::Box;
 use alloc::format;
@@ -328,8 +331,7 @@ struct Patience {
 }
 
 impl Patience {
-    /// The longest spin. Between two jobs of a pass the caller works alone for 5 to 40 microseconds in the models measured;
-    /// to be woken from sleep takes about 50.
+    /// The longest spin: an estimate of what the caller does alone between two jobs of a pass, not yet tuned by measurement.
     const SPIN: Duration = Duration::from_micros(100);
     /// Looks before the core is offered to others, about a microsecond's worth.
     const LOOKS: u32 = 32;
