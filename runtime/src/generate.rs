@@ -84,7 +84,7 @@ impl<'m> Session<'m> {
         self.pending = None;
         self.state.truncate(common);
         self.history.truncate(common);
-        self.model.prefill(&mut self.state, &tokens[common..])?;
+        self.model.prefill_for(&mut self.state, &tokens[common..], self.sampler.need())?;
         self.history.extend_from_slice(&tokens[common..]);
         Ok(tokens.len() - common)
     }
@@ -116,7 +116,7 @@ impl<'m> Session<'m> {
                 if self.state.remaining() == 0 {
                     break Finish::Context;
                 }
-                self.model.step(&mut self.state, token)?;
+                self.model.step_for(&mut self.state, token, self.sampler.need())?;
                 self.history.push(token);
                 self.pending = None;
             }

@@ -87,6 +87,7 @@ impl Plan {
                 + batch * scratch.tables
                 + 2 * blocks::<f32>(batch * scratch.projected)
                 + blocks::<f32>(batch * c.head_dim as usize)
+                + blocks::<f32>(coarse_len(c))
                 + blocks::<f32>(padded_rows(c.vocab as usize)),
             sampler: sampler_blocks(c.vocab),
         }
@@ -133,6 +134,11 @@ impl Sizes {
 /// Blocks of a sampler's scores and candidates.
 pub(crate) const fn sampler_blocks(vocab: u32) -> usize {
     blocks::<f32>(vocab as usize) + blocks::<u32>(vocab as usize)
+}
+
+/// A sum and a bound for each row of a head in two planes.
+pub(crate) const fn coarse_len(c: &Config) -> usize {
+    if c.split_head { 2 * padded_rows(c.vocab as usize) } else { 0 }
 }
 
 /// Rows rounded up to whole units of an image, so that every unit's results have a place of their own.

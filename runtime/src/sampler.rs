@@ -1,6 +1,7 @@
 //! From logits to a token. The same seed gives the same tokens on every machine.
 use crate::error::Error;
 use crate::memory::{Arena, sampler_blocks};
+use crate::model::Need;
 use bitnet_kernel::Block;
 use libm::expf;
 
@@ -27,6 +28,20 @@ impl Sampling {
     /// The best token, always.
     pub const GREEDY: Self =
         Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 };
+
+    /// The logits that decide: the same token is chosen if all others are minus infinity.
+    ///
+    /// One token without a temperature, `top_k` with one: top-p and min-p look at nothing but what top-k kept, and tokens that
+    /// tie with the last of these are needed too. All without top-k, since every token then has its share of the
+    /// probability, and with a penalty, which can put one of the best behind any other.
+    pub fn need(&self) -> Need {
+        match self {
+            _ if self.repetition_penalty != 1.0 => Need::All,
+            _ if self.temperature <= 0.0 => Need::Best(1),
+            _ if self.top_k > 0 => Need::Best(self.top_k),
+            _ => Need::All,
+        }
+    }
 }
 
 /// Chooses tokens in memory of [`crate::Plan::sampler`] blocks.
@@ -49,6 +64,11 @@ impl<'m> Sampler<'m> {
         let (scores, candidates) = (arena.take(vocab), arena.take(vocab));
         arena.finish();
         Ok(Self { sampling, random: sampling.seed, scores, candidates })
+    }
+
+    /// The logits that [`Sampler::sample`] needs.
+    pub fn need(&self) -> Need {
+        self.sampling.need()
     }
 
     /// Chooses one token. `history` are the tokens so far, for the repetition penalty.

@@ -21,6 +21,7 @@ const CONFIG: Config = Config {
     qk_norms: false,
     linear_norm_eps: None,
     tied: true,
+    split_head: false,
     formats: 1 << Format::TL as u8,
 };
 const LIMITS: Limits = Limits { context: 64, batch: 1, kv: KvFormat::F16 };
@@ -51,6 +52,15 @@ fn memory_grows_with_the_batch_and_the_formats() {
     assert!(plan(8, tl) > 2 * plan(1, tl));
     assert_eq!(plan(1, tl) - plan(1, t2), Format::TL.table_blocks(6_912));
     assert_eq!(plan(1, tl | b1), plan(1, tl), "one table serves one format at a time");
+}
+
+/// A sum and a bound for each row, whole units.
+#[test]
+fn a_head_in_two_planes_needs_eight_bytes_a_token() {
+    let plan = |split_head, vocab| Plan::new(&Config { split_head, vocab, ..CONFIG }, &LIMITS).scratch * Block::BYTES;
+    for (vocab, padded) in [(128_256, 128_256), (65, 128)] {
+        assert_eq!(plan(true, vocab) - plan(false, vocab), 8 * padded);
+    }
 }
 
 #[test]

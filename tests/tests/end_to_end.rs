@@ -392,6 +392,7 @@ fn odd_shapes_give_one_result_in_every_way() {
         qk_norms: false,
         linear_norm_eps: Some(1e-6),
         tied: false,
+        split_head: false,
         formats: 0,
     };
     let plain = Config {
@@ -401,6 +402,7 @@ fn odd_shapes_give_one_result_in_every_way() {
         qk_norms: true,
         linear_norm_eps: None,
         tied: true,
+        split_head: false,
         ..config
     };
     let tokens: Vec<u32> = (0..20).map(|i| i * 13 % 70).collect();

@@ -5,7 +5,7 @@ use super::{HEADER_BYTES_MAX, MAGIC, MemoryPlan, PREFIX_BYTES, TOKENIZER_BYTES_M
 use crate::error::{Foreign, ImageError};
 use crate::memory::Plan;
 use crate::source::Extent;
-use bitnet_kernel::Block;
+use bitnet_kernel::{Block, Format};
 use zerocopy::FromBytes;
 
 /// A header that was checked: every section lies inside the file, has the size that its shape needs, and is what the
@@ -111,7 +111,10 @@ impl<'a> Image<'a> {
                 return Err(ImageError::SectionCount { expected, found });
             };
             check_record(index, record, &expected, &mut end)?;
-            if !matches!(expected.kind, Kind::Embedding | Kind::Head)
+            if config.split_head && expected.kind == Kind::Head && record.encoding != Format::I4 as u8 {
+                return Err(ImageError::Section { index, expected: Kind::Head, field: "encoding" });
+            }
+            if !matches!(expected.kind, Kind::Embedding | Kind::Head | Kind::HeadLow)
                 && let Some(tensor) = record.tensor()
             {
                 formats |= 1 << tensor.format as u8;
@@ -158,13 +161,13 @@ impl<'a> Image<'a> {
     pub const fn file_bytes(&self) -> u64 {
         self.file_bytes
     }
-    /// The head's matrix.
+    /// The head's matrix; its high plane if it is in two.
     ///
     /// # Panics
-    /// Never: the check put it last.
+    /// Never: the check found it.
     pub fn head(&self) -> Tensor {
-        let last = self.sections.0.last().and_then(Record::tensor);
-        last.expect("the last section is the head")
+        let head = self.sections.find(Kind::Head, None).and_then(Record::tensor);
+        head.expect("a checked image has a head")
     }
     /// Where the tokenizer lies, and its length in bytes.
     pub fn tokenizer(&self) -> Option<(Extent, usize)> {

@@ -6,6 +6,7 @@
 mod check;
 mod header;
 mod section;
+pub mod split;
 
 pub use check::Image;
 pub use header::{Header, HeaderError, MemoryPlan, Provenance, StopIds, Text, encode_prefix};

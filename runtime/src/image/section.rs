@@ -70,8 +70,14 @@ pub enum Kind {
     /// `[head_dim]`, one for all key heads.
     KeyNorm = 49,
     FinalNorm = 64,
-    /// `[vocab, hidden]`.
+    /// `[vocab, hidden]`; the high plane if [`Config::split_head`].
     Head = 65,
+    /// The columns that are in neither plane, if [`Config::split_head`].
+    HeadColumns = 66,
+    /// What each row has there, and its scale and bound.
+    HeadApart = 67,
+    /// The low plane.
+    HeadLow = 68,
 }
 
 impl Kind {
@@ -103,6 +109,9 @@ impl Kind {
             Self::KeyNorm => "key_norm",
             Self::FinalNorm => "final_norm",
             Self::Head => "head",
+            Self::HeadColumns => "head_columns",
+            Self::HeadApart => "head_apart",
+            Self::HeadLow => "head_low",
         }
     }
     /// The kind of the norm that this linear applies to its input.
@@ -124,7 +133,8 @@ impl Kind {
     /// Whether a section of this kind may be encoded so.
     pub const fn allows(self, encoding: Encoding) -> bool {
         match self {
-            Self::Tokenizer => matches!(encoding, Encoding::Bytes),
+            Self::Tokenizer | Self::HeadApart => matches!(encoding, Encoding::Bytes),
+            Self::HeadLow => matches!(encoding, Encoding::Matrix(Format::I4)),
             Self::Embedding | Self::Head => {
                 matches!(encoding, Encoding::Matrix(f) if f.is_grouped() || matches!(f, Format::I4 | Format::I8 | Format::F16))
             }
@@ -214,7 +224,15 @@ pub fn expected_sections(c: &Config) -> impl Iterator<Item = Section> + use<> {
     let embedding = (!c.tied).then(|| once(Kind::Embedding, c.vocab, c.hidden));
     let start = [once(Kind::RopeFrequencies, 1, c.head_dim / 2)].into_iter().chain(embedding);
     let layers = (0..c.layers).flat_map(move |layer| layer_sections(&c, layer));
-    start.chain(layers).chain([once(Kind::FinalNorm, 1, c.hidden), once(Kind::Head, c.vocab, c.hidden)])
+    let end = [
+        once(Kind::FinalNorm, 1, c.hidden),
+        once(Kind::HeadColumns, 1, super::split::COLUMNS as u32),
+        once(Kind::Head, c.vocab, c.hidden),
+        once(Kind::HeadApart, 1, super::split::apart_bytes(c.vocab)),
+        once(Kind::HeadLow, c.vocab, c.hidden),
+    ];
+    let split = |kind| matches!(kind, Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow);
+    start.chain(layers).chain(end.into_iter().filter(move |s| c.split_head || !split(s.kind)))
 }
 
 /// One layer's sections in execution order.

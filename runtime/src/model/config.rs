@@ -36,6 +36,8 @@ pub struct Config {
     pub linear_norm_eps: Option<f32>,
     /// Whether the head's matrix is the embedding too.
     pub tied: bool,
+    /// Whether the head is in two planes, of which the second is read for some rows only (see [`crate::image::split`]).
+    pub split_head: bool,
     /// The union of the linears' formats: bit `f` for the format with tag `f`. Sizes the tables in the plan.
     pub formats: u16,
 }

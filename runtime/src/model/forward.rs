@@ -1,4 +1,5 @@
 //! One pass: a batch of tokens through the model, top to bottom.
+use super::head::{HeadInput, Need};
 use super::linear::{Output, Quantized};
 use super::weights::Linear;
 use super::{Activation, Model, State, ops};
@@ -22,6 +23,14 @@ impl Model<'_> {
         self.prefill(state, &[token])
     }
 
+    /// [`Model::step`] for a caller that needs but some of the logits.
+    ///
+    /// # Errors
+    /// As [`Model::prefill`].
+    pub fn step_for(&mut self, state: &mut State<'_>, token: u32, need: Need) -> Result<&[f32], Error> {
+        self.prefill_for(state, &[token], need)
+    }
+
     /// Advances the conversation by `tokens`, several in one pass over the weights, and returns the logits after the last.
     ///
     /// The logits are those of one [`Model::step`] a token, bit for bit. After an error the state is as it was before.
@@ -32,9 +41,20 @@ impl Model<'_> {
     /// # Panics
     /// If there is no token.
     pub fn prefill(&mut self, state: &mut State<'_>, tokens: &[u32]) -> Result<&[f32], Error> {
-        assert!(!tokens.is_empty(), "a pass needs at least one token");
+        self.prefill_for(state, tokens, Need::All)
+    }
+
+    /// [`Model::prefill`] for a caller that needs but some of the logits: those it needs are the same.
+    ///
+    /// # Errors
+    /// As [`Model::prefill`].
+    ///
+    /// # Panics
+    /// If there is no token, or no logit is needed.
+    pub fn prefill_for(&mut self, state: &mut State<'_>, tokens: &[u32], need: Need) -> Result<&[f32], Error> {
+        assert!(!tokens.is_empty() && need != Need::Best(0), "a pass needs at least one token and one result");
         self.passes(state, tokens, &mut |model, tokens, last| {
-            if last { model.head(tokens - 1) } else { Ok(()) }
+            if last { model.head(tokens - 1, need) } else { Ok(()) }
         })?;
         Ok(self.logits())
     }
@@ -52,7 +72,7 @@ impl Model<'_> {
         let mut done = 0;
         self.passes(state, tokens, &mut |model, tokens, _| {
             for t in 0..tokens {
-                model.head(t)?;
+                model.head(t, Need::All)?;
                 each(done + t, model.logits());
             }
             done += tokens;
@@ -184,8 +204,8 @@ impl Model<'_> {
         Ok(())
     }
 
-    /// The logits of token `t` of the batch.
-    fn head(&mut self, t: usize) -> Result<(), Error> {
+    /// The logits of token `t` of the batch, those at least that are needed.
+    fn head(&mut self, t: usize, need: Need) -> Result<(), Error> {
         let (c, tensor) = (self.config, self.weights.head());
         let (hidden, stride) = (c.hidden as usize, self.quantized_stride());
         let weight = ops::floats(self.machine.source.fetch(self.weights.final_norm())?);
@@ -202,6 +222,10 @@ impl Model<'_> {
         }
         let q = &mut s.quantized[..stride];
         let scale = self.machine.kernels.quantize(norm, q).ok_or(Error::NotFinite { layer: c.layers })?;
+        if let Some(head) = self.weights.split_head() {
+            let input = HeadInput { values: q, scale, coarse: s.coarse };
+            return Ok(self.machine.split_head(&head, input, need, s.logits, &mut self.head_stats)?);
+        }
         let x = Quantized { values: q, stride, scales: &[scale], tables: s.tables };
         let mut out = Output { rows: s.logits, stride: 0, first: 0, units: s.units };
         self.machine.linear(&[tensor], x, &mut out)?;
@@ -227,6 +251,11 @@ impl Model<'_> {
                 let scale = bitnet_kernel::float::f16_to_f32(bits);
                 x.iter_mut().for_each(|x| *x *= scale);
             }
+        }
+        if self.config.tied
+            && let Some(head) = self.weights.split_head()
+        {
+            return Ok(self.machine.split_embedding(&head, token, x)?);
         }
         if let Some((extent, i)) = scale {
             let scale = ops::floats(source.fetch(extent)?)[i];

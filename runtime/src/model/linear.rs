@@ -34,6 +34,9 @@ pub(super) struct Output<'a> {
 /// Computes one unit: the tensor, the unit's number, its blocks, and its results, `[tokens][UNIT_ROWS]`.
 type UnitTask<'a> = &'a (dyn Fn(&Tensor, u32, &[Block], &mut [f32]) + Sync);
 
+/// Computes one part of a section: its number, its blocks, and its results.
+type BlocksTask<'a> = &'a (dyn Fn(u32, &[Block], &mut [f32]) + Sync);
+
 impl Machine<'_> {
     /// Multiplies `tensors`, which all have the same columns, with int8 activations.
     pub(super) fn linear(
@@ -91,17 +94,37 @@ impl Machine<'_> {
     }
 
     /// Runs `task` for every unit of the tensors, which lie in the image in this order. `y` has `[units][tokens][UNIT_ROWS]`.
-    fn run(&mut self, tensors: &[Tensor], tokens: usize, y: &mut [f32], task: UnitTask<'_>) -> Result<(), SourceError> {
-        let unit_len = tokens * UNIT_ROWS;
-        let count = tensors.iter().map(Tensor::units).sum::<u32>();
+    pub(super) fn run(
+        &mut self,
+        tensors: &[Tensor],
+        tokens: usize,
+        y: &mut [f32],
+        task: UnitTask<'_>,
+    ) -> Result<(), SourceError> {
+        let extent = |i| {
+            let (tensor, u) = locate(tensors, i);
+            tensor.unit(u)
+        };
+        self.run_units(tensors.iter().map(Tensor::units).sum(), &extent, tokens * UNIT_ROWS, y, &|i, blocks, y| {
+            let (tensor, u) = locate(tensors, i);
+            task(tensor, u, blocks, y);
+        })
+    }
+
+    /// Runs `task(i, its blocks, its part of y)` for the units 0 to `count`, which lie where `extent` says, one after another
+    /// in the image. `y` has `[count][unit_len]`.
+    pub(super) fn run_units(
+        &mut self,
+        count: u32,
+        extent: &(dyn Fn(u32) -> Extent + Sync),
+        unit_len: usize,
+        y: &mut [f32],
+        task: BlocksTask<'_>,
+    ) -> Result<(), SourceError> {
         debug_assert_eq!(y.len(), count as usize * unit_len);
         let mut first = 0;
         while first < count {
             // As many units as the source lends at once: all of them if the image is mapped.
-            let extent = |i| {
-                let (tensor, u) = locate(tensors, i);
-                tensor.unit(u)
-            };
             let start = extent(first).start;
             let fits = |i: &u32| extent(*i).end() - start <= self.source.piece_blocks();
             let end = (first + 1..count).take_while(fits).last().unwrap_or(first) + 1;
@@ -113,9 +136,8 @@ impl Machine<'_> {
             let chunk = if threads == 1 { end - first } else { (end - first).div_ceil(4 * threads) };
             self.parallel.for_each_chunk(y, chunk as usize * unit_len, &|i, y| {
                 for (unit, y) in (first + i as u32 * chunk..).zip(y.chunks_exact_mut(unit_len)) {
-                    let (tensor, u) = locate(tensors, unit);
-                    let Extent { start: at, blocks } = tensor.unit(u);
-                    task(tensor, u, &piece[(at - start) as usize..][..blocks as usize], y);
+                    let Extent { start: at, blocks } = extent(unit);
+                    task(unit, &piece[(at - start) as usize..][..blocks as usize], y);
                 }
             });
             first = end;

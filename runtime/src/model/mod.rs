@@ -1,20 +1,23 @@
 //! The model: fixed configuration, fixed memory, one pass for each batch of tokens.
 //!
 //! [`config`](Config) says what the model is, [`state`](State) is one conversation, `weights` finds the matrices of a
-//! layer, `linear` multiplies them, `forward` is the whole pass, and `ops` are the floats between the matrices.
+//! layer, `linear` multiplies them, `head` does so in two stages where the head is in two planes, `forward` is the whole pass,
+//! and `ops` are the floats between the matrices.
 mod config;
 mod forward;
+mod head;
 mod linear;
 mod ops;
 mod state;
 mod weights;
 
 pub use config::{Activation, Config, Rope};
+pub use head::{HeadStats, Need};
 pub use state::State;
 
 use crate::error::Error;
 use crate::image::Image;
-use crate::memory::{Arena, Limits, Plan, Sizes, padded_rows};
+use crate::memory::{Arena, Limits, Plan, Sizes, coarse_len, padded_rows};
 use crate::parallel::Parallel;
 use crate::source::WeightSource;
 use bitnet_kernel::{Block, Kernels};
@@ -28,6 +31,7 @@ pub struct Model<'m> {
     weights: Weights<'m>,
     machine: Machine<'m>,
     scratch: Scratch<'m>,
+    head_stats: HeadStats,
 }
 
 /// What computes, and what it reads.
@@ -55,6 +59,8 @@ struct Scratch<'m> {
     units: &'m mut [f32],
     /// Cosines and sines of a position's angles, `[head_dim / 2]` each.
     rotation: &'m mut [f32],
+    /// What the first stage of a head in two planes says of every row; empty for other heads.
+    coarse: &'m mut [f32],
     /// `[vocab]`, of one token, padded to whole units.
     logits: &'m mut [f32],
 }
@@ -86,11 +92,12 @@ impl<'m> Model<'m> {
             projected: arena.take(batch * sizes.projected),
             units: arena.take(batch * sizes.projected),
             rotation: arena.take(batch * config.head_dim as usize),
+            coarse: arena.take(coarse_len(&config)),
             logits: arena.take(padded_rows(config.vocab as usize)),
         };
         arena.finish();
         let machine = Machine { kernels, parallel, source };
-        Ok(Self { config, limits, weights: Weights::new(image), machine, scratch })
+        Ok(Self { config, limits, weights: Weights::new(image), machine, scratch, head_stats: HeadStats::default() })
     }
 
     /// The model's shape.
@@ -100,6 +107,10 @@ impl<'m> Model<'m> {
     /// The limits it was made with.
     pub const fn limits(&self) -> &Limits {
         &self.limits
+    }
+    /// What the two stages of the head have read since the model was made.
+    pub const fn head_stats(&self) -> HeadStats {
+        self.head_stats
     }
     /// The logits of the last position that was computed, `[vocab]`.
     pub fn logits(&self) -> &[f32] {

@@ -1,5 +1,6 @@
 //! Finds the sections of a layer in a checked image.
 use super::Config;
+use super::head::SplitHead;
 use crate::image::{Image, Kind, Record, Tensor};
 use crate::source::Extent;
 
@@ -11,6 +12,8 @@ pub(super) struct Weights<'m> {
     /// Index of the first layer's first section, and sections in a layer.
     first: usize,
     per_layer: usize,
+    /// Sections after the last layer.
+    last: usize,
 }
 
 /// One linear, with the norm of its input if it has one.
@@ -25,8 +28,9 @@ impl<'m> Weights<'m> {
         let config: &Config = &image.header().config;
         let records = &image.sections().records()[usize::from(image.tokenizer().is_some())..];
         let first = if config.tied { 1 } else { 2 };
-        let per_layer = (records.len() - first - 2) / config.layers as usize;
-        Self { records, first, per_layer }
+        let last = if config.split_head { 5 } else { 2 };
+        let per_layer = (records.len() - first - last) / config.layers as usize;
+        Self { records, first, per_layer, last }
     }
     /// The angles a position turns by.
     pub(super) const fn rope_frequencies(&self) -> Extent {
@@ -36,11 +40,28 @@ impl<'m> Weights<'m> {
     pub(super) fn embedding(&self) -> Tensor {
         if self.first == 2 { tensor(&self.records[1]) } else { self.head() }
     }
-    pub(super) fn final_norm(&self) -> Extent {
-        self.records[self.records.len() - 2].extent()
+    /// The sections after the last layer.
+    fn end(&self) -> &'m [Record] {
+        &self.records[self.records.len() - self.last..]
     }
+    pub(super) fn final_norm(&self) -> Extent {
+        self.end()[0].extent()
+    }
+    /// The head's matrix; its high plane if it is in two.
     pub(super) fn head(&self) -> Tensor {
-        tensor(&self.records[self.records.len() - 1])
+        tensor(&self.end()[if self.last == 2 { 1 } else { 2 }])
+    }
+    /// The head in two planes, if it is.
+    pub(super) fn split_head(&self) -> Option<SplitHead> {
+        match self.end() {
+            [_, columns, high, apart, low] => Some(SplitHead {
+                columns: columns.extent(),
+                high: tensor(high),
+                apart: apart.extent(),
+                low: tensor(low),
+            }),
+            _ => None,
+        }
     }
     /// The sections of one layer.
     pub(super) fn layer(&self, layer: u32) -> Layer<'m> {

@@ -6,10 +6,12 @@ use crate::Error;
 use crate::encode::{encode, encode_f16, encode_grouped};
 use crate::pack::{Options, PROGRAM_BYTES};
 use crate::report::{LayerBits, Progress, Report, SectionReport};
+use crate::split;
 use crate::verify::{Opened, verify_with};
 use crate::write::{BUFFER_BYTES, ImageWriter, Layout, Parts};
-use bitnet_kernel::{Block, Format};
+use bitnet_kernel::{Block, Format, Matrix};
 use bitnet_runtime::Config;
+use bitnet_runtime::image::split::{Apart, Columns, ROW_BYTES, norm};
 use bitnet_runtime::image::{Encoding, Kind, Section, StopIds, UNIT_ROWS, expected_sections};
 use bitnet_runtime::model::{Activation, Rope};
 use half::f16;
@@ -66,6 +68,7 @@ impl Preset {
             qk_norms: false,
             linear_norm_eps: None,
             tied: true,
+            split_head: false,
             formats: 1 << Format::TL as u8,
         };
         let llama = Config { activation: Activation::Silu, sub_norms: false, ..bitnet };
@@ -112,7 +115,7 @@ pub fn dummy(
     progress: &mut dyn Progress,
 ) -> Result<Report, Error> {
     options.check()?;
-    let config = Config { formats: 1 << options.format as u8, ..shape.config };
+    let config = Config { formats: 1 << options.format as u8, split_head: options.split_head, ..shape.config };
     config.check().map_err(|e| Error::Options(e.to_string()))?;
     let limits = options.limits(&config)?;
     let parts = Parts {
@@ -133,7 +136,12 @@ pub fn dummy(
     let mut writer = ImageWriter::create(output, parts, layout)?;
     let mut maker = Maker { writer: &mut writer, progress, random: Random(seed), pools: Vec::new() };
     for section in expected_sections(&config) {
-        maker.section(&section, options.encoding(section.kind), shape.theta)?;
+        match section.kind {
+            Kind::Head | Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow if config.split_head => {
+                maker.split_head(section.kind, &config)?;
+            }
+            _ => maker.section(&section, options.encoding(section.kind), shape.theta)?,
+        }
     }
     drop(maker);
     let finished = writer.finish()?;
@@ -200,6 +208,18 @@ struct Pool {
     rows: usize,
     cols: usize,
     units: Vec<Vec<Block>>,
+}
+
+impl Pool {
+    /// Of each unit, the norms of its rows.
+    fn norms(&self) -> Vec<Vec<u16>> {
+        let of = |unit: &Vec<Block>| {
+            let w = Matrix::new(self.format, self.rows, self.cols, unit).expect("a unit");
+            let row = |r| (0..self.cols).map(|c| w.weight(r, c)).collect::<Vec<_>>();
+            (0..self.rows).map(|r| norm(&row(r)) as u16).collect()
+        };
+        self.units.iter().map(of).collect()
+    }
 }
 
 /// Units in a pool: 6 MiB of them, within 4 and 64.
@@ -269,6 +289,47 @@ impl Maker<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A section of a head in two planes. Both take their units from one pool; the low plane in an order that what comes
+    /// before it knows.
+    fn split_head(&mut self, kind: Kind, config: &Config) -> Result<(), Error> {
+        self.progress.section(kind.name());
+        self.writer.begin(1.0)?;
+        let (vocab, cols) = (config.vocab as usize, config.hidden as usize);
+        let (format, scale) = (split::FORMAT, scale(Format::I8, cols));
+        let columns = Columns::new(core::array::from_fn(|i| i.min(cols) as u32));
+        if kind == Kind::HeadColumns {
+            put(self.writer, self.progress, columns.to_floats().as_bytes())?;
+            return self.writer.end();
+        }
+        let full = self.pool(format, UNIT_ROWS.min(vocab), cols, scale);
+        let last = self.pool(format, vocab % UNIT_ROWS, cols, scale);
+        let norms =
+            if kind == Kind::HeadApart { [full, last].map(|pool| self.pools[pool].norms()) } else { [vec![], vec![]] };
+        for first in (0..vocab).step_by(UNIT_ROWS) {
+            let rows = UNIT_ROWS.min(vocab - first);
+            let (pool, norms) = if rows == UNIT_ROWS { (full, &norms[0]) } else { (last, &norms[1]) };
+            let units = &self.pools[pool].units;
+            let low = first / UNIT_ROWS * 7 % units.len();
+            let scales: [f32; UNIT_ROWS] = core::array::from_fn(|r| {
+                let mut random = Random((first + r) as u64);
+                if r < rows { scale * (0.5 + random.fraction()) } else { 0.0 }
+            });
+            if kind == Kind::HeadApart {
+                let mut bytes = [[0; ROW_BYTES]; UNIT_ROWS];
+                for ((bytes, &scale), &norm) in bytes.iter_mut().zip(&scales).zip(&norms[low]) {
+                    let weights = core::array::from_fn(|_| self.random.within(-127, 127));
+                    *bytes = Apart { scale, norm, step: 1, weights }.to_bytes();
+                }
+                put(self.writer, self.progress, bytes.as_flattened())?;
+            } else {
+                let unit = if kind == Kind::HeadLow { low } else { self.random.below(units.len()) };
+                put(self.writer, self.progress, units[unit].as_bytes())?;
+                put(self.writer, self.progress, scales[..rows.next_multiple_of(16)].as_bytes())?;
+            }
+        }
+        self.writer.end()
     }
 
     /// The pool of this shape, made when it is first asked for.

@@ -13,6 +13,7 @@ pub mod inspect;
 pub mod pack;
 pub mod quantize;
 pub mod report;
+pub mod split;
 pub mod tokenizer;
 pub mod verify;
 pub mod write;

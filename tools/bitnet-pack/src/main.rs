@@ -86,10 +86,11 @@ struct Formats {
     /// columns become tlg128, or b1g128 if no weight is zero.
     #[arg(long, default_value = "i8", value_parser = format(&["i8", "i4", "i4g128"]))]
     dense: Format,
-    /// Format of the head, which scores the tokens.
-    #[arg(long, default_value = "i8", value_parser = format(&["i8", "i4", "f16", "i4g128", "tlg128", "b1g128"]))]
-    head: Format,
-    /// Format of the embedding, in models where the head is not the embedding too [default: as the head].
+    /// Format of the head, which scores the tokens. two-stage has 8 bits in two planes, and reads the second for the few
+    /// tokens only that can be the best: the same tokens with half the bytes.
+    #[arg(long, default_value = "i8", value_parser = PossibleValuesParser::new(["i8", "i4", "f16", "i4g128", "tlg128", "b1g128", TWO_STAGE]))]
+    head: String,
+    /// Format of the embedding, in models where the head is not the embedding too [default: as the head, i8 for two-stage].
     #[arg(long, value_parser = format(&["i8", "i4", "f16", "i4g128", "tlg128", "b1g128"]))]
     embedding: Option<Format>,
     /// The model's name in the image [default: the directory's].
@@ -167,6 +168,9 @@ struct Dummy {
     plan: PlanOptions,
 }
 
+/// A head in two planes.
+const TWO_STAGE: &str = "two-stage";
+
 fn format(names: &'static [&'static str]) -> impl TypedValueParser<Value = Format> {
     let named = |name: String| Format::ALL.into_iter().find(|f| f.name() == name).expect("all are formats");
     PossibleValuesParser::new(names.iter().copied()).map(named)
@@ -192,7 +196,9 @@ fn kv_format(name: &str) -> KvFormat {
 fn options(formats: Formats, plan: PlanOptions) -> Options {
     let Formats { format, dense, head, embedding, name } = formats;
     let PlanOptions { context, batch, kv } = plan;
-    Options { format, dense, head, embedding, name, context, batch, kv, ..Options::default() }
+    let split_head = head == TWO_STAGE;
+    let head = Format::ALL.into_iter().find(|f| f.name() == head).unwrap_or(Format::I8);
+    Options { format, dense, head, split_head, embedding, name, context, batch, kv, ..Options::default() }
 }
 
 /// A bar on a terminal; elsewhere only the lines.

@@ -4,10 +4,12 @@ use crate::checkpoint::{Checkpoint, Dtype, Naming, TensorInfo};
 use crate::encode::{encode, encode_f16, encode_grouped};
 use crate::quantize::{self, Absmean, Distance, MagnitudeSum};
 use crate::report::{LayerBits, Progress, Report, SectionReport, planned_bits};
+use crate::split::{self, Energy, Plane};
 use crate::verify::{Opened, verify_with};
 use crate::write::{BUFFER_BYTES, Finished, ImageWriter, Layout, Parts};
 use crate::{Error, tokenizer};
 use bitnet_kernel::{Block, Format};
+use bitnet_runtime::image::split::{Columns, ROW_BYTES};
 use bitnet_runtime::image::{Encoding, Kind, Section, UNIT_ROWS};
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::{Config, Limits};
@@ -24,6 +26,8 @@ pub struct Options {
     pub dense: Format,
     /// The head's format.
     pub head: Format,
+    /// Whether the head is in two planes; its format then counts for an embedding of its own only.
+    pub split_head: bool,
     /// The embedding's format, where it is not the head; the head's if `None`.
     pub embedding: Option<Format>,
     /// How I2_S tensors of GGUF files are read: [`Dtype::I2_S`] or [`Dtype::I2_S_64`].
@@ -46,6 +50,7 @@ impl Default for Options {
             format: Format::TL,
             dense: Format::I8,
             head: Format::I8,
+            split_head: false,
             embedding: None,
             i2s: Dtype::I2_S,
             tokenizer: None,
@@ -61,7 +66,9 @@ impl Options {
     /// The encoding of a section.
     pub(crate) fn encoding(&self, kind: Kind) -> Encoding {
         let encoding = match kind {
-            Kind::Head => Encoding::Matrix(self.head),
+            Kind::Head if !self.split_head => Encoding::Matrix(self.head),
+            Kind::Head | Kind::HeadLow => Encoding::Matrix(split::FORMAT),
+            Kind::HeadApart => Encoding::Bytes,
             Kind::Embedding => Encoding::Matrix(self.embedding.unwrap_or(self.head)),
             _ if kind.is_linear() => Encoding::Matrix(self.format),
             Kind::Tokenizer => Encoding::Bytes,
@@ -134,6 +141,7 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
     options.check_source()?;
     let checkpoint = Checkpoint::open(source, options.i2s)?;
     let mut table = checkpoint.table()?;
+    table.config.split_head = options.split_head;
     let limits = options.limits(&table.config)?;
     let bound = sections::bind(&checkpoint, &mut table, options, progress)?;
     let peak_bytes = peak(&checkpoint, &bound, options)?;
@@ -165,7 +173,8 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
         writer.end()?;
         written = 1;
     }
-    let mut packer = Packer { checkpoint: &checkpoint, writer: &mut writer, progress, buffers: Buffers::default() };
+    let (buffers, columns) = (Buffers::default(), None);
+    let mut packer = Packer { checkpoint: &checkpoint, writer: &mut writer, progress, buffers, columns };
     for (bound, report) in bound.iter().zip(&mut reports[written..]) {
         packer.section(bound, report)?;
     }
@@ -198,7 +207,8 @@ fn check_written(finished: &Finished, bound: &[Bound], progress: &mut dyn Progre
     let planned = bound.iter().filter_map(|Bound { section, encoding, .. }| match *encoding {
         Encoding::Matrix(format) => {
             let (rows, cols) = (section.rows.into(), section.cols.into());
-            Some((section.layer, rows * cols, planned_bits(format, rows, cols)))
+            let weights = if section.kind == Kind::HeadLow { 0 } else { rows * cols };
+            Some((section.layer, weights, planned_bits(format, rows, cols)))
         }
         _ => None,
     });
@@ -256,11 +266,17 @@ struct Sizes {
 
 impl Sizes {
     fn of(Bound { section, source, encoding }: &Bound) -> Self {
-        let rows = UNIT_ROWS.min(section.rows as usize);
-        let cols = section.cols as usize;
+        // What is made of the rows of a matrix without being one takes what its planes take.
+        let (rows, cols, encoding) = match (section.kind, source) {
+            (Kind::HeadColumns | Kind::HeadApart, Source::Rows(t)) => {
+                (t.shape[0] as usize, t.shape[1] as usize, Encoding::Matrix(split::FORMAT))
+            }
+            _ => (section.rows as usize, section.cols as usize, *encoding),
+        };
+        let rows = UNIT_ROWS.min(rows);
         let (elements, bytes) = source.tensor().map_or((1, 0), |t| t.dtype.block());
         let raw = |n: usize| n.div_ceil(elements as usize) * bytes as usize;
-        let Encoding::Matrix(format) = *encoding else {
+        let Encoding::Matrix(format) = encoding else {
             return Self { raw: raw(cols), floats: cols, ..Self::default() };
         };
         let padded = rows * format.padded_cols(cols);
@@ -331,11 +347,22 @@ fn units<'a>(tensor: &'a TensorInfo, format: Format, section: &Section) -> impl 
     })
 }
 
+/// The units of a head in two planes.
+fn rows_of(tensor: &TensorInfo) -> impl Iterator<Item = Unit<'_>> {
+    let shape = (tensor.shape[0] as usize, tensor.shape[1] as usize);
+    (0..shape.0).step_by(UNIT_ROWS).map(move |first| {
+        let rows = UNIT_ROWS.min(shape.0 - first);
+        Unit { tensor, format: split::FORMAT, shape, first, rows }
+    })
+}
+
 struct Packer<'a> {
     checkpoint: &'a Checkpoint,
     writer: &'a mut ImageWriter,
     progress: &'a mut dyn Progress,
     buffers: Buffers,
+    /// The columns apart of a head in two planes, once they are chosen.
+    columns: Option<Columns>,
 }
 
 impl Packer<'_> {
@@ -363,6 +390,13 @@ impl Packer<'_> {
                 }
             }
             (Source::Masters(tensor), Encoding::Matrix(format)) => self.masters(tensor, format, section, report)?,
+            (Source::Rows(tensor), Encoding::Vector) => self.columns(tensor)?,
+            (Source::Rows(tensor), _) if matches!(section.kind, Kind::HeadApart | Kind::HeadLow) => {
+                self.split_head(tensor, section.kind)?;
+            }
+            (Source::Rows(tensor), _) if section.kind == Kind::Head && self.columns.is_some() => {
+                self.split_head(tensor, section.kind)?;
+            }
             (Source::Ternary(tensor, magnitude, beside), Encoding::Matrix(format)) => {
                 let multiplier = magnitude * beside;
                 self.begin_ternary(format, multiplier, report)?;
@@ -396,6 +430,51 @@ impl Packer<'_> {
         }
         self.writer.put(bytes)?;
         self.progress.advance(bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Chooses the columns apart of a head in two planes, and writes them.
+    fn columns(&mut self, tensor: &TensorInfo) -> Result<(), Error> {
+        let mut floats = core::mem::take(&mut self.buffers.floats);
+        let mut energy = Energy::new(tensor.shape[1] as usize);
+        for unit in rows_of(tensor) {
+            let values = fit(&mut floats, unit.rows * unit.shape.1, 0.0);
+            self.read_floats(&unit, values)?;
+            energy.add(values);
+        }
+        self.buffers.floats = floats;
+        let columns = energy.columns();
+        self.columns = Some(columns);
+        self.vector(&columns.to_floats())
+    }
+
+    /// One plane of a head in two, or what is apart of it.
+    fn split_head(&mut self, tensor: &TensorInfo, kind: Kind) -> Result<(), Error> {
+        let columns = self.columns.expect("the columns come first");
+        self.writer.begin(1.0)?;
+        for unit in rows_of(tensor) {
+            let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
+            let mut floats = core::mem::take(&mut self.buffers.floats);
+            let values = fit(&mut floats, unit.rows * cols, 0.0);
+            self.read_floats(&unit, values)?;
+            let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
+            let (mut scales, mut apart) = ([0.0; UNIT_ROWS], [[0; ROW_BYTES]; UNIT_ROWS]);
+            let rows = values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride));
+            for ((values, codes), (scale, bytes)) in rows.zip(scales.iter_mut().zip(&mut apart)) {
+                let (codes, padding) = codes.split_at_mut(cols);
+                padding.fill(0);
+                let row = split::row(values, &columns, codes);
+                (*scale, *bytes) = (row.scale, row.to_bytes());
+                split::plane(codes, if kind == Kind::Head { Plane::High } else { Plane::Low });
+            }
+            self.buffers.floats = floats;
+            if kind == Kind::HeadApart {
+                self.put(apart.as_flattened())?;
+            } else {
+                self.put_codes(&unit)?;
+                self.put_scales(&unit, &scales[..unit.rows])?;
+            }
+        }
         Ok(())
     }
 

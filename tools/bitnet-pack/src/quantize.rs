@@ -136,18 +136,18 @@ impl Distance {
 }
 
 /// Rounds half to even, `|x| < 2^22`: adding 1.5 · 2^23 leaves no bits for a fraction.
-fn round(x: f32) -> f32 {
+pub(crate) fn round(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0;
     (x + MAGIC) - MAGIC
 }
 
 /// The largest magnitude of a row; NaN if there is one.
-fn magnitude(row: &[f32]) -> f32 {
+pub(crate) fn magnitude(row: &[f32]) -> f32 {
     row.iter().fold(0.0f32, |max, v| if v.abs() <= max { max } else { v.abs() })
 }
 
 /// Rows whose largest weight is below this are zero: their scale's reciprocal would overflow.
-const NOTHING: f32 = 1e-30;
+pub(crate) const NOTHING: f32 = 1e-30;
 
 /// int8 with one scale: `absmax / 127`. Returns the scale, which is zero for a row of zeros.
 pub fn row_i8(row: &[f32], into: &mut [i8]) -> f32 {

@@ -71,9 +71,10 @@ impl SectionReport {
             error: None,
         })
     }
-    /// Weights of a matrix.
+    /// Weights of a matrix. A head in two planes has them in both, and they count in the first.
     pub const fn weights(&self) -> u64 {
         match self.encoding {
+            _ if matches!(self.kind, Kind::HeadLow) => 0,
             Encoding::Matrix(_) => self.rows as u64 * self.cols as u64,
             _ => 0,
         }
@@ -90,7 +91,7 @@ impl SectionReport {
 
 /// The kind with this tag.
 pub(crate) fn kind(tag: u8) -> Option<Kind> {
-    const ALL: [Kind; 25] = [
+    const ALL: [Kind; 28] = [
         Kind::Tokenizer,
         Kind::RopeFrequencies,
         Kind::Embedding,
@@ -116,6 +117,9 @@ pub(crate) fn kind(tag: u8) -> Option<Kind> {
         Kind::KeyNorm,
         Kind::FinalNorm,
         Kind::Head,
+        Kind::HeadColumns,
+        Kind::HeadApart,
+        Kind::HeadLow,
     ];
     ALL.into_iter().find(|&k| k as u8 == tag)
 }
@@ -148,7 +152,9 @@ impl LayerBits {
     /// What a section table holds.
     pub fn of(image: &Image<'_>) -> Vec<Self> {
         let sections = image.sections().records().iter().filter_map(SectionReport::of);
-        Self::sum(sections.filter(|s| s.weights() > 0).map(|s| (s.layer, s.weights(), s.bytes * 8)))
+        Self::sum(
+            sections.filter(|s| matches!(s.encoding, Encoding::Matrix(_))).map(|s| (s.layer, s.weights(), s.bytes * 8)),
+        )
     }
     /// Bits a weight.
     pub fn average(&self) -> f64 {

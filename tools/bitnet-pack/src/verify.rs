@@ -2,10 +2,11 @@
 use crate::Error;
 use crate::files::Input;
 use crate::report::{Progress, SectionReport};
-use bitnet_kernel::{Block, Format};
+use bitnet_kernel::{Block, Format, Matrix};
 use bitnet_runtime::Image;
 use bitnet_runtime::error::ImageError;
-use bitnet_runtime::image::{Encoding, HEADER_BYTES_MAX, PREFIX_BYTES, Record, UNIT_ROWS};
+use bitnet_runtime::image::split::{self, Apart, Columns, ROW_BYTES, norm};
+use bitnet_runtime::image::{Encoding, HEADER_BYTES_MAX, Kind, PREFIX_BYTES, Record, UNIT_ROWS};
 use kitoken::Kitoken;
 use std::path::Path;
 use xxhash_rust::xxh3::Xxh3Default;
@@ -140,6 +141,7 @@ impl Verifier<'_> {
         match report.encoding {
             Encoding::Matrix(_) => self.matrix(record, &report),
             Encoding::Vector => self.vector(record, &report),
+            Encoding::Bytes if report.kind == Kind::HeadApart => self.split_head(image, record),
             Encoding::Bytes => self.tokenizer(image),
         }
     }
@@ -183,6 +185,45 @@ impl Verifier<'_> {
         Ok(())
     }
 
+    /// What is apart of a head in two planes: the scales are those of both planes, and no norm is less than it says, on which
+    /// the second stage relies.
+    fn split_head(&mut self, image: &Image<'_>, record: &Record) -> Result<(), Error> {
+        let section = |kind| image.sections().find(kind, None).expect("the section is beside this one");
+        let floats =
+            |blocks: &[Block]| <[f32]>::ref_from_bytes(blocks.as_bytes()).expect("a block is 16 floats").to_vec();
+        let at = |start: u32| u64::from(start) * Block::BYTES as u64;
+        let columns = section(Kind::HeadColumns).extent();
+        let columns = Columns::from_floats(&floats(self.read(at(columns.start), columns.blocks as usize)?));
+        let planes = [Kind::Head, Kind::HeadLow].map(|kind| section(kind).tensor().expect("a plane"));
+        for u in 0..planes[0].units() {
+            let rows = planes[0].unit_rows(u);
+            let offset = at(record.start.get()) + u64::from(u) * (split::UNIT_BLOCKS * Block::BYTES) as u64;
+            let bytes = self.read(offset, split::UNIT_BLOCKS)?.as_bytes().to_vec();
+            let mut scales = Vec::new();
+            let mut norms = Vec::new();
+            for tensor in planes {
+                let blocks = self.read(at(tensor.unit(u).start), tensor.unit(u).blocks as usize)?;
+                let (weights, row_scales) = blocks.split_at(tensor.weight_blocks(rows));
+                scales.push(floats(row_scales));
+                let w = Matrix::new(tensor.format, rows, tensor.cols as usize, weights).expect("a unit");
+                norms = (0..rows).map(|r| low_norm(&w, r, &columns)).collect();
+            }
+            for (r, bytes) in bytes.as_chunks().0.iter().enumerate() {
+                let row = Apart::from_bytes(bytes);
+                let what = match r < rows {
+                    true if scales.iter().any(|s| s[r].to_bits() != row.scale.to_bits()) => "its scales differ",
+                    true if u32::from(row.norm) < norms[r] => "its bound is too low",
+                    true if bytes[7] == 0 => continue,
+                    false if bytes.iter().all(|&b| b == 0) => continue,
+                    _ => "padding that is not zero",
+                };
+                let what = format!("head_apart: row {}: {what}", u as usize * UNIT_ROWS + r);
+                return Err(self.opened.damaged(offset + (r * ROW_BYTES) as u64, what));
+            }
+        }
+        Ok(())
+    }
+
     fn tokenizer(&mut self, image: &Image<'_>) -> Result<(), Error> {
         let (extent, bytes) = image.tokenizer().expect("it has one");
         let offset = u64::from(extent.start) * Block::BYTES as u64;
@@ -195,6 +236,13 @@ impl Verifier<'_> {
         loaded.map_err(|e| self.opened.damaged(offset, format!("the tokenizer does not load: {e}")))?;
         Ok(())
     }
+}
+
+/// The norm of row `r` without the columns apart.
+fn low_norm(w: &Matrix<'_>, r: usize, columns: &Columns) -> u32 {
+    let mut row: Vec<i8> = (0..w.cols()).map(|c| w.weight(r, c)).collect();
+    let _ = columns.take(&mut row);
+    norm(&row)
 }
 
 fn name(report: &SectionReport) -> String {

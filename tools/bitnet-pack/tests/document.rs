@@ -140,9 +140,15 @@ fn the_worked_example() {
     }
     assert_eq!(r.varint("context"), 4);
     assert_eq!(r.f32("norm_eps"), 1e-5);
-    for (what, value) in
-        [("activation", 0), ("rope", 0), ("sub_norms", 0), ("qk_norms", 0), ("linear_norm_eps: option", 0), ("tied", 1)]
-    {
+    for (what, value) in [
+        ("activation", 0),
+        ("rope", 0),
+        ("sub_norms", 0),
+        ("qk_norms", 0),
+        ("linear_norm_eps: option", 0),
+        ("tied", 1),
+        ("split_head", 0),
+    ] {
         assert_eq!(r.varint(what), value, "{what}");
     }
     assert_eq!(r.varint("formats"), 1 << 3);

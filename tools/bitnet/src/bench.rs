@@ -3,6 +3,7 @@ use crate::open::{ModelArgs, Opened, mib, with_model};
 use crate::{output, system};
 use bitnet_kernel::Block;
 use bitnet_runtime::image::Kind;
+use bitnet_runtime::model::{HeadStats, Need};
 use bitnet_runtime::parallel::Tuned;
 use bitnet_runtime::{Image, Model, State};
 use serde::Serialize;
@@ -18,6 +19,10 @@ pub(crate) struct Args {
     /// Tokens to decode.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     tokens: u32,
+    /// Compute the logits of the best so many tokens only, as choosing among them needs; 0: all. Matters to images with a
+    /// two-stage head: 1 is what --temperature 0 does, 40 what `run` does by default.
+    #[arg(long, default_value_t = 0)]
+    best: u32,
     /// Times each is measured.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repetitions: u32,
@@ -35,6 +40,8 @@ struct Report {
     decode_range: [f64; 2],
     /// Bytes of weights and of the cache that decoding one token reads.
     bytes_per_token: u64,
+    /// Rows of the second plane of a two-stage head that were read for a token; absent for other heads and with --best 0.
+    head_rows: Option<f64>,
     /// What as many threads read from memory in this run, at most.
     read_gb_per_s: f64,
     /// Bytes that decoding read a second, as a share of that. Above 1 if the caches hold the model.
@@ -60,11 +67,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     let Report { prefill_range: [p0, p1], decode_range: [d0, d1], .. } = report;
     let peak = report.peak_rss_bytes.map_or("unknown".to_owned(), mib);
+    let head = report
+        .head_rows
+        .map_or(String::new(), |rows| format!("head       {rows:.1} rows of the second plane a token\n"));
     Ok(output::write(&format!(
         "backend    {}\n\
          threads    {}\n\
          prefill    {:.2} tokens/s ({p0:.2} to {p1:.2}), {} tokens\n\
          decode     {:.2} tokens/s ({d0:.2} to {d1:.2}), {} tokens, median of {}\n\
+{head}\
          reads      {} a token, {read:.2} GB/s: {:.0} % of the {:.2} GB/s that this memory gives\n\
          RAM        {} planned, {peak} used at most\n",
         report.backend,
@@ -93,21 +104,24 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let vocab = model.config().vocab;
     // Any tokens do: the time does not depend on them.
     let prompt: Vec<u32> = (0..prompt_tokens).map(|i| (u64::from(i) * 7_919 % u64::from(vocab)) as u32).collect();
+    let need = if args.best == 0 { Need::All } else { Need::Best(args.best) };
     // Once for nothing: caches, pages, clocks. And on until the numbers of threads are settled, a while at most.
     let start = Instant::now();
     while {
-        repetition(&mut model, &mut state, &prompt, tokens.min(SETTLING_TOKENS))?;
+        repetition(&mut model, &mut state, &prompt, tokens.min(SETTLING_TOKENS), need)?;
         !settled(threads) && start.elapsed() < SETTLING
     } {}
+    let before = model.head_stats();
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     for _ in 0..args.repetitions {
-        let (p, d) = repetition(&mut model, &mut state, &prompt, tokens)?;
+        let (p, d) = repetition(&mut model, &mut state, &prompt, tokens, need)?;
         prefill.push(p);
         decode.push(d);
     }
+    let (head_rows, unread) = head_rows(&image, before, model.head_stats());
     let ((prefill_tokens_per_s, prefill_range), (decode_tokens_per_s, decode_range)) =
         (median(prefill), median(decode));
-    let bytes_per_token = weight_bytes_per_token(&image) + kv_bytes;
+    let bytes_per_token = weight_bytes_per_token(&image) + kv_bytes - unread;
     let peak_rss_bytes = system::peak_rss();
     let read_gb_per_s = system::read_bandwidth(threads.pool(), threads.decode().threads) / 1e9;
     Ok(Report {
@@ -116,6 +130,7 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
         decode_tokens_per_s,
         decode_range,
         bytes_per_token,
+        head_rows,
         read_gb_per_s,
         bandwidth_share: bytes_per_token as f64 * decode_tokens_per_s / 1e9 / read_gb_per_s,
         plan_bytes,
@@ -143,14 +158,20 @@ fn because(threads: &Tuned) -> String {
 }
 
 /// Tokens a second of one prefill and one decode.
-fn repetition(model: &mut Model<'_>, state: &mut State<'_>, prompt: &[u32], tokens: u32) -> anyhow::Result<(f64, f64)> {
+fn repetition(
+    model: &mut Model<'_>,
+    state: &mut State<'_>,
+    prompt: &[u32],
+    tokens: u32,
+    need: Need,
+) -> anyhow::Result<(f64, f64)> {
     state.truncate(0);
     let start = Instant::now();
-    model.prefill(state, prompt)?;
+    model.prefill_for(state, prompt, need)?;
     let prefill = prompt.len() as f64 / start.elapsed().as_secs_f64();
     let start = Instant::now();
     for i in 0..tokens {
-        model.step(state, i % model.config().vocab)?;
+        model.step_for(state, i % model.config().vocab, need)?;
     }
     Ok((prefill, f64::from(tokens) / start.elapsed().as_secs_f64()))
 }
@@ -166,6 +187,15 @@ fn weight_bytes_per_token(image: &Image<'_>) -> u64 {
     let unread = [Kind::Tokenizer as u8, Kind::Embedding as u8];
     let read = image.sections().records().iter().filter(|r| !unread.contains(&r.kind));
     read.map(|r| u64::from(r.blocks.get()) * Block::BYTES as u64).sum()
+}
+
+/// Rows of the low plane that one token read, and bytes of it that it did not.
+pub(crate) fn head_rows(image: &Image<'_>, before: HeadStats, after: HeadStats) -> (Option<f64>, u64) {
+    let tokens = after.tokens - before.tokens;
+    let Some(low) = image.sections().find(Kind::HeadLow, None).filter(|_| tokens > 0) else { return (None, 0) };
+    let rows = (after.rows - before.rows) as f64 / tokens as f64;
+    let unread = 1.0 - rows / f64::from(low.rows.get());
+    (Some(rows), (f64::from(low.blocks.get()) * Block::BYTES as f64 * unread) as u64)
 }
 
 /// Keys and values of one position.

@@ -1,9 +1,11 @@
 //! `bitnet run`: continue a prompt.
+use crate::bench::head_rows;
 use crate::open::{ModelArgs, Opened, Source, mib, with_model};
 use crate::sampling::SamplingArgs;
 use crate::{output, system};
 use anyhow::{Context as _, ensure};
 use bitnet_runtime::generate::{Event, Finish, Session, Until};
+use bitnet_runtime::model::HeadStats;
 use bitnet_runtime::parallel::Tuned;
 use bitnet_runtime::sampler::Sampler;
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
@@ -125,8 +127,12 @@ fn generate(args: &Args, prompt: &str, opened: Opened<'_>) -> anyhow::Result<()>
     }
     if args.stats {
         let speed = Speed { prompt: ids.len(), prefill, produced, decode };
+        let head = head_rows(&image, HeadStats::default(), session.model().head_stats());
         let mapped = if args.model.source == Source::Mapped { file_bytes } else { 0 };
         output::note(&stats(&speed, backend, threads, &planned, file_bytes, mapped));
+        if let (Some(rows), unread) = head {
+            output::note(&format!("head: {rows:.1} rows of the second plane a token, {} not read\n", mib(unread)));
+        }
     }
     Ok(())
 }

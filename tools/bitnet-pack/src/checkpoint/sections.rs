@@ -224,10 +224,10 @@ impl<'a> Binder<'a> {
         let names = names(self.naming, section, table.config.tied);
         match section.kind {
             Kind::RopeFrequencies => Ok(Source::Values(table.frequencies.clone())),
-            Kind::Embedding | Kind::Head => {
+            Kind::Embedding | Kind::Head | Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow => {
                 let tensor = self.find(&names)?;
                 self.expect_float(tensor)?;
-                self.expect_shape(tensor, &[rows, cols])?;
+                self.expect_shape(tensor, &[table.config.vocab.into(), table.config.hidden.into()])?;
                 Ok(Source::Rows(tensor.clone()))
             }
             Kind::Query | Kind::Key | Kind::Value | Kind::Output | Kind::Gate | Kind::Up | Kind::Down => {
@@ -350,7 +350,11 @@ const FACTORS: &str = "rope_freqs.weight";
 
 /// The names that a section's tensor may have.
 fn names(naming: Naming, section: &Section, tied: bool) -> Vec<String> {
-    let kind = if section.kind == Kind::Head && tied { Kind::Embedding } else { section.kind };
+    let kind = match section.kind {
+        Kind::Head | Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow if tied => Kind::Embedding,
+        Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow => Kind::Head,
+        kind => kind,
+    };
     let Some(layer) = section.layer else { return top(naming, kind) };
     match naming {
         Naming::HuggingFace => {

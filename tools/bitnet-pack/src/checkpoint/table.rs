@@ -361,6 +361,7 @@ fn shape(reader: &Reader<'_>, class: Class, linear_norm_eps: Option<f32>) -> Res
         qk_norms: class == Class::Qwen3,
         linear_norm_eps,
         tied: false,
+        split_head: false,
         formats: 1 << bitnet_kernel::Format::TL as u8,
     };
     config.check().map_err(|error| {
