@@ -1,7 +1,7 @@
 //! `cargo xtask`: the project's own commands, so that what CI does is code that anyone can run.
 //!
 //! In the order in which they are used: [`workspace`] finds the tree, [`matrix`] is the table of everything that is
-//! checked, [`setup`] installs what the chosen steps need, [`riscv`] is one of these needs, [`run`] runs them and counts, [`tidy`] holds the rules about
+//! checked, [`setup`] installs what the chosen steps need, [`riscv`] is one of these needs, [`run`] runs them and counts, [`bochs`] boots what needs a CPU that the machine may lack, [`tidy`] holds the rules about
 //! the tree itself, [`elf`] looks into finished programs, [`bench`] and [`arm`] say how fast the kernels are with what
 //! [`report`] has for both, and [`demo`] shows the project to a newcomer.
 #![forbid(unsafe_code)]
@@ -17,6 +17,7 @@ macro_rules! say {
 
 mod arm;
 mod bench;
+mod bochs;
 mod demo;
 mod elf;
 mod matrix;

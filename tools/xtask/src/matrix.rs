@@ -4,6 +4,7 @@
 
 use anyhow::{Result, bail};
 
+use crate::bochs;
 use crate::riscv::TARGET as RISCV;
 
 /// Something that has to be on the machine before a step can run.
@@ -21,6 +22,8 @@ pub(crate) enum Need {
     Llvm,
     /// What [`crate::riscv`] needs: a compiler, a linker and an emulator.
     Riscv,
+    /// What [`crate::bochs`] needs: an emulator, its firmware, a boot loader, and what makes a CD.
+    Bochs,
 }
 
 /// What a step does.
@@ -32,6 +35,8 @@ pub(crate) enum Action {
     Tests(Command),
     /// The rules of [`crate::tidy`].
     Tidy,
+    /// The kernels' conformance on a CPU of Bochs.
+    Bochs(crate::bochs::Cpu),
     /// Release builds of the two programs for a target, each checked to be one static file for that machine.
     Static { target: &'static str, machine: crate::elf::Machine },
 }
@@ -196,7 +201,12 @@ pub(crate) fn steps() -> Vec<Step> {
         let command = command(&format!("test --target {RISCV} {arguments}"));
         steps.push(step(name, &[Need::Riscv], Action::Tests(Command { toolchain: Toolchain::Riscv, ..command })));
     }
-    // (f) Builds that are not run here: bare metal, and the static programs that people install.
+    // (f) x86-64 with AVX-512 and without, under emulation.
+    for cpu in bochs::CPUS {
+        let needs = [Need::Target(bochs::TARGET), Need::Bochs];
+        steps.push(step(&format!("bochs/{}", cpu.backend), &needs, Action::Bochs(cpu)));
+    }
+    // (g) Builds that are not run here: bare metal, and the static programs that people install.
     for (name, arguments) in [
         ("bare/kernels", KERNEL_CRATES),
         ("bare/runtime", "-p bitnet-runtime"),

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::matrix::{Action, Command, Step, Toolchain};
 use crate::riscv::Way;
 use crate::workspace::{Workspace, cargo};
-use crate::{elf, riscv, tidy};
+use crate::{bochs, elf, riscv, tidy};
 
 /// How many checks passed and failed: tests count one by one, any other command counts as one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,6 +78,9 @@ fn describe(action: &Action) -> String {
             words.join(" ")
         }
         Action::Tidy => "cargo xtask tidy".to_owned(),
+        Action::Bochs(cpu) => {
+            format!("cargo {}  # booted in Bochs as {}", bochs::build_arguments().join(" "), cpu.model)
+        }
         Action::Static { target, .. } => {
             format!("cargo {}  # and no dynamic linker in the two programs", static_build(target).join(" "))
         }
@@ -102,6 +105,7 @@ fn one(workspace: &Workspace, step: &Step) -> Result<Count> {
             let (passed, failed) = tidy::report(workspace)?;
             Ok(Count { passed, failed })
         }
+        Action::Bochs(cpu) => Ok(if bochs::run(workspace, *cpu)? { PASSED } else { FAILED }),
         Action::Static { target, machine } => static_programs(workspace, target, *machine),
     }
 }

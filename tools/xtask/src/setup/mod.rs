@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::matrix::{CPUS, Need};
-use crate::{arm, riscv};
+use crate::{arm, bochs, riscv};
 
 /// Makes sure of everything in `needs`. What cannot be installed is named, with what to do by hand.
 pub(crate) fn ensure<'a>(needs: impl IntoIterator<Item = &'a Need>) -> Result<()> {
@@ -45,6 +45,11 @@ fn present(need: Need) -> bool {
             let programs = ["riscv64-linux-gnu-gcc", "qemu-riscv64"];
             (sysroot_has(riscv::TARGET) || riscv::debian())
                 && programs.iter().all(|name| output(Command::new(name).arg("--version")).is_some())
+        }
+        Need::Bochs => {
+            output(Command::new("bochs").args(["--help", "cpu"])).is_some()
+                && output(Command::new("xorriso").arg("--version")).is_some()
+                && bochs::FILES.iter().all(|path| Path::new(path).is_file())
         }
     }
 }
@@ -132,6 +137,7 @@ fn package_names(missing: &[Need]) -> Vec<&'static str> {
         Need::Qemu => vec!["qemu-user"],
         Need::Linker => vec!["gcc", "libc6-dev"],
         Need::Llvm => vec!["llvm-22"],
+        Need::Bochs => bochs::PACKAGES.to_vec(),
         // rustup was asked before this. What it brought need not come from Debian.
         Need::Riscv if sysroot_has(riscv::TARGET) => [&["qemu-user"][..], &riscv::LINKER_PACKAGES].concat(),
         Need::Riscv => [&["qemu-user"][..], &riscv::LINKER_PACKAGES, &riscv::COMPILER_PACKAGES].concat(),
@@ -223,6 +229,9 @@ fn by_hand(missing: &[Need]) -> String {
             }
             Need::Linker => "a C compiler named cc (Debian and Ubuntu: packages gcc and libc6-dev)".to_owned(),
             Need::Llvm => format!("{} and {} (Debian: package llvm-22)", arm::MCA, arm::OBJDUMP),
+            Need::Bochs => {
+                format!("Bochs with its firmware and a boot loader (Debian: packages {})", bochs::PACKAGES.join(", "))
+            }
             Need::Riscv => format!(
                 "the Rust target {0}: rustup target add {0}, or on Debian 12 the packages {1}; and {2} with qemu-user",
                 riscv::TARGET,

@@ -1,0 +1,184 @@
+//! AVX-512 where the CPU has none: the conformance suite as an image that Bochs boots, with the CPU models that it has.
+//!
+//! The image is `kernels-x86/bochs`. A Multiboot loader of Syslinux on a CD takes it to 2 MiB and starts it. What it writes to
+//! port 0xe9 is Bochs' standard output, and decides: Bochs' own exit status is 1 even when all went well.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::workspace::{Workspace, cargo};
+
+/// A CPU model of Bochs, and the backend that must be the best on it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cpu {
+    pub(crate) model: &'static str,
+    pub(crate) backend: &'static str,
+}
+
+/// One with VNNI and VBMI, one with BW alone, one without AVX-512.
+pub(crate) const CPUS: [Cpu; 3] = [
+    Cpu { model: "corei7_icelake_u", backend: "avx512-vnni" },
+    Cpu { model: "corei7_skylake_x", backend: "avx512-bw" },
+    Cpu { model: "broadwell_ult", backend: "avx2" },
+];
+
+/// The packages that bring the emulator, its firmware, the loader, and the program that makes a CD.
+pub(crate) const PACKAGES: [&str; 6] = ["bochs", "bochsbios", "vgabios", "isolinux", "syslinux-common", "xorriso"];
+/// The files among them.
+pub(crate) const FILES: [&str; 6] = [BIOS, VIDEO_BIOS, LOADER, MODULES[0], MODULES[1], MODULES[2]];
+
+const BIOS: &str = "/usr/share/bochs/BIOS-bochs-latest";
+const VIDEO_BIOS: &str = "/usr/share/vgabios/vgabios.bin";
+const LOADER: &str = "/usr/lib/ISOLINUX/isolinux.bin";
+const MODULES: [&str; 3] = [
+    "/usr/lib/syslinux/modules/bios/ldlinux.c32",
+    "/usr/lib/syslinux/modules/bios/libcom32.c32",
+    "/usr/lib/syslinux/modules/bios/mboot.c32",
+];
+
+/// A target whose code may use vector registers. (That of `x86_64-unknown-none` may not, and nothing of Linux is linked.)
+pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// A run takes about a minute on an idle machine.
+const PATIENCE: Duration = Duration::from_secs(1200);
+
+/// How the linker is told of the script.
+const SCRIPT: &str = "-Clink-arg=-Tkernels-x86/bochs/link.ld";
+
+/// The command that builds the image.
+pub(crate) fn build_arguments() -> Vec<String> {
+    // Relative to the root: cargo runs the compiler there.
+    let arguments = ["rustc", "--release", "-p", "bitnet-kernels-x86", "--bin", "conformance-image"]
+        .into_iter()
+        .chain(["--features", "image", "--target", TARGET, "--", "-Dwarnings", "-Clinker=rust-lld"])
+        .chain(["-Clinker-flavor=ld.lld", "-Crelocation-model=static"])
+        .chain(["-Clink-arg=-static", "-Clink-arg=--no-pie", "-Clink-arg=--oformat=binary", SCRIPT]);
+    arguments.map(str::to_owned).collect()
+}
+
+/// Builds the image and boots it on one CPU; the answer is whether its backend was the expected one and conforms.
+pub(crate) fn run(workspace: &Workspace, cpu: Cpu) -> Result<bool> {
+    if !cargo().args(build_arguments()).current_dir(&workspace.root).status()?.success() {
+        bail!("the image does not build");
+    }
+    let image = workspace.target.join(TARGET).join("release/conformance-image");
+    let folder = workspace.target.join("bochs").join(cpu.model);
+    make_cd(&image, &folder)?;
+    std::fs::write(folder.join("bochsrc"), configuration(cpu))?;
+    // The debugger, which Debian builds in, would wait for a command.
+    std::fs::write(folder.join("commands"), "c\n")?;
+    let transcript = folder.join("transcript");
+    let mut bochs = Command::new("bochs")
+        .args(["-q", "-f", "bochsrc", "-rc", "commands"])
+        .current_dir(&folder)
+        .stdin(Stdio::null())
+        .stdout(std::fs::File::create(&transcript)?)
+        .stderr(Stdio::null())
+        .spawn()
+        .context("starting bochs")?;
+    let ended = wait(&mut bochs)?;
+    let text = lines_of(&std::fs::read(&transcript)?);
+    text.iter().for_each(|line| say!("{line}"));
+    if !ended {
+        say!("error: not done after {} s", PATIENCE.as_secs());
+    }
+    Ok(ended && passed(&text, cpu))
+}
+
+/// Whether the image said all that it says when all is well.
+fn passed(lines: &[String], cpu: Cpu) -> bool {
+    lines.contains(&format!("{} conforms", cpu.backend)) && lines.last().is_some_and(|line| line == "EXIT 0")
+}
+
+/// What the image wrote, from its first line to its last: Bochs' banner and its debugger's words are before and after.
+fn lines_of(output: &[u8]) -> Vec<String> {
+    let text = String::from_utf8_lossy(output).replace('\0', "");
+    let mut lines: Vec<String> = text.lines().map(|line| line.trim_end().to_owned()).collect();
+    if let Some(last) = lines.iter().position(|line| line.starts_with("EXIT ")) {
+        lines.truncate(last + 1);
+    }
+    let first = lines.iter().position(|line| line.ends_with(" begins")).unwrap_or(0);
+    lines.split_off(first)
+}
+
+/// Waits for the end, or ends it; the answer is whether it ended by itself.
+fn wait(child: &mut Child) -> Result<bool> {
+    let start = Instant::now();
+    while start.elapsed() < PATIENCE {
+        if child.try_wait()?.is_some() {
+            return Ok(true);
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    child.kill()?;
+    child.wait()?;
+    Ok(false)
+}
+
+/// A CD that starts the image.
+fn make_cd(image: &Path, folder: &Path) -> Result<()> {
+    let tree = folder.join("cd");
+    let loader = tree.join("isolinux");
+    std::fs::create_dir_all(&loader)?;
+    let copy = |from: &Path, to: PathBuf| {
+        std::fs::copy(from, to).map(|_| ()).with_context(|| format!("copying {}", from.display()))
+    };
+    for file in [LOADER].into_iter().chain(MODULES) {
+        let file = Path::new(file);
+        copy(file, loader.join(file.file_name().context("a file has a name")?))?;
+    }
+    copy(image, tree.join("image.bin"))?;
+    let menu = "DEFAULT image\nPROMPT 0\nTIMEOUT 1\nLABEL image\n KERNEL mboot.c32\n APPEND /image.bin\n";
+    std::fs::write(loader.join("isolinux.cfg"), menu)?;
+    let output = Command::new("xorriso")
+        .args(["-as", "mkisofs", "-quiet", "-o", "cd.iso", "-b", "isolinux/isolinux.bin", "-c", "isolinux/boot.cat"])
+        .args(["-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", "cd"])
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .output()
+        .context("starting xorriso")?;
+    if !output.status.success() {
+        bail!("xorriso: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
+fn configuration(cpu: Cpu) -> String {
+    format!(
+        "display_library: rfb, options=\"timeout=0\"\n\
+         cpu: model={}, ignore_bad_msrs=1, count=1, ips=50000000, reset_on_triple_fault=0\n\
+         memory: guest=64, host=64\n\
+         romimage: file={BIOS}\n\
+         vgaromimage: file={VIDEO_BIOS}\n\
+         ata0-master: type=cdrom, path=cd.iso, status=inserted\n\
+         boot: cdrom\n\
+         port_e9_hack: enabled=1\n\
+         clock: sync=none\n\
+         log: bochs.log\n\
+         panic: action=fatal\n\
+         error: action=ignore\n\
+         info: action=report\n\
+         debug: action=ignore\n",
+        cpu.model
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_expected_backend_and_a_good_end_pass() {
+        let [cpu, ..] = CPUS;
+        let all = b"Bochs x86 Emulator\n(0) [0x0000fffffff0] f000:fff0\navx512-vnni begins\navx512-vnni conforms\nEXIT 0\n(0).[1]\n";
+        let lines = lines_of(all);
+        assert_eq!(lines, ["avx512-vnni begins", "avx512-vnni conforms", "EXIT 0"]);
+        assert!(passed(&lines, cpu));
+        assert!(!passed(&lines[..2], cpu), "it did not end");
+        assert!(!passed(&lines_of(b"avx2 begins\navx2 conforms\nEXIT 0\n"), cpu), "another backend");
+        assert!(!passed(&lines_of(b"avx512-vnni begins\navx512-vnni conforms\nEXIT 1\n"), cpu));
+        assert!(!passed(&lines_of(b""), cpu));
+    }
+}
