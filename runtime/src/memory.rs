@@ -136,9 +136,12 @@ pub(crate) const fn sampler_blocks(vocab: u32) -> usize {
     blocks::<f32>(vocab as usize) + blocks::<u32>(vocab as usize)
 }
 
-/// A sum and a bound for each row of a head in two planes.
+/// Values of each row that the first stage of a head in two planes keeps: a sum, an estimate and a bound.
+pub(crate) const COARSE_VALUES: usize = 3;
+
+/// Such values of all rows.
 pub(crate) const fn coarse_len(c: &Config) -> usize {
-    if c.split_head { 2 * padded_rows(c.vocab as usize) } else { 0 }
+    if c.split_head { COARSE_VALUES * padded_rows(c.vocab as usize) } else { 0 }
 }
 
 /// Rows rounded up to whole units of an image, so that every unit's results have a place of their own.

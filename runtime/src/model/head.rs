@@ -1,8 +1,8 @@
 //! The head in two stages: the high plane of all rows, the low plane of those that can be among the best.
 //!
 //! [`image::split`](crate::image::split) says what the planes are and what bounds the part of a sum that the low plane gives. A
-//! pass computes an upper bound of every logit from the high plane, takes the rows of the highest bounds, computes their
-//! logits, and has in the k-th best of these a threshold that the true k-th best cannot be below. It then computes every
+//! pass computes an estimate and an upper bound of every logit from the high plane, takes the rows of the highest estimates,
+//! computes their logits, and has in the k-th best of these a threshold that the true k-th best cannot be below. It then computes every
 //! row whose bound reaches the threshold, ties included; no other row can be among the k best. Their logits are, bit for
 //! bit, those that [`Machine::split_head_all`] computes: the integer sum is the same and so is the multiplication after it.
 //! The logits of the rest are minus infinity.
@@ -13,6 +13,7 @@ use super::{Machine, ops::floats};
 use crate::error::SourceError;
 use crate::image::split::{Apart, COLUMNS, Columns, ROW_BYTES, apart_unit, norm};
 use crate::image::{Tensor, UNIT_ROWS};
+use crate::memory::COARSE_VALUES;
 use crate::source::Extent;
 use bitnet_kernel::format::decode;
 use bitnet_kernel::{Activations, Block, Format, Kernels, Matrix};
@@ -59,8 +60,8 @@ pub(super) struct HeadInput<'a> {
     pub values: &'a mut [i8],
     /// What they were multiplied by.
     pub scale: f32,
-    /// Room for what the high plane says, `[units][2][UNIT_ROWS]`: of each row the sum without the low plane, `i32` by its
-    /// bits, and the upper bound of its logit.
+    /// Room for what the high plane says, `[units][3][UNIT_ROWS]`: of each row the sum without the low plane, `i32` by its
+    /// bits, the logit that would give, and the upper bound of its logit.
     pub coarse: &'a mut [f32],
 }
 
@@ -79,7 +80,11 @@ struct Prepared<'a> {
     inverse: f32,
 }
 
-/// Rows whose logits make the threshold: some more than are asked for, since the highest bounds are not the best logits.
+/// Rows whose logits make the threshold: some more than are asked for, since the best estimates are not the best logits.
+///
+/// Taken by their estimates they make the best threshold there is: on the head of SmolLM2-135M, 64 positions of a text, as many
+/// rows reach it as reach the true one (2,038 for the best, 14,459 against 14,446 for the best 40). Taken by their upper bounds
+/// they are the rows of the largest scales, and 6,664 and 27,046 reach it.
 const fn seeds(best: usize) -> usize {
     2 * best + 8
 }
@@ -89,7 +94,7 @@ const CHUNK_STEPS: usize = 16;
 const CHUNK_COLS: usize = CHUNK_STEPS * Format::I4.step_cols();
 const CHUNKS_MAX: usize = Format::COLS_MAX / CHUNK_COLS;
 
-/// The best rows by their upper bounds, the highest first.
+/// The best rows by their estimates, the highest first.
 #[derive(Debug)]
 struct Seeds {
     rows: [(f32, u32); SEEDS_MAX],
@@ -98,23 +103,23 @@ struct Seeds {
 }
 
 impl Seeds {
-    fn of(uppers: impl Iterator<Item = f32>, max: usize) -> Self {
+    fn of(estimates: impl Iterator<Item = f32>, max: usize) -> Self {
         let mut seeds = Self { rows: [(0.0, 0); SEEDS_MAX], len: 0, max };
         let mut least = f32::NEG_INFINITY;
-        for (r, upper) in uppers.enumerate() {
-            if upper > least || seeds.len < max {
-                least = seeds.insert(upper, r as u32);
+        for (r, estimate) in estimates.enumerate() {
+            if estimate > least || seeds.len < max {
+                least = seeds.insert(estimate, r as u32);
             }
         }
         seeds
     }
-    /// Returns what a bound must exceed from now on.
-    fn insert(&mut self, upper: f32, row: u32) -> f32 {
-        let at = self.rows[..self.len].partition_point(|&(u, _)| u >= upper);
+    /// Returns what an estimate must exceed from now on.
+    fn insert(&mut self, estimate: f32, row: u32) -> f32 {
+        let at = self.rows[..self.len].partition_point(|&(e, _)| e >= estimate);
         if at < self.max {
             self.len = (self.len + 1).min(self.max);
             self.rows.copy_within(at..self.len - 1, at + 1);
-            self.rows[at] = (upper, row);
+            self.rows[at] = (estimate, row);
         }
         if self.len < self.max { f32::NEG_INFINITY } else { self.rows[self.len - 1].0 }
     }
@@ -249,7 +254,7 @@ impl Machine<'_> {
             let mut low = [0; UNIT_ROWS];
             let w = Matrix::new(Format::I4, rows, tensor.cols as usize, weights).expect("a unit of this tensor");
             kernels.matvec(w, x.values, &mut low[..rows]);
-            let sums = &coarse[u as usize * 2 * UNIT_ROWS..];
+            let sums = &coarse[u as usize * COARSE_VALUES * UNIT_ROWS..];
             for (((y, &sum), &low), scale) in y.iter_mut().zip(sums).zip(&low[..rows]).zip(floats(scales)) {
                 *y = logit(sum, low, scale * x.inverse);
             }
@@ -280,7 +285,7 @@ impl Machine<'_> {
         }
         let pieces = &pieces[..count];
 
-        let seeds = Seeds::of((0..vocab).map(|r| upper(coarse, r)), seeds(best));
+        let seeds = Seeds::of((0..vocab).map(|r| estimate(coarse, r)), seeds(best));
         let mut exact = [0.0; SEEDS_MAX];
         let exact = &mut exact[..seeds.len];
         for (exact, &(_, row)) in exact.iter_mut().zip(&seeds.rows) {
@@ -316,7 +321,7 @@ impl Machine<'_> {
     /// What the high plane and the columns apart say of every row.
     fn coarse(&mut self, head: &SplitHead, x: &Prepared<'_>, coarse: &mut [f32]) -> Result<(), SourceError> {
         let kernels = self.kernels;
-        self.run(&[head.high], 2, coarse, &|tensor, u, blocks, y| {
+        self.run(&[head.high], COARSE_VALUES, coarse, &|tensor, u, blocks, y| {
             let rows = tensor.unit_rows(u);
             let weights = &blocks[..tensor.weight_blocks(rows)];
             let w = Matrix::new(Format::I4, rows, tensor.cols as usize, weights).expect("a unit of this tensor");
@@ -325,14 +330,16 @@ impl Machine<'_> {
             y.iter_mut().zip(sums).for_each(|(y, sum)| *y = f32::from_bits(sum as u32));
         })?;
         let extent = |u| apart_unit(head.apart, u);
-        self.run_units(head.high.units(), &extent, 2 * UNIT_ROWS, coarse, &|_, unit, y| {
+        self.run_units(head.high.units(), &extent, COARSE_VALUES * UNIT_ROWS, coarse, &|_, unit, y| {
             let (rows, _) = unit.as_bytes().as_chunks::<ROW_BYTES>();
-            let (sums, uppers) = y.split_at_mut(UNIT_ROWS);
-            for ((y, upper), row) in sums.iter_mut().zip(uppers).zip(rows) {
+            let (sums, bounds) = y.split_at_mut(UNIT_ROWS);
+            let (estimates, uppers) = bounds.split_at_mut(UNIT_ROWS);
+            for (((y, estimate), upper), row) in sums.iter_mut().zip(estimates).zip(uppers).zip(rows) {
                 let row = Apart::from_bytes(row);
                 let sum = 16 * y.to_bits() as i32 + x.offset + row.sum(&x.apart);
                 *y = f32::from_bits(sum as u32);
                 let factor = row.scale * x.inverse;
+                *estimate = sum as f32 * factor;
                 let most = i64::from(sum) + i64::from(row.norm) * x.norm;
                 // A factor that turns bounds round is none of the packer's; then the row is always computed.
                 *upper = if factor >= 0.0 { most as f32 * factor } else { f32::INFINITY };
@@ -403,12 +410,17 @@ impl Machine<'_> {
 
 /// The sum of row `r`, by its bits, in what [`Machine::coarse`] made.
 fn sum(coarse: &[f32], r: usize) -> f32 {
-    coarse[r / UNIT_ROWS * 2 * UNIT_ROWS + r % UNIT_ROWS]
+    coarse[r / UNIT_ROWS * COARSE_VALUES * UNIT_ROWS + r % UNIT_ROWS]
+}
+
+/// The logit of row `r` without the low plane.
+fn estimate(coarse: &[f32], r: usize) -> f32 {
+    coarse[(r / UNIT_ROWS * COARSE_VALUES + 1) * UNIT_ROWS + r % UNIT_ROWS]
 }
 
 /// The upper bound of row `r`.
 fn upper(coarse: &[f32], r: usize) -> f32 {
-    coarse[r / UNIT_ROWS * 2 * UNIT_ROWS + UNIT_ROWS + r % UNIT_ROWS]
+    coarse[(r / UNIT_ROWS * COARSE_VALUES + 2) * UNIT_ROWS + r % UNIT_ROWS]
 }
 
 #[cfg(all(test, feature = "std"))]
@@ -442,7 +454,7 @@ mod tests {
     }
 
     /// Rows of random weights, the columns apart among the first. Rows 5, 6 and the last are equal, row 7 is zero, and the low
-    /// parts of row 8 are all the same. `less` is taken from every norm.
+    /// parts of row 8 are all the same, with the largest scale. `less` is taken from every norm.
     fn head(rows: usize, cols: usize, less: u16) -> Head {
         let mut random = random(rows as u64);
         let columns = Columns::new(core::array::from_fn(|i| (FIRST_APART + i) as u32));
@@ -457,7 +469,11 @@ mod tests {
             let weights = columns.take(row);
             let mut low: Vec<i8> = row.iter().map(|&w| split(w).1).collect();
             let _ = columns.take(&mut low);
-            let scale = if r == 6 || r == rows - 1 { apart[5].scale } else { 0.01 + 0.001 * (random(5) as f32) };
+            let scale = match r {
+                8 => 0.03,
+                _ if r == 6 || r == rows - 1 => apart[5].scale,
+                _ => 0.01 + 0.001 * (random(5) as f32),
+            };
             let step = 1 + (r % 3 * usize::from(!(5..9).contains(&r) && r != rows - 1)) as u8;
             apart.push(Apart { scale, norm: norm(&low) as u16 - less, step, weights });
         }
@@ -525,7 +541,7 @@ mod tests {
         let mut values = x.to_vec();
         values.resize(cols.next_multiple_of(256), 0);
         let padded = rows.next_multiple_of(UNIT_ROWS);
-        let (mut coarse, mut out) = (vec![0.0; 2 * padded], vec![0.0; padded]);
+        let (mut coarse, mut out) = (vec![0.0; COARSE_VALUES * padded], vec![0.0; padded]);
         let input = HeadInput { values: &mut values, scale: 3.0, coarse: &mut coarse };
         let mut stats = HeadStats::default();
         machine.split_head(&h.head, input, need, &mut out, &mut stats).unwrap();
