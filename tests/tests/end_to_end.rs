@@ -58,6 +58,14 @@ fn logits_have_one_fingerprint() {
     }
 }
 
+/// A part of the test above that is small enough for an emulated CPU without a fast backend.
+#[test]
+fn one_portable_pass_has_the_fingerprint() {
+    let (kv, expected) = FINGERPRINTS[0];
+    let found = fingerprint(&Way { kv, ..Way::plain(&Portable) }.logits(&STORIES, &story(40)));
+    assert_eq!(found, expected, "{found:#018x}");
+}
+
 /// Every format that holds ternary linears, and every format of the head: one result on all backends.
 #[test]
 fn every_format_gives_one_result_on_every_backend() {

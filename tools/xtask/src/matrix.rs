@@ -196,7 +196,7 @@ pub(crate) fn steps() -> Vec<Step> {
             "riscv/kernels",
             "-p bitnet-kernel --tests --no-fail-fast -- --skip the_first_difference_is_named --skip every_operation_is_looked_at",
         ),
-        ("riscv/model", "-p bitnet-tests --test backends --test end_to_end --no-fail-fast -- portable one_fingerprint"),
+        ("riscv/model", "-p bitnet-tests --test end_to_end -- one_portable_pass"),
     ] {
         let command = command(&format!("test --target {RISCV} {arguments}"));
         steps.push(step(name, &[Need::Riscv], Action::Tests(Command { toolchain: Toolchain::Riscv, ..command })));
