@@ -20,6 +20,7 @@ const CONFIG: Config = Config {
     sub_norms: true,
     qk_norms: false,
     linear_norm_eps: None,
+    live_ffn: false,
     tied: true,
     split_head: false,
     formats: 1 << Format::TL as u8,

@@ -91,6 +91,29 @@ fn ternary_formats_agree() {
     assert_eq!(fingerprint(&way.logits(&t2, &story)), fingerprint(&way.logits(&STORIES, &story)));
 }
 
+/// Leaving out what is multiplied by zero changes nothing, in any way of running; and most is left out.
+#[test]
+fn only_the_live_part_is_read_and_nothing_changes() {
+    let story = story(24);
+    let dense = Packed::pack(&model("stories-ternary"), &Options::default());
+    let live = Packed::pack(&model("stories-ternary"), &Options { live_ffn: true, ..Options::default() });
+    let expected = fingerprint(&Way::plain(&Portable).logits(&dense, &story));
+    for kernels in backend::available() {
+        for (batch, threads, streamed) in [(1, 1, false), (1, 2, false), (1, 3, true), (5, 2, false), (16, 1, true)] {
+            let way = Way { batch, threads, streamed, ..Way::plain(kernels) };
+            let (logits, rows) = way.run(&live, |model, state| {
+                let mut logits = Vec::new();
+                model.prefill_each(state, &story, &mut |_, row| logits.push(row.to_vec())).expect("a pass");
+                (logits, model.live_rows())
+            });
+            assert_eq!(fingerprint(&logits), expected, "{way:?}");
+            let share = |n: u64| n as f64 / rows.all as f64;
+            assert!((0.2..0.5).contains(&share(rows.up)), "{rows:?}");
+            assert!((0.1..0.3).contains(&share(rows.down)), "{rows:?}");
+        }
+    }
+}
+
 /// With an exact head the logits are transformers', and so are 60 greedy tokens.
 #[test]
 fn the_story_is_that_of_transformers() {
@@ -399,6 +422,7 @@ fn odd_shapes_give_one_result_in_every_way() {
         sub_norms: true,
         qk_norms: false,
         linear_norm_eps: Some(1e-6),
+        live_ffn: false,
         tied: false,
         split_head: false,
         formats: 0,
@@ -418,11 +442,13 @@ fn odd_shapes_give_one_result_in_every_way() {
     let heads = [Format::I8, Format::I4, Format::F16];
     let formats = Format::INTEGER.into_iter().flat_map(|f| heads.map(|h| (f, h)));
     let formats = formats.chain(Format::GROUPED.map(|f| (f, f)));
-    for (format, head) in formats {
-        for config in [config, plain] {
+    // More neurons than one list names where only the live ones are read.
+    let live = [(Format::TL, Format::I8, true, 1_100)];
+    for (format, head, live_ffn, ffn) in formats.map(|(f, h)| (f, h, false, 100)).chain(live) {
+        for config in [Config { ffn, ..config }, Config { ffn, ..plain }] {
             let path = dir.path().join("odd");
             let shape = bitnet_pack::Shape { name: "odd".into(), config, theta: 1e4 };
-            let options = Options { format, head, ..Options::default() };
+            let options = Options { format, head, live_ffn, ..Options::default() };
             bitnet_pack::dummy(&path, &shape, &options, 7, &mut ()).unwrap();
             let packed = Packed::read(&path);
             let expected = fingerprint(&Way::plain(&Portable).logits(&packed, &tokens));

@@ -57,6 +57,10 @@ pub enum Kind {
     Up = 24,
     FfnSubNorm = 25,
     Down = 26,
+    /// Up in [`Format::T2R`], if [`Config::live_ffn`].
+    UpRows = 27,
+    /// `[ffn, hidden]`: down by its columns in [`Format::T2R`], if [`Config::live_ffn`].
+    DownColumns = 28,
     /// What the linear before it in name applies to its own input, if [`Config::linear_norm_eps`].
     QueryInputNorm = 33,
     KeyInputNorm = 34,
@@ -98,6 +102,8 @@ impl Kind {
             Self::Up => "up",
             Self::FfnSubNorm => "ffn_sub_norm",
             Self::Down => "down",
+            Self::UpRows => "up_rows",
+            Self::DownColumns => "down_columns",
             Self::QueryInputNorm => "query_input_norm",
             Self::KeyInputNorm => "key_input_norm",
             Self::ValueInputNorm => "value_input_norm",
@@ -116,7 +122,7 @@ impl Kind {
     }
     /// The kind of the norm that this linear applies to its input.
     pub const fn input_norm(self) -> Self {
-        match self {
+        match self.linear_kind() {
             Self::Query => Self::QueryInputNorm,
             Self::Key => Self::KeyInputNorm,
             Self::Value => Self::ValueInputNorm,
@@ -128,7 +134,18 @@ impl Kind {
     }
     /// Whether it is a matrix of a layer.
     pub const fn is_linear(self) -> bool {
-        matches!(self, Self::Query | Self::Key | Self::Value | Self::Output | Self::Gate | Self::Up | Self::Down)
+        matches!(
+            self.linear_kind(),
+            Self::Query | Self::Key | Self::Value | Self::Output | Self::Gate | Self::Up | Self::Down
+        )
+    }
+    /// Which linear this is, however it is stored; any other kind is itself.
+    pub const fn linear_kind(self) -> Self {
+        match self {
+            Self::UpRows => Self::Up,
+            Self::DownColumns => Self::Down,
+            kind => kind,
+        }
     }
     /// Whether a section of this kind may be encoded so.
     pub const fn allows(self, encoding: Encoding) -> bool {
@@ -138,6 +155,7 @@ impl Kind {
             Self::Embedding | Self::Head => {
                 matches!(encoding, Encoding::Matrix(f) if f.is_grouped() || matches!(f, Format::I4 | Format::I8 | Format::F16))
             }
+            Self::UpRows | Self::DownColumns => matches!(encoding, Encoding::Matrix(Format::T2R)),
             _ if self.is_linear() => {
                 matches!(encoding, Encoding::Matrix(f) if f.is_integer() && !matches!(f, Format::T2R))
             }
@@ -260,10 +278,12 @@ fn layer_sections(c: &Config, layer: u32) -> impl Iterator<Item = Section> + use
         input_norm(Kind::Gate, hidden),
         linear(Kind::Gate, ffn, hidden),
         input_norm(Kind::Up, hidden),
-        linear(Kind::Up, ffn, hidden),
+        (!c.live_ffn, Kind::Up, ffn, hidden),
+        (c.live_ffn, Kind::UpRows, ffn, hidden),
         sub_norm(Kind::FfnSubNorm, ffn),
         input_norm(Kind::Down, ffn),
-        linear(Kind::Down, hidden, ffn),
+        (!c.live_ffn, Kind::Down, hidden, ffn),
+        (c.live_ffn, Kind::DownColumns, ffn, hidden),
     ]
     .into_iter()
     .filter(|&(present, ..)| present)

@@ -34,6 +34,8 @@ pub struct Config {
     pub qk_norms: bool,
     /// Epsilon of the normalization that every linear applies to its own input, if they have one.
     pub linear_norm_eps: Option<f32>,
+    /// Whether up is stored with every row by itself and down by its columns, so that only their live part is read.
+    pub live_ffn: bool,
     /// Whether the head's matrix is the embedding too.
     pub tied: bool,
     /// Whether the head is in two planes, of which the second is read for some rows only (see [`crate::image::split`]).

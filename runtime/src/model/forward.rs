@@ -183,6 +183,9 @@ impl Model<'_> {
         let (hidden, ffn) = (c.hidden as usize, c.ffn as usize);
         let width = 2 * padded_rows(ffn);
 
+        if c.live_ffn {
+            return self.live_feed_forward(layer, n);
+        }
         self.norm(weights.norm(Kind::FfnNorm), n)?;
         self.linears(layer, &[weights.linear(Kind::Gate), weights.linear(Kind::Up)], hidden, n, width)?;
 
@@ -279,7 +282,7 @@ impl Model<'_> {
     }
 
     /// `norm = rmsnorm(x)`, for `n` tokens.
-    fn norm(&mut self, weight: Option<Extent>, n: usize) -> Result<(), Error> {
+    pub(super) fn norm(&mut self, weight: Option<Extent>, n: usize) -> Result<(), Error> {
         let weight = weight.expect("every block has its norms");
         let (hidden, eps) = (self.config.hidden as usize, self.config.norm_eps);
         let weight = ops::floats(self.machine.source.fetch(weight)?);
@@ -292,7 +295,7 @@ impl Model<'_> {
     }
 
     /// `norm = rmsnorm(norm)`, for `n` tokens of `width`, in models that have this norm.
-    fn sub_norm(&mut self, weight: Option<Extent>, width: usize, n: usize) -> Result<(), Error> {
+    pub(super) fn sub_norm(&mut self, weight: Option<Extent>, width: usize, n: usize) -> Result<(), Error> {
         let Some(weight) = weight else { return Ok(()) };
         let weight = ops::floats(self.machine.source.fetch(weight)?);
         for x in self.scratch.norm.chunks_exact_mut(width).take(n) {
@@ -315,7 +318,14 @@ impl Model<'_> {
     }
 
     /// `projected = linears(norm)`, for `n` tokens of `cols`; all results of a token together are `width` wide.
-    fn linears(&mut self, layer: u32, linears: &[Linear], cols: usize, n: usize, width: usize) -> Result<(), Error> {
+    pub(super) fn linears(
+        &mut self,
+        layer: u32,
+        linears: &[Linear],
+        cols: usize,
+        n: usize,
+        width: usize,
+    ) -> Result<(), Error> {
         // Linears that normalize their own input have inputs of their own, the others share one.
         let apart = if self.config.linear_norm_eps.is_some() { 1 } else { linears.len() };
         let mut first = 0;
@@ -337,7 +347,13 @@ impl Model<'_> {
     }
 
     /// `quantized = int8(norm)`, normalized once more if the linear does so; one scale a token.
-    fn quantize(&mut self, layer: u32, norm: Option<Extent>, cols: usize, scales: &mut [f32]) -> Result<(), Error> {
+    pub(super) fn quantize(
+        &mut self,
+        layer: u32,
+        norm: Option<Extent>,
+        cols: usize,
+        scales: &mut [f32],
+    ) -> Result<(), Error> {
         let stride = self.quantized_stride();
         let weight = match norm {
             Some(extent) => Some(ops::floats(self.machine.source.fetch(extent)?)),
@@ -362,12 +378,12 @@ impl Model<'_> {
     }
 
     /// Elements from one token's int8 activations to the next's.
-    const fn quantized_stride(&self) -> usize {
+    pub(super) const fn quantized_stride(&self) -> usize {
         self.scratch.quantized.len() / self.limits.batch as usize
     }
 
     /// `x += projected`, for `n` tokens.
-    fn add_projected(&mut self, n: usize) {
+    pub(super) fn add_projected(&mut self, n: usize) {
         let hidden = self.config.hidden as usize;
         let rows = self.scratch.projected.chunks_exact(padded_rows(hidden));
         for (x, row) in self.scratch.x.chunks_exact_mut(hidden).zip(rows).take(n) {

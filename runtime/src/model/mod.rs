@@ -7,6 +7,7 @@ mod config;
 mod forward;
 mod head;
 mod linear;
+mod live;
 mod ops;
 mod state;
 mod weights;
@@ -22,6 +23,7 @@ use crate::parallel::Parallel;
 use crate::source::WeightSource;
 use bitnet_kernel::{Block, Kernels};
 use core::fmt;
+pub use live::LiveRows;
 use weights::Weights;
 
 /// A model ready to run. No type parameters: the backend, the threads and the source are trait objects.
@@ -32,6 +34,7 @@ pub struct Model<'m> {
     machine: Machine<'m>,
     scratch: Scratch<'m>,
     head_stats: HeadStats,
+    live: LiveRows,
 }
 
 /// What computes, and what it reads.
@@ -97,7 +100,8 @@ impl<'m> Model<'m> {
         };
         arena.finish();
         let machine = Machine { kernels, parallel, source };
-        Ok(Self { config, limits, weights: Weights::new(image), machine, scratch, head_stats: HeadStats::default() })
+        let (head_stats, live) = (HeadStats::default(), LiveRows::default());
+        Ok(Self { config, limits, weights: Weights::new(image), machine, scratch, head_stats, live })
     }
 
     /// The model's shape.

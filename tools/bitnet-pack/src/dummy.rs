@@ -67,6 +67,7 @@ impl Preset {
             sub_norms: true,
             qk_norms: false,
             linear_norm_eps: None,
+            live_ffn: false,
             tied: true,
             split_head: false,
             formats: 1 << Format::TL as u8,
@@ -115,7 +116,7 @@ pub fn dummy(
     progress: &mut dyn Progress,
 ) -> Result<Report, Error> {
     options.check()?;
-    let config = Config { formats: 1 << options.format as u8, split_head: options.split_head, ..shape.config };
+    let config = options.stored(shape.config);
     config.check().map_err(|e| Error::Options(e.to_string()))?;
     let limits = options.limits(&config)?;
     let parts = Parts {

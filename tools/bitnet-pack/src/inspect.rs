@@ -132,6 +132,7 @@ impl Summary {
                 "sub_norms": c.sub_norms,
                 "qk_norms": c.qk_norms,
                 "linear_norm_eps": c.linear_norm_eps.map(decimal),
+                "live_ffn": c.live_ffn,
                 "tied": c.tied,
             },
             "text": {

@@ -93,6 +93,10 @@ struct Formats {
     /// Format of the embedding, in models where the head is not the embedding too [default: as the head, i8 for two-stage].
     #[arg(long, value_parser = format(&["i8", "i4", "f16", "i4g128", "tlg128", "b1g128"]))]
     embedding: Option<Format>,
+    /// Store up and down in 2 bits so that a token reads only what its activations do not multiply by zero: worth it where
+    /// the activation is a squared ReLU.
+    #[arg(long)]
+    live_ffn: bool,
     /// The model's name in the image [default: the directory's].
     #[arg(long)]
     name: Option<String>,
@@ -194,11 +198,12 @@ fn kv_format(name: &str) -> KvFormat {
 }
 
 fn options(formats: Formats, plan: PlanOptions) -> Options {
-    let Formats { format, dense, head, embedding, name } = formats;
+    let Formats { format, dense, head, embedding, live_ffn, name } = formats;
     let PlanOptions { context, batch, kv } = plan;
     let split_head = head == TWO_STAGE;
     let head = Format::ALL.into_iter().find(|f| f.name() == head).unwrap_or(Format::I8);
-    Options { format, dense, head, split_head, embedding, name, context, batch, kv, ..Options::default() }
+    let rest = Options::default();
+    Options { format, dense, head, split_head, embedding, live_ffn, name, context, batch, kv, ..rest }
 }
 
 /// A bar on a terminal; elsewhere only the lines.

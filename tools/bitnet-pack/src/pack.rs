@@ -42,6 +42,8 @@ pub struct Options {
     pub batch: Option<u32>,
     /// How keys and values are kept in it.
     pub kv: Option<KvFormat>,
+    /// Whether the feed-forward layer is stored so that only its live part is read ([`Config::live_ffn`]).
+    pub live_ffn: bool,
 }
 
 impl Default for Options {
@@ -58,6 +60,7 @@ impl Default for Options {
             context: None,
             batch: None,
             kv: None,
+            live_ffn: false,
         }
     }
 }
@@ -70,6 +73,7 @@ impl Options {
             Kind::Head | Kind::HeadLow => Encoding::Matrix(split::FORMAT),
             Kind::HeadApart => Encoding::Bytes,
             Kind::Embedding => Encoding::Matrix(self.embedding.unwrap_or(self.head)),
+            Kind::UpRows | Kind::DownColumns => Encoding::Matrix(Format::T2R),
             _ if kind.is_linear() => Encoding::Matrix(self.format),
             Kind::Tokenizer => Encoding::Bytes,
             _ => Encoding::Vector,
@@ -119,6 +123,12 @@ impl Options {
         }
         Ok(())
     }
+    /// `config` with what the options say about how it is stored.
+    pub(crate) fn stored(&self, config: Config) -> Config {
+        let live = if self.live_ffn { 1 << Format::T2R as u8 } else { 0 };
+        let formats = 1 << self.format as u8 | live;
+        Config { live_ffn: self.live_ffn, split_head: self.split_head, formats, ..config }
+    }
     /// The limits that the header's plan is for.
     pub(crate) fn limits(&self, config: &Config) -> Result<Limits, Error> {
         let default = Limits::default_for(config);
@@ -142,6 +152,7 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
     let checkpoint = Checkpoint::open(source, options.i2s)?;
     let mut table = checkpoint.table()?;
     table.config.split_head = options.split_head;
+    table.config.live_ffn = options.live_ffn;
     let limits = options.limits(&table.config)?;
     let bound = sections::bind(&checkpoint, &mut table, options, progress)?;
     let peak_bytes = peak(&checkpoint, &bound, options)?;
@@ -262,10 +273,14 @@ struct Sizes {
     codes: usize,
     halves: usize,
     blocks: usize,
+    columns: usize,
 }
 
 impl Sizes {
     fn of(Bound { section, source, encoding }: &Bound) -> Self {
+        let transposed = section.kind == Kind::DownColumns;
+        let stored = section;
+        let section = sections::in_checkpoint(section);
         // What is made of the rows of a matrix without being one takes what its planes take.
         let (rows, cols, encoding) = match (section.kind, source) {
             (Kind::HeadColumns | Kind::HeadApart, Source::Rows(t)) => {
@@ -292,7 +307,12 @@ impl Sizes {
             } else {
                 0
             },
-            blocks: format.matrix_blocks(rows, cols),
+            blocks: if transposed {
+                format.matrix_blocks(UNIT_ROWS.min(cols), stored.cols as usize)
+            } else {
+                format.matrix_blocks(rows, cols)
+            },
+            columns: if transposed { cols * format.padded_cols(stored.cols as usize) } else { 0 },
         }
     }
     fn max(self, other: Self) -> Self {
@@ -302,10 +322,11 @@ impl Sizes {
             codes: self.codes.max(other.codes),
             halves: self.halves.max(other.halves),
             blocks: self.blocks.max(other.blocks),
+            columns: self.columns.max(other.columns),
         }
     }
     const fn bytes(self) -> u64 {
-        (self.raw + 4 * self.floats + self.codes + 2 * self.halves + 64 * self.blocks) as u64
+        (self.raw + 4 * self.floats + self.codes + self.columns + 2 * self.halves + 64 * self.blocks) as u64
     }
 }
 
@@ -317,6 +338,8 @@ struct Buffers {
     codes: Vec<i8>,
     halves: Vec<u16>,
     blocks: Vec<Block>,
+    /// A whole matrix by its columns, where it is stored so.
+    columns: Vec<i8>,
 }
 
 /// Gives a buffer a length without ever reserving more than that.
@@ -336,14 +359,18 @@ struct Unit<'a> {
     /// First row of the unit, and their number.
     first: usize,
     rows: usize,
+    /// Whether the image has its columns for rows.
+    transposed: bool,
 }
 
-/// The units of a matrix.
+/// The units of a matrix as the checkpoint has it.
 fn units<'a>(tensor: &'a TensorInfo, format: Format, section: &Section) -> impl Iterator<Item = Unit<'a>> + use<'a> {
+    let transposed = section.kind == Kind::DownColumns;
+    let section = sections::in_checkpoint(section);
     let shape = (section.rows as usize, section.cols as usize);
     (0..shape.0).step_by(UNIT_ROWS).map(move |first| {
         let rows = UNIT_ROWS.min(shape.0 - first);
-        Unit { tensor, format, shape, first, rows }
+        Unit { tensor, format, shape, first, rows, transposed }
     })
 }
 
@@ -600,11 +627,41 @@ impl Packer<'_> {
     }
 
     fn put_codes(&mut self, unit: &Unit<'_>) -> Result<(), Error> {
+        if unit.transposed {
+            return self.put_columns(unit);
+        }
         let mut blocks = core::mem::take(&mut self.buffers.blocks);
         let out = fit(&mut blocks, unit.format.matrix_blocks(unit.rows, unit.shape.1), Block::ZERO);
         encode(unit.format, unit.rows, unit.shape.1, &self.buffers.codes, out);
         self.put(out.as_bytes())?;
         self.buffers.blocks = blocks;
+        Ok(())
+    }
+
+    /// Keeps the codes of a unit by their columns; writes all of them when the last unit has come.
+    fn put_columns(&mut self, unit: &Unit<'_>) -> Result<(), Error> {
+        let (rows, cols) = unit.shape;
+        let (stride, height) = (unit.format.padded_cols(cols), unit.format.padded_cols(rows));
+        let Buffers { codes, columns, .. } = &mut self.buffers;
+        if unit.first == 0 {
+            fit(columns, cols * height, 0).fill(0);
+        }
+        for (c, column) in columns.chunks_exact_mut(height).enumerate() {
+            for (r, code) in column[unit.first..unit.first + unit.rows].iter_mut().enumerate() {
+                *code = codes[r * stride + c];
+            }
+        }
+        if unit.first + unit.rows < rows {
+            return Ok(());
+        }
+        let (columns, mut blocks) = (core::mem::take(columns), core::mem::take(&mut self.buffers.blocks));
+        for columns in columns.chunks(UNIT_ROWS * height) {
+            let count = columns.len() / height;
+            let out = fit(&mut blocks, unit.format.matrix_blocks(count, rows), Block::ZERO);
+            encode(unit.format, count, rows, columns, out);
+            self.put(out.as_bytes())?;
+        }
+        (self.buffers.columns, self.buffers.blocks) = (columns, blocks);
         Ok(())
     }
 

@@ -91,7 +91,7 @@ impl SectionReport {
 
 /// The kind with this tag.
 pub(crate) fn kind(tag: u8) -> Option<Kind> {
-    const ALL: [Kind; 28] = [
+    const ALL: [Kind; 30] = [
         Kind::Tokenizer,
         Kind::RopeFrequencies,
         Kind::Embedding,
@@ -106,6 +106,8 @@ pub(crate) fn kind(tag: u8) -> Option<Kind> {
         Kind::Up,
         Kind::FfnSubNorm,
         Kind::Down,
+        Kind::UpRows,
+        Kind::DownColumns,
         Kind::QueryInputNorm,
         Kind::KeyInputNorm,
         Kind::ValueInputNorm,

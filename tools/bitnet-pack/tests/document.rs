@@ -146,6 +146,7 @@ fn the_worked_example() {
         ("sub_norms", 0),
         ("qk_norms", 0),
         ("linear_norm_eps: option", 0),
+        ("live_ffn", 0),
         ("tied", 1),
         ("split_head", 0),
     ] {

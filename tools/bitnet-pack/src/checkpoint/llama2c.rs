@@ -48,6 +48,7 @@ pub(super) fn recognise(input: &Input) -> Result<Option<(Header, Vec<TensorInfo>
         sub_norms: false,
         qk_norms: false,
         linear_norm_eps: None,
+        live_ffn: false,
         tied,
         split_head: false,
         formats: 1 << Format::TL as u8,

@@ -96,6 +96,14 @@ pub fn bind(
     Ok(bound)
 }
 
+/// A section as the checkpoint has it: an image may store a matrix by its columns.
+pub fn in_checkpoint(section: &Section) -> Section {
+    match section.kind {
+        Kind::DownColumns => Section { kind: Kind::Down, rows: section.cols, cols: section.rows, ..*section },
+        kind => Section { kind: kind.linear_kind(), ..*section },
+    }
+}
+
 /// Whether a tensor holds what is computed anew: the angles of rotations.
 fn is_computed(naming: Naming, name: &str) -> bool {
     match naming {
@@ -220,7 +228,8 @@ impl<'a> Binder<'a> {
     }
 
     fn source(&mut self, section: &Section, table: &Table) -> Result<Source, Error> {
-        let (rows, cols) = (u64::from(section.rows), u64::from(section.cols));
+        let read = in_checkpoint(section);
+        let (rows, cols) = (u64::from(read.rows), u64::from(read.cols));
         let names = names(self.naming, section, table.config.tied);
         match section.kind {
             Kind::RopeFrequencies => Ok(Source::Values(table.frequencies.clone())),
@@ -230,9 +239,13 @@ impl<'a> Binder<'a> {
                 self.expect_shape(tensor, &[table.config.vocab.into(), table.config.hidden.into()])?;
                 Ok(Source::Rows(tensor.clone()))
             }
-            Kind::Query | Kind::Key | Kind::Value | Kind::Output | Kind::Gate | Kind::Up | Kind::Down => {
-                self.linear(&names, rows, cols)
-            }
+            Kind::UpRows | Kind::DownColumns => match self.linear(&names, rows, cols)? {
+                Source::Grouped(tensor, _) | Source::Rows(tensor) => {
+                    self.wrong(&tensor, "not ternary with one scale, which --live-ffn needs")
+                }
+                ternary => Ok(ternary),
+            },
+            kind if kind.is_linear() => self.linear(&names, rows, cols),
             _ => {
                 let tensor = self.find(&names)?;
                 self.expect_plain(tensor)?;
@@ -350,7 +363,7 @@ const FACTORS: &str = "rope_freqs.weight";
 
 /// The names that a section's tensor may have.
 fn names(naming: Naming, section: &Section, tied: bool) -> Vec<String> {
-    let kind = match section.kind {
+    let kind = match section.kind.linear_kind() {
         Kind::Head | Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow if tied => Kind::Embedding,
         Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow => Kind::Head,
         kind => kind,

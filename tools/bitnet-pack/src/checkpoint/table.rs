@@ -360,6 +360,7 @@ fn shape(reader: &Reader<'_>, class: Class, linear_norm_eps: Option<f32>) -> Res
         sub_norms: class == Class::BitNet,
         qk_norms: class == Class::Qwen3,
         linear_norm_eps,
+        live_ffn: false,
         tied: false,
         split_head: false,
         formats: 1 << bitnet_kernel::Format::TL as u8,

@@ -1,0 +1,194 @@
+//! Feed-forward layers of which only the live part is read.
+//!
+//! A neuron whose gate's activation is zero needs no row of up; a neuron whose quantized result is zero needs no column of
+//! down. Both are exact: the products left out are zeros. Up is stored with every row by itself, down by its columns, so
+//! that what is not needed is not read. Lists are made where they are used: from the gate's results, and from the int8
+//! input of down.
+use super::linear::Quantized;
+use super::{Machine, Model, ops};
+use crate::error::{Error, SourceError};
+use crate::image::{Kind, Tensor, UNIT_ROWS};
+use crate::memory::{Limits, padded_rows};
+use crate::source::{Extent, WeightSource};
+use bitnet_kernel::{Activations, Block, Format, Matrix};
+use core::ops::Range;
+use zerocopy::{FromBytes, IntoBytes};
+
+/// Neurons that one list names: units enough that a list is long, and few enough that all tokens of a batch find their rows
+/// in the second-level cache.
+const RUN: usize = 8 * UNIT_ROWS;
+
+/// Rows of up and columns of down that were read, and all that there are; for one token each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LiveRows {
+    /// Rows of up that were read.
+    pub up: u64,
+    /// Columns of down that were read.
+    pub down: u64,
+    /// Rows of up, and columns of down, that there are.
+    pub all: u64,
+}
+
+impl Model<'_> {
+    /// What the feed-forward layers have read since the model was opened. Nothing is counted in models that read all of them.
+    pub const fn live_rows(&self) -> LiveRows {
+        self.live
+    }
+
+    /// [`Model::feed_forward`] in models that have [`crate::Config::live_ffn`].
+    pub(super) fn live_feed_forward(&mut self, layer: u32, n: usize) -> Result<(), Error> {
+        let (c, weights) = (self.config, self.weights.layer(layer));
+        let (hidden, ffn) = (c.hidden as usize, c.ffn as usize);
+        let (up, down) = (weights.linear(Kind::UpRows), weights.linear(Kind::DownColumns));
+        let mut scales = [0.0; Limits::BATCH_MAX as usize];
+        let (stride, scales) = (self.quantized_stride(), &mut scales[..n]);
+
+        self.norm(weights.norm(Kind::FfnNorm), n)?;
+        self.linears(layer, &[weights.linear(Kind::Gate)], hidden, n, padded_rows(ffn))?;
+        for gate in self.scratch.projected.chunks_exact_mut(padded_rows(ffn)).take(n) {
+            // A squared ReLU would make zero of minus infinity.
+            if !gate[..ffn].iter().all(|v| v.is_finite()) {
+                return Err(Error::NotFinite { layer });
+            }
+            ops::activate(c.activation, &mut gate[..ffn]);
+        }
+
+        self.quantize(layer, up.input_norm, hidden, scales)?;
+        let s = &mut self.scratch;
+        let x = Quantized { values: s.quantized, stride, scales, tables: s.tables };
+        let units = &mut s.units[..n * padded_rows(ffn)];
+        self.machine.live_products(&up.tensor, x, s.projected, units)?;
+        for (u, y) in units.chunks_exact(n * UNIT_ROWS).enumerate() {
+            for (t, y) in y.chunks_exact(UNIT_ROWS).enumerate() {
+                let first = u * UNIT_ROWS;
+                let out = &mut s.norm[t * ffn + first..t * ffn + ffn.min(first + UNIT_ROWS)];
+                out.copy_from_slice(&y[..out.len()]);
+            }
+        }
+        let live = |gate: &[f32]| gate[..ffn].iter().filter(|&&v| v != 0.0).count() as u64;
+        self.live.up += s.projected.chunks_exact(padded_rows(ffn)).take(n).map(live).sum::<u64>();
+
+        self.sub_norm(weights.norm(Kind::FfnSubNorm), ffn, n)?;
+        self.quantize(layer, down.input_norm, ffn, scales)?;
+        let s = &mut self.scratch;
+        let live = |x: &[i8]| x[..ffn].iter().filter(|&&v| v != 0).count() as u64;
+        self.live.down += s.quantized.chunks_exact(stride).take(n).map(live).sum::<u64>();
+        self.live.all += (n * ffn) as u64;
+        let x = Quantized { values: s.quantized, stride, scales, tables: s.tables };
+        self.machine.live_sums(&down.tensor, x, s.units, s.projected)?;
+        self.add_projected(n);
+        Ok(())
+    }
+}
+
+impl Machine<'_> {
+    /// `y[unit][t][r] = gate[t][r] · up[r] x[t]` where the gate is not zero, and zero elsewhere.
+    fn live_products(&mut self, up: &Tensor, x: Quantized<'_>, gate: &[f32], y: &mut [f32]) -> Result<(), SourceError> {
+        let (kernels, scales, tokens) = (self.kernels, x.scales, x.scales.len());
+        let (cols, rows) = (up.cols as usize, up.rows as usize);
+        let stride = padded_rows(rows);
+        let x = prepare(&x, cols);
+        let mut done = 0;
+        while done < rows {
+            let (piece, range) = rows_from(self.source, up, done)?;
+            done = range.end;
+            let w = Matrix::new(Format::T2R, range.len(), cols, piece).expect("rows of this tensor");
+            let units = &mut y[range.start * tokens..range.end.next_multiple_of(UNIT_ROWS) * tokens];
+            self.parallel.for_each_chunk(units, RUN * tokens, &|i, y| {
+                let run = range.start + i * RUN..range.end.min(range.start + (i + 1) * RUN);
+                for (t, (x, scale)) in x.iter().zip(scales).enumerate().take(tokens) {
+                    let gate = &gate[t * stride..][run.clone()];
+                    let (mut list, mut sums) = ([0; RUN], [0; RUN]);
+                    let mut live = 0;
+                    for (r, &gate) in gate.iter().enumerate() {
+                        list[live] = (i * RUN + r) as u32;
+                        live += usize::from(gate != 0.0);
+                    }
+                    kernels.dot_rows(w, &list[..live], *x, &mut sums[..live]);
+                    for unit in y.chunks_exact_mut(tokens * UNIT_ROWS) {
+                        unit[t * UNIT_ROWS..][..UNIT_ROWS].fill(0.0);
+                    }
+                    let factor = up.scale * (1.0 / scale);
+                    for (&r, &sum) in list[..live].iter().zip(&sums) {
+                        let r = r as usize - i * RUN;
+                        let y = &mut y[(r / UNIT_ROWS * tokens + t) * UNIT_ROWS + r % UNIT_ROWS];
+                        *y = gate[r] * (sum as f32 * factor);
+                    }
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// `y[t] = Σ_r x[t][r] · columns[r]`, of those that are not multiplied by zero. Several parts of the sum are made at once
+    /// in `parts`; they are integers, so that their number does not matter.
+    fn live_sums(
+        &mut self,
+        columns: &Tensor,
+        x: Quantized<'_>,
+        parts: &mut [f32],
+        y: &mut [f32],
+    ) -> Result<(), SourceError> {
+        let (kernels, tokens) = (self.kernels, x.scales.len());
+        let (cols, rows) = (columns.cols as usize, columns.rows as usize);
+        let width = padded_rows(cols);
+        let part = tokens * width;
+        let count = (parts.len() / part).min(self.parallel.threads()).max(1);
+        let parts = &mut parts[..count * part];
+        parts.fill(0.0); // The bits of the integer 0.
+        let mut done = 0;
+        while done < rows {
+            let (piece, range) = rows_from(self.source, columns, done)?;
+            done = range.end;
+            let w = Matrix::new(Format::T2R, range.len(), cols, piece).expect("rows of this tensor");
+            let share = range.len().div_ceil(count).next_multiple_of(UNIT_ROWS);
+            self.parallel.for_each_chunk(parts, part, &|i, sums| {
+                let sums = <[i32]>::mut_from_bytes(sums.as_mut_bytes()).expect("of one size");
+                let end = range.len().min((i + 1) * share);
+                for first in (i * share..end).step_by(RUN) {
+                    for (t, sums) in sums.chunks_exact_mut(width).enumerate() {
+                        let values = &x.values[t * x.stride + range.start..][first..end.min(first + RUN)];
+                        let (mut list, mut each) = ([0; RUN], [0; RUN]);
+                        let mut live = 0;
+                        for (r, &value) in values.iter().enumerate() {
+                            (list[live], each[live]) = ((first + r) as u32, value);
+                            live += usize::from(value != 0);
+                        }
+                        kernels.sum_rows(w, &list[..live], &each[..live], &mut sums[..cols]);
+                    }
+                }
+            });
+        }
+        let parts = <[i32]>::ref_from_bytes(parts.as_bytes()).expect("of one size");
+        for (t, (y, scale)) in y.chunks_exact_mut(width).zip(x.scales).enumerate() {
+            let factor = columns.scale * (1.0 / scale);
+            for (c, y) in y[..cols].iter_mut().enumerate() {
+                let sum: i32 = parts.chunks_exact(part).map(|p| p[t * width + c]).sum();
+                *y = sum as f32 * factor;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The rows from `first` on that the source lends at once, whole units, and which they are.
+fn rows_from<'a>(
+    source: &'a mut dyn WeightSource,
+    tensor: &Tensor,
+    first: usize,
+) -> Result<(&'a [Block], Range<usize>), SourceError> {
+    let row_blocks = Format::T2R.tile_blocks(tensor.cols as usize);
+    let units = (source.piece_blocks() as usize / (UNIT_ROWS * row_blocks)).max(1);
+    let end = (tensor.rows as usize).min(first.saturating_add(units.saturating_mul(UNIT_ROWS)));
+    let (start, blocks) = (tensor.start + (first * row_blocks) as u32, ((end - first) * row_blocks) as u32);
+    Ok((source.fetch(Extent { start, blocks })?, first..end))
+}
+
+/// One entry a token of `x`, ready for rows of `cols` columns; the first over again where there is no token.
+fn prepare<'a>(x: &Quantized<'a>, cols: usize) -> [Activations<'a>; Limits::BATCH_MAX as usize] {
+    let tokens = x.scales.len();
+    core::array::from_fn(|t| {
+        let values = &x.values[if t < tokens { t * x.stride } else { 0 }..];
+        Activations::new(Format::T2R, cols, values, &[])
+    })
+}
