@@ -5,7 +5,7 @@
 //! that what is not needed is not read. Lists are made where they are used: from the gate's results, and from the int8
 //! input of down.
 use super::linear::Quantized;
-use super::{Machine, Model, ops};
+use super::{Activation, Machine, Model, ops};
 use crate::error::{Error, SourceError};
 use crate::image::{Kind, Tensor, UNIT_ROWS};
 use crate::memory::{Limits, padded_rows};
@@ -44,29 +44,33 @@ impl Model<'_> {
         let (stride, scales) = (self.quantized_stride(), &mut scales[..n]);
 
         self.norm(weights.norm(Kind::FfnNorm), n)?;
-        self.linears(layer, &[weights.linear(Kind::Gate)], hidden, n, padded_rows(ffn))?;
-        for gate in self.scratch.projected.chunks_exact_mut(padded_rows(ffn)).take(n) {
-            // A squared ReLU would make zero of minus infinity.
-            if !gate[..ffn].iter().all(|v| v.is_finite()) {
-                return Err(Error::NotFinite { layer });
-            }
-            ops::activate(c.activation, &mut gate[..ffn]);
+        let width = 2 * padded_rows(ffn);
+        self.linears(layer, &[weights.linear(Kind::Gate)], hidden, n, width)?;
+        // A squared ReLU would make zero of minus infinity.
+        if !self.scratch.projected.chunks_exact(width).take(n).all(|row| ops::finite(&row[..ffn])) {
+            return Err(Error::NotFinite { layer });
         }
-
         self.quantize(layer, up.input_norm, hidden, scales)?;
         let s = &mut self.scratch;
         let x = Quantized { values: s.quantized, stride, scales, tables: s.tables };
         let units = &mut s.units[..n * padded_rows(ffn)];
-        self.machine.live_products(&up.tensor, x, s.projected, units)?;
-        for (u, y) in units.chunks_exact(n * UNIT_ROWS).enumerate() {
-            for (t, y) in y.chunks_exact(UNIT_ROWS).enumerate() {
-                let first = u * UNIT_ROWS;
-                let out = &mut s.norm[t * ffn + first..t * ffn + ffn.min(first + UNIT_ROWS)];
-                out.copy_from_slice(&y[..out.len()]);
+        let is_live = |gate: f32| match c.activation {
+            Activation::SquaredRelu => gate > 0.0,
+            Activation::Silu => gate != 0.0,
+        };
+        self.machine.live_products(&up.tensor, x, &is_live, (s.projected, width), units)?;
+        for (i, y) in units.chunks_exact(UNIT_ROWS).enumerate() {
+            let (unit, t) = (i / n, i % n);
+            s.projected[t * width + padded_rows(ffn) + unit * UNIT_ROWS..][..UNIT_ROWS].copy_from_slice(y);
+        }
+        for (row, out) in s.projected.chunks_exact(width).zip(s.norm.chunks_exact_mut(ffn)).take(n) {
+            let (gate, up) = (&row[..ffn], &row[padded_rows(ffn)..][..ffn]);
+            self.live.up += gate.iter().filter(|&&gate| is_live(gate)).count() as u64;
+            match c.activation {
+                Activation::SquaredRelu => self.machine.kernels.squared_relu(gate, up, out),
+                Activation::Silu => self.machine.kernels.silu(gate, up, out),
             }
         }
-        let live = |gate: &[f32]| gate[..ffn].iter().filter(|&&v| v != 0.0).count() as u64;
-        self.live.up += s.projected.chunks_exact(padded_rows(ffn)).take(n).map(live).sum::<u64>();
 
         self.sub_norm(weights.norm(Kind::FfnSubNorm), ffn, n)?;
         self.quantize(layer, down.input_norm, ffn, scales)?;
@@ -82,11 +86,17 @@ impl Model<'_> {
 }
 
 impl Machine<'_> {
-    /// `y[unit][t][r] = gate[t][r] · up[r] x[t]` where the gate is not zero, and zero elsewhere.
-    fn live_products(&mut self, up: &Tensor, x: Quantized<'_>, gate: &[f32], y: &mut [f32]) -> Result<(), SourceError> {
+    /// `y[unit][t][r] = up[r] x[t]` where the neuron's gate is live, and zero elsewhere. `gate` has rows of one length.
+    fn live_products(
+        &mut self,
+        up: &Tensor,
+        x: Quantized<'_>,
+        is_live: &(dyn Fn(f32) -> bool + Sync),
+        (gate, width): (&[f32], usize),
+        y: &mut [f32],
+    ) -> Result<(), SourceError> {
         let (kernels, scales, tokens) = (self.kernels, x.scales, x.scales.len());
         let (cols, rows) = (up.cols as usize, up.rows as usize);
-        let stride = padded_rows(rows);
         let x = prepare(&x, cols);
         let mut done = 0;
         while done < rows {
@@ -97,12 +107,12 @@ impl Machine<'_> {
             self.parallel.for_each_chunk(units, RUN * tokens, &|i, y| {
                 let run = range.start + i * RUN..range.end.min(range.start + (i + 1) * RUN);
                 for (t, (x, scale)) in x.iter().zip(scales).enumerate().take(tokens) {
-                    let gate = &gate[t * stride..][run.clone()];
+                    let gate = &gate[t * width..][run.clone()];
                     let (mut list, mut sums) = ([0; RUN], [0; RUN]);
                     let mut live = 0;
                     for (r, &gate) in gate.iter().enumerate() {
                         list[live] = (i * RUN + r) as u32;
-                        live += usize::from(gate != 0.0);
+                        live += usize::from(is_live(gate));
                     }
                     kernels.dot_rows(w, &list[..live], *x, &mut sums[..live]);
                     for unit in y.chunks_exact_mut(tokens * UNIT_ROWS) {
@@ -112,7 +122,7 @@ impl Machine<'_> {
                     for (&r, &sum) in list[..live].iter().zip(&sums) {
                         let r = r as usize - i * RUN;
                         let y = &mut y[(r / UNIT_ROWS * tokens + t) * UNIT_ROWS + r % UNIT_ROWS];
-                        *y = gate[r] * (sum as f32 * factor);
+                        *y = sum as f32 * factor;
                     }
                 }
             });
