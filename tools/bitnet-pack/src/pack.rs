@@ -379,7 +379,7 @@ fn rows_of(tensor: &TensorInfo) -> impl Iterator<Item = Unit<'_>> {
     let shape = (tensor.shape[0] as usize, tensor.shape[1] as usize);
     (0..shape.0).step_by(UNIT_ROWS).map(move |first| {
         let rows = UNIT_ROWS.min(shape.0 - first);
-        Unit { tensor, format: split::FORMAT, shape, first, rows }
+        Unit { tensor, format: split::FORMAT, shape, first, rows, transposed: false }
     })
 }
 
