@@ -17,6 +17,9 @@ use zerocopy::{FromBytes, IntoBytes};
 /// Neurons that one list names: units enough that a list is long, and few enough that all tokens of a batch find their rows
 /// in the second-level cache.
 const RUN: usize = 8 * UNIT_ROWS;
+/// The same for the sums of one token alone, where kernels take a few dozen rows at a time and nobody comes back to them: the
+/// first few dozen of a list are not fetched ahead.
+const LONG_RUN: usize = 4 * RUN;
 
 /// Rows of up and columns of down that were read, and all that there are; for one token each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -146,6 +149,7 @@ impl Machine<'_> {
         let count = (parts.len() / part).min(self.parallel.threads()).max(1);
         let parts = &mut parts[..count * part];
         parts.fill(0.0); // The bits of the integer 0.
+        let run = if tokens == 1 { LONG_RUN } else { RUN };
         let mut done = 0;
         while done < rows {
             let (piece, range) = rows_from(self.source, columns, done)?;
@@ -155,10 +159,10 @@ impl Machine<'_> {
             self.parallel.for_each_chunk(parts, part, &|i, sums| {
                 let sums = <[i32]>::mut_from_bytes(sums.as_mut_bytes()).expect("of one size");
                 let end = range.len().min((i + 1) * share);
-                for first in (i * share..end).step_by(RUN) {
+                for first in (i * share..end).step_by(run) {
                     for (t, sums) in sums.chunks_exact_mut(width).enumerate() {
-                        let values = &x.values[t * x.stride + range.start..][first..end.min(first + RUN)];
-                        let (mut list, mut each) = ([0; RUN], [0; RUN]);
+                        let values = &x.values[t * x.stride + range.start..][first..end.min(first + run)];
+                        let (mut list, mut each) = ([0; LONG_RUN], [0; LONG_RUN]);
                         let mut live = 0;
                         for (r, &value) in values.iter().enumerate() {
                             (list[live], each[live]) = ((first + r) as u32, value);

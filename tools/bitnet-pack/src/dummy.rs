@@ -135,7 +135,8 @@ pub fn dummy(
     progress.say(&format!("peak memory: {} MiB", peak_bytes.div_ceil(1 << 20)));
     progress.start(image_bytes);
     let mut writer = ImageWriter::create(output, parts, layout)?;
-    let mut maker = Maker { writer: &mut writer, progress, random: Random(seed), pools: Vec::new() };
+    let mut maker =
+        Maker { writer: &mut writer, progress, random: Random(seed), pools: Vec::new(), live_ffn: config.live_ffn };
     for section in expected_sections(&config) {
         match section.kind {
             Kind::Head | Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow if config.split_head => {
@@ -208,6 +209,7 @@ struct Pool {
     format: Format,
     rows: usize,
     cols: usize,
+    dead: bool,
     units: Vec<Vec<Block>>,
 }
 
@@ -245,6 +247,7 @@ struct Maker<'a> {
     progress: &'a mut dyn Progress,
     random: Random,
     pools: Vec<Pool>,
+    live_ffn: bool,
 }
 
 impl Maker<'_> {
@@ -275,8 +278,9 @@ impl Maker<'_> {
         let (rows, cols) = (section.rows as usize, section.cols as usize);
         let scale = scale(format, cols);
         self.writer.begin(if format.has_matrix_scale() { scale } else { 1.0 })?;
-        let full = self.pool(format, UNIT_ROWS.min(rows), cols, scale);
-        let last = self.pool(format, rows % UNIT_ROWS, cols, scale);
+        let dead = self.live_ffn && section.kind == Kind::Gate;
+        let full = self.pool((format, UNIT_ROWS.min(rows), cols), dead, scale);
+        let last = self.pool((format, rows % UNIT_ROWS, cols), dead, scale);
         for u in 0..rows.div_ceil(UNIT_ROWS) {
             let unit_rows = UNIT_ROWS.min(rows - u * UNIT_ROWS);
             let units = &self.pools[if unit_rows == UNIT_ROWS { full } else { last }].units;
@@ -304,8 +308,8 @@ impl Maker<'_> {
             put(self.writer, self.progress, columns.to_floats().as_bytes())?;
             return self.writer.end();
         }
-        let full = self.pool(format, UNIT_ROWS.min(vocab), cols, scale);
-        let last = self.pool(format, vocab % UNIT_ROWS, cols, scale);
+        let full = self.pool((format, UNIT_ROWS.min(vocab), cols), false, scale);
+        let last = self.pool((format, vocab % UNIT_ROWS, cols), false, scale);
         let norms =
             if kind == Kind::HeadApart { [full, last].map(|pool| self.pools[pool].norms()) } else { [vec![], vec![]] };
         for first in (0..vocab).step_by(UNIT_ROWS) {
@@ -334,14 +338,15 @@ impl Maker<'_> {
     }
 
     /// The pool of this shape, made when it is first asked for.
-    fn pool(&mut self, format: Format, rows: usize, cols: usize, scale: f32) -> usize {
-        let same = |p: &Pool| (p.format, p.rows, p.cols) == (format, rows, cols);
+    fn pool(&mut self, (format, rows, cols): (Format, usize, usize), dead: bool, scale: f32) -> usize {
+        let same = |p: &Pool| (p.format, p.rows, p.cols, p.dead) == (format, rows, cols, dead);
         if let Some(i) = self.pools.iter().position(same) {
             return i;
         }
-        let units =
-            (0..pool_units(format, rows, cols)).map(|_| unit(format, rows, cols, scale, &mut self.random)).collect();
-        self.pools.push(Pool { format, rows, cols, units });
+        let units = (0..pool_units(format, rows, cols))
+            .map(|_| unit((format, rows, cols), dead, scale, &mut self.random))
+            .collect();
+        self.pools.push(Pool { format, rows, cols, dead, units });
         self.pools.len() - 1
     }
 }
@@ -359,7 +364,9 @@ fn scale(format: Format, cols: usize) -> f32 {
     1.0 / (deviation * (cols as f32).sqrt())
 }
 
-fn unit(format: Format, rows: usize, cols: usize, scale: f32, random: &mut Random) -> Vec<Block> {
+/// Of `dead` units three rows of ten are zeros, where the format has zeros: a random gate closes for half of the neurons, that
+/// of a trained squared ReLU for two thirds.
+fn unit((format, rows, cols): (Format, usize, usize), dead: bool, scale: f32, random: &mut Random) -> Vec<Block> {
     let mut blocks = vec![Block::ZERO; format.matrix_blocks(rows, cols)];
     let stride = format.padded_cols(cols);
     if format == Format::F16 {
@@ -374,6 +381,9 @@ fn unit(format: Format, rows: usize, cols: usize, scale: f32, random: &mut Rando
     let mut codes = vec![0; rows * stride];
     let (low, high) = format.range();
     for row in codes.chunks_exact_mut(stride) {
+        if dead && format.base() != Format::B1 && random.below(10) < 3 {
+            continue;
+        }
         row[..cols].iter_mut().for_each(|w| {
             *w = if format.base() == Format::B1 { random.within(0, 1) * 2 - 1 } else { random.within(low, high) }
         });

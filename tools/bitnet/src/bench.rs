@@ -3,7 +3,7 @@ use crate::open::{ModelArgs, Opened, mib, with_model};
 use crate::{output, system};
 use bitnet_kernel::Block;
 use bitnet_runtime::image::Kind;
-use bitnet_runtime::model::{HeadStats, Need};
+use bitnet_runtime::model::{HeadStats, LiveRows, Need};
 use bitnet_runtime::parallel::Tuned;
 use bitnet_runtime::{Image, Model, State};
 use serde::Serialize;
@@ -42,6 +42,8 @@ struct Report {
     bytes_per_token: u64,
     /// Rows of the second plane of a two-stage head that were read for a token; absent for other heads and with --best 0.
     head_rows: Option<f64>,
+    /// Shares of up's rows and of down's columns that were read; absent in images that have them read whole.
+    ffn_live: Option<[f64; 2]>,
     /// What as many threads read from memory in this run, at most.
     read_gb_per_s: f64,
     /// Bytes that decoding read a second, as a share of that. Above 1 if the caches hold the model.
@@ -70,12 +72,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let head = report
         .head_rows
         .map_or(String::new(), |rows| format!("head       {rows:.1} rows of the second plane a token\n"));
+    let live = report.ffn_live.map_or(String::new(), |[up, down]| {
+        format!("ffn        {:.0} % of up's rows and {:.0} % of down's columns read\n", 100.0 * up, 100.0 * down)
+    });
     Ok(output::write(&format!(
         "backend    {}\n\
          threads    {}\n\
          prefill    {:.2} tokens/s ({p0:.2} to {p1:.2}), {} tokens\n\
          decode     {:.2} tokens/s ({d0:.2} to {d1:.2}), {} tokens, median of {}\n\
-{head}\
+{head}{live}\
          reads      {} a token, {read:.2} GB/s: {:.0} % of the {:.2} GB/s that this memory gives\n\
          RAM        {} planned, {peak} used at most\n",
         report.backend,
@@ -112,6 +117,7 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
         !settled(threads) && start.elapsed() < SETTLING
     } {}
     let before = model.head_stats();
+    let live_before = model.live_rows();
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     for _ in 0..args.repetitions {
         let (p, d) = repetition(&mut model, &mut state, &prompt, tokens, need)?;
@@ -119,9 +125,10 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
         decode.push(d);
     }
     let (head_rows, unread) = head_rows(&image, before, model.head_stats());
+    let (ffn_live, dead) = ffn_live(&image, live_before, model.live_rows());
     let ((prefill_tokens_per_s, prefill_range), (decode_tokens_per_s, decode_range)) =
         (median(prefill), median(decode));
-    let bytes_per_token = weight_bytes_per_token(&image) + kv_bytes - unread;
+    let bytes_per_token = weight_bytes_per_token(&image) + kv_bytes - unread - dead;
     let peak_rss_bytes = system::peak_rss();
     let read_gb_per_s = system::read_bandwidth(threads.pool(), threads.decode().threads) / 1e9;
     Ok(Report {
@@ -131,6 +138,7 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
         decode_range,
         bytes_per_token,
         head_rows,
+        ffn_live,
         read_gb_per_s,
         bandwidth_share: bytes_per_token as f64 * decode_tokens_per_s / 1e9 / read_gb_per_s,
         plan_bytes,
@@ -196,6 +204,22 @@ pub(crate) fn head_rows(image: &Image<'_>, before: HeadStats, after: HeadStats) 
     let rows = (after.rows - before.rows) as f64 / tokens as f64;
     let unread = 1.0 - rows / f64::from(low.rows.get());
     (Some(rows), (f64::from(low.blocks.get()) * Block::BYTES as f64 * unread) as u64)
+}
+
+/// Shares of up's rows and down's columns that were read, and bytes of both that one token did not read.
+pub(crate) fn ffn_live(image: &Image<'_>, before: LiveRows, after: LiveRows) -> (Option<[f64; 2]>, u64) {
+    let all = after.all - before.all;
+    if all == 0 {
+        return (None, 0);
+    }
+    let share = |before, after| (after - before) as f64 / all as f64;
+    let (up, down) = (share(before.up, after.up), share(before.down, after.down));
+    let bytes = |kind: Kind| {
+        let records = image.sections().records().iter().filter(|r| r.kind == kind as u8);
+        records.map(|r| u64::from(r.blocks.get())).sum::<u64>() as f64 * Block::BYTES as f64
+    };
+    let dead = bytes(Kind::UpRows) * (1.0 - up) + bytes(Kind::DownColumns) * (1.0 - down);
+    (Some([up, down]), dead as u64)
 }
 
 /// Keys and values of one position.

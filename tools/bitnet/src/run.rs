@@ -1,11 +1,11 @@
 //! `bitnet run`: continue a prompt.
-use crate::bench::head_rows;
+use crate::bench::{ffn_live, head_rows};
 use crate::open::{ModelArgs, Opened, Source, mib, with_model};
 use crate::sampling::SamplingArgs;
 use crate::{output, system};
 use anyhow::{Context as _, ensure};
 use bitnet_runtime::generate::{Event, Finish, Session, Until};
-use bitnet_runtime::model::HeadStats;
+use bitnet_runtime::model::{HeadStats, LiveRows};
 use bitnet_runtime::parallel::Tuned;
 use bitnet_runtime::sampler::Sampler;
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
@@ -130,6 +130,10 @@ fn generate(args: &Args, prompt: &str, opened: Opened<'_>) -> anyhow::Result<()>
         let head = head_rows(&image, HeadStats::default(), session.model().head_stats());
         let mapped = if args.model.source == Source::Mapped { file_bytes } else { 0 };
         output::note(&stats(&speed, backend, threads, &planned, file_bytes, mapped));
+        if let (Some([up, down]), dead) = ffn_live(&image, LiveRows::default(), session.model().live_rows()) {
+            let (up, down) = (100.0 * up, 100.0 * down);
+            output::note(&format!("ffn: {up:.0} % of up and {down:.0} % of down read, {} a token not\n", mib(dead)));
+        }
         if let (Some(rows), unread) = head {
             output::note(&format!("head: {rows:.1} rows of the second plane a token, {} not read\n", mib(unread)));
         }
