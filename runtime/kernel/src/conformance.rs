@@ -137,10 +137,13 @@ pub fn check_up_to(k: &dyn Kernels, memory: &mut Workspace, weights: usize) -> R
             for format in Format::INTEGER {
                 check_products(k, format, rows, cols, input, memory)?;
             }
-            for format in Format::GROUPED {
-                check_grouped(k, format, rows, cols, input, memory)?;
+            // Groups are summed one by one and rows as T2's: the largest shapes add nothing to the extremes.
+            if input == Input::Random || rows * cols <= 20_000 {
+                for format in Format::GROUPED {
+                    check_grouped(k, format, rows, cols, input, memory)?;
+                }
+                check_rows(k, rows, cols, input, memory)?;
             }
-            check_rows(k, rows, cols, input, memory)?;
         }
         check_matvec_f16(k, rows, cols, memory)?;
         check_quantize(k, cols, memory)?;

@@ -1,6 +1,6 @@
 //! The reference: the plainest sum, straight from the definition of the bytes.
 use crate::float::f16_to_f32;
-use crate::format::{decode, scales};
+use crate::format::decode;
 use crate::{Activations, Batch, Block, Format, Kernels, Matrix};
 
 /// Runs on anything.
@@ -31,18 +31,24 @@ impl Kernels for Portable {
         assert_eq!(y.len(), w.rows() * x.tokens().len());
         assert!(w.format().is_grouped());
         x.assert_fit(&w);
-        let (format, steps) = (w.format(), w.steps());
+        y.fill(0.0);
+        let base = w.format().base();
         for (x, y) in x.tokens().iter().zip(y.chunks_exact_mut(w.rows().max(1))) {
-            for (r, y) in y.iter_mut().enumerate() {
-                let first = r / Format::PANEL_ROWS * steps;
-                let row = r % Format::PANEL_ROWS;
-                *y = 0.0;
-                for (g, x) in x.values().chunks_exact(Format::GROUP_COLS).enumerate() {
-                    let step = &w.blocks()[(first + g) * format.step_blocks()..][..format.step_blocks()];
-                    let products =
-                        x.iter().enumerate().map(|(c, &x)| i32::from(decode(format, step, row, c)) * i32::from(x));
-                    let scale = f16_to_f32(u16::from_le_bytes(scales(format, step)[row]));
-                    *y += products.sum::<i32>() as f32 * scale;
+            for (tile, y) in y.chunks_mut(Format::PANEL_ROWS).enumerate() {
+                for ((panel, scales), x) in w.panels(tile).zip(x.values().chunks_exact(Format::GROUP_COLS)) {
+                    // A group may end inside a step of its base format.
+                    let mut padded = [0; 2 * Format::GROUP_COLS];
+                    padded[..Format::GROUP_COLS].copy_from_slice(x);
+                    let mut sums = [0; Format::PANEL_ROWS];
+                    for (sums, tile) in sums.chunks_mut(base.tile_rows()).zip(panel.tiles()) {
+                        let steps = tile.chunks_exact(base.step_blocks());
+                        for (step, x) in steps.zip(padded.chunks_exact(base.step_cols())) {
+                            add_step(base, step, x, sums);
+                        }
+                    }
+                    for ((y, &sum), &scale) in y.iter_mut().zip(&sums).zip(scales) {
+                        *y += sum as f32 * f16_to_f32(u16::from_le_bytes(scale));
+                    }
                 }
             }
         }
