@@ -1,5 +1,6 @@
 //! From a prompt to text, token by token.
 use crate::error::Error;
+use crate::lookup::{Lookup, Stats};
 use crate::model::{Model, State};
 use crate::sampler::Sampler;
 use crate::tokenizer::TextStream;
@@ -47,6 +48,8 @@ pub struct Session<'m> {
     history: Vec<u32>,
     /// The last token given out, if the model has not read it yet.
     pending: Option<u32>,
+    /// Guesses, if wanted. The state then holds those of the last pass too, after the history's.
+    lookup: Option<Lookup>,
 }
 
 impl<'m> Session<'m> {
@@ -57,7 +60,17 @@ impl<'m> Session<'m> {
     pub fn new(model: Model<'m>, state: State<'m>, sampler: Sampler<'m>) -> Self {
         assert_eq!(state.position(), 0, "a session starts with an empty conversation");
         let history = Vec::with_capacity(model.limits().context as usize);
-        Self { model, state, sampler, history, pending: None }
+        Self { model, state, sampler, history, pending: None, lookup: None }
+    }
+    /// Has generations guess tokens from what followed the same tokens before, and read several in one pass: the same tokens and
+    /// the same end, in less time where a text repeats itself. Passes have at most 8 tokens and no more than the model's batch.
+    #[must_use]
+    pub fn with_lookup(self) -> Self {
+        Self { lookup: Some(Lookup::new()), ..self }
+    }
+    /// What look-up has done, if it is in use.
+    pub fn lookup(&self) -> Option<Stats> {
+        self.lookup.as_ref().map(|lookup| lookup.stats)
     }
     /// The model.
     pub const fn model(&self) -> &Model<'m> {
@@ -82,6 +95,9 @@ impl<'m> Session<'m> {
         // The last token is always read: its logits choose the next.
         let common = common.min(tokens.len() - 1);
         self.pending = None;
+        if let Some(lookup) = &mut self.lookup {
+            lookup.forget();
+        }
         self.state.truncate(common);
         self.history.truncate(common);
         self.model.prefill_for(&mut self.state, &tokens[common..], self.sampler.need())?;
@@ -113,10 +129,10 @@ impl<'m> Session<'m> {
                 break Finish::Length;
             }
             if let Some(token) = self.pending {
-                if self.state.remaining() == 0 {
+                if self.history.len() == self.model.limits().context as usize {
                     break Finish::Context;
                 }
-                self.model.step_for(&mut self.state, token, self.sampler.need())?;
+                self.read(token, until.max_tokens - produced, until.stop_ids)?;
                 self.history.push(token);
                 self.pending = None;
             }
@@ -149,5 +165,29 @@ impl<'m> Session<'m> {
             });
         }
         Ok(finish)
+    }
+
+    /// Reads the next token of the conversation: the model's logits are then those after it. `left` tokens, at least one, and
+    /// none of `stops` will be asked for.
+    fn read(&mut self, token: u32, left: usize, stops: &[u32]) -> Result<(), Error> {
+        let (read, need) = (self.history.len(), self.sampler.need());
+        if let Some(lookup) = &mut self.lookup {
+            let place = match lookup.accept(token) {
+                Some(place) => Ok(place),
+                None => {
+                    self.state.truncate(read);
+                    let most = Lookup::most(self.model.limits(), read).min(left);
+                    let pass = lookup.propose(&self.history, token, most, stops);
+                    self.model.read(&mut self.state, pass).map(|()| 0)
+                }
+            };
+            if place.is_ok_and(|place| self.model.logits_after(place, need).is_ok()) {
+                return Ok(());
+            }
+            // A guess can fail where the token does not: what counts is the token alone.
+            lookup.forget();
+            self.state.truncate(read);
+        }
+        self.model.step_for(&mut self.state, token, need).map(drop)
     }
 }

@@ -22,6 +22,8 @@ pub mod error;
 #[cfg(feature = "alloc")]
 pub mod generate;
 pub mod image;
+#[cfg(feature = "alloc")]
+pub mod lookup;
 pub mod memory;
 pub mod model;
 pub mod parallel;

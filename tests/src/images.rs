@@ -3,8 +3,10 @@ use crate::argmax;
 use bitnet_kernel::{Block, Kernels};
 use bitnet_pack::Options;
 use bitnet_runtime::error::SourceError;
+use bitnet_runtime::generate::Session;
 use bitnet_runtime::memory::KvFormat;
-use bitnet_runtime::parallel::Pool;
+use bitnet_runtime::parallel::{Pool, Serial};
+use bitnet_runtime::sampler::{Sampler, Sampling};
 use bitnet_runtime::source::{BlockDevice, Mapped, Streamed, WeightSource};
 use bitnet_runtime::{Error, Image, Limits, Model, Plan, State};
 use std::path::Path;
@@ -56,6 +58,28 @@ impl Packed {
     /// If it is not one.
     pub fn image(&self) -> Image<'_> {
         Image::check(self.bytes(), self.bytes().len() as u64).expect("a sound image")
+    }
+    /// Calls `f` with an empty conversation, on one thread and with mapped weights.
+    ///
+    /// # Panics
+    /// If the model cannot be opened.
+    pub fn converse<R>(
+        &self,
+        kernels: &'static dyn Kernels,
+        limits: Limits,
+        sampling: Sampling,
+        f: impl FnOnce(Session<'_>) -> R,
+    ) -> R {
+        let image = self.image();
+        let config = image.header().config;
+        let plan = Plan::new(&config, &limits);
+        let blocks = |n| vec![Block::ZERO; n];
+        let (mut scratch, mut state, mut sampler) = (blocks(plan.scratch), blocks(plan.state), blocks(plan.sampler));
+        let mut source = Mapped::new(self.blocks());
+        let state = State::new(&config, &limits, &mut state).expect("planned memory");
+        let model = Model::new(&image, limits, kernels, &Serial, &mut source, &mut scratch).expect("planned memory");
+        let sampler = Sampler::new(config.vocab, sampling, &mut sampler).expect("planned memory");
+        f(Session::new(model, state, sampler))
     }
 }
 

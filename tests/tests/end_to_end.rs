@@ -8,7 +8,7 @@ use bitnet_runtime::image::Kind;
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::model::{Activation, Rope};
 use bitnet_runtime::parallel::Serial;
-use bitnet_runtime::sampler::{Sampler, Sampling};
+use bitnet_runtime::sampler::Sampling;
 use bitnet_runtime::source::{BlockDevice, Mapped, Streamed};
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
 use bitnet_runtime::{Config, Error, Limits, Model, Plan, State, backend};
@@ -135,16 +135,8 @@ fn with_session<R>(
     sampling: Sampling,
     f: impl FnOnce(&mut Session<'_>, &Tokenizer) -> R,
 ) -> R {
-    let image = packed.image();
-    let plan = Plan::new(&image.header().config, &limits);
-    let blocks = |n| vec![Block::ZERO; n];
-    let (mut scratch, mut state, mut sampler) = (blocks(plan.scratch), blocks(plan.state), blocks(plan.sampler));
-    let mut source = Mapped::new(packed.blocks());
-    let tokenizer = Tokenizer::load(&image, &mut source).unwrap();
-    let state = State::new(&image.header().config, &limits, &mut state).unwrap();
-    let model = Model::new(&image, limits, backend::best(), &Serial, &mut source, &mut scratch).unwrap();
-    let sampler = Sampler::new(model.config().vocab, sampling, &mut sampler).unwrap();
-    f(&mut Session::new(model, state, sampler), &tokenizer)
+    let tokenizer = Tokenizer::load(&packed.image(), &mut Mapped::new(packed.blocks())).unwrap();
+    packed.converse(backend::best(), limits, sampling, |mut session| f(&mut session, &tokenizer))
 }
 
 fn limits() -> Limits {

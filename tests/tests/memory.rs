@@ -26,7 +26,7 @@ fn memory_is_what_the_plan_says_and_tokens_allocate_nothing() {
     let config = image.header().config;
     let limits = Limits { batch: 8, ..image.header().plan.limits };
     let plan = Plan::new(&config, &limits);
-    for threads in [1, 2] {
+    for (threads, lookup) in [(1, false), (1, true), (2, false), (2, true)] {
         let before = HEAP.allocated();
         let pool = Pool::new(threads).unwrap();
         pool.enter(|| {
@@ -41,8 +41,11 @@ fn memory_is_what_the_plan_says_and_tokens_allocate_nothing() {
                 Sampling { temperature: 0.9, top_k: 40, top_p: 0.9, repetition_penalty: 1.1, ..Sampling::GREEDY };
             let sampler = Sampler::new(config.vocab, sampling, &mut sampler).unwrap();
             let mut session = Session::new(model, state, sampler);
+            if lookup {
+                session = session.with_lookup();
+            }
             let mut stream = TextStream::new(&tokenizer, &[]);
-            session.prompt(&[1, 403, 407, 261, 378]).unwrap();
+            session.prompt(&[1, 403, 407, 261, 378, 403, 407, 261]).unwrap();
             let mut generate = |max_tokens| {
                 let calls = alloc::calls();
                 let until = Until { max_tokens, stop_ids: &[] };

@@ -80,6 +80,36 @@ impl Model<'_> {
         })
     }
 
+    /// Advances the conversation by `tokens` in one pass and computes no logits: [`Model::logits_after`] does, for those tokens
+    /// whose logits are wanted.
+    ///
+    /// # Errors
+    /// As [`Model::prefill`].
+    ///
+    /// # Panics
+    /// If there is no token, or more than a batch.
+    pub fn read(&mut self, state: &mut State<'_>, tokens: &[u32]) -> Result<(), Error> {
+        assert!(
+            !tokens.is_empty() && tokens.len() <= self.limits.batch as usize,
+            "one pass reads 1 to a batch of tokens"
+        );
+        self.passes(state, tokens, &mut |_, _, _| Ok(()))
+    }
+
+    /// The logits after token `t` of the last pass, `[vocab]`, those at least that are needed, as [`Model::step_for`] would have
+    /// given them.
+    ///
+    /// # Errors
+    /// If weights cannot be read or a result is no number.
+    ///
+    /// # Panics
+    /// If the last pass failed or had fewer tokens, or no logit is needed.
+    pub fn logits_after(&mut self, t: usize, need: Need) -> Result<&[f32], Error> {
+        assert!(t < self.read && need != Need::Best(0), "token {t} of a pass of {}", self.read);
+        self.head(t, need)?;
+        Ok(self.logits())
+    }
+
     /// One pass a batch, each followed by `then(model, tokens in the batch, whether it is the last)`.
     fn passes(
         &mut self,
@@ -115,6 +145,7 @@ impl Model<'_> {
     /// The whole pass, all but the head.
     fn pass(&mut self, state: &mut State<'_>, tokens: &[u32]) -> Result<(), Error> {
         let n = tokens.len();
+        self.read = 0;
         for (t, &token) in tokens.iter().enumerate() {
             self.embed(t, token)?;
         }
@@ -124,6 +155,7 @@ impl Model<'_> {
             self.feed_forward(layer, n)?;
         }
         state.advance(n);
+        self.read = n;
         Ok(())
     }
 

@@ -35,6 +35,8 @@ pub struct Model<'m> {
     scratch: Scratch<'m>,
     head_stats: HeadStats,
     live: LiveRows,
+    /// Tokens whose results of all layers the scratch memory has: those of the last pass, none if it failed.
+    read: usize,
 }
 
 /// What computes, and what it reads.
@@ -101,7 +103,7 @@ impl<'m> Model<'m> {
         arena.finish();
         let machine = Machine { kernels, parallel, source };
         let (head_stats, live) = (HeadStats::default(), LiveRows::default());
-        Ok(Self { config, limits, weights: Weights::new(image), machine, scratch, head_stats, live })
+        Ok(Self { config, limits, weights: Weights::new(image), machine, scratch, head_stats, live, read: 0 })
     }
 
     /// The model's shape.

@@ -4,8 +4,7 @@ use crate::output;
 use crate::sampling::SamplingArgs;
 use crate::template::{self, Message};
 use anyhow::{Context as _, ensure};
-use bitnet_runtime::generate::{Event, Finish, Session, Until};
-use bitnet_runtime::sampler::Sampler;
+use bitnet_runtime::generate::{Event, Finish, Until};
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
 use std::io::IsTerminal as _;
 use std::ops::ControlFlow;
@@ -62,8 +61,7 @@ fn converse(args: &Args, interrupt: &Interrupt, opened: Opened<'_>) -> anyhow::R
     ensure!(!text.chat_template.is_empty(), "this image has no chat template; `bitnet run` continues a text");
     let tokenizer = Tokenizer::load(&opened.image, opened.source)?;
     let (model, state, sampler) = opened.load()?;
-    let sampler = Sampler::new(model.config().vocab, args.sampling.sampling(), sampler)?;
-    let mut session = Session::new(model, state, sampler);
+    let mut session = args.sampling.session(model, state, sampler)?;
     let until = Until { max_tokens: args.sampling.max_tokens, stop_ids: text.stop.ids() };
 
     let system = args.system.clone().map(|content| Message { role: "system", content });

@@ -4,10 +4,10 @@ use crate::open::{ModelArgs, Opened, Source, mib, with_model};
 use crate::sampling::SamplingArgs;
 use crate::{output, system};
 use anyhow::{Context as _, ensure};
-use bitnet_runtime::generate::{Event, Finish, Session, Until};
+use bitnet_runtime::generate::{Event, Finish, Until};
+use bitnet_runtime::lookup;
 use bitnet_runtime::model::{HeadStats, LiveRows};
 use bitnet_runtime::parallel::Tuned;
-use bitnet_runtime::sampler::Sampler;
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
 use std::fmt::Write as _;
 use std::io::Read as _;
@@ -91,8 +91,7 @@ fn generate(args: &Args, prompt: &str, opened: Opened<'_>) -> anyhow::Result<()>
     let (backend, threads) = (opened.kernels.name(), opened.threads);
     let (planned, file_bytes) = (opened.plan_text(), image.file_bytes());
     let (model, state, sampler) = opened.load()?;
-    let sampler = Sampler::new(model.config().vocab, args.sampling.sampling(), sampler)?;
-    let mut session = Session::new(model, state, sampler);
+    let mut session = args.sampling.session(model, state, sampler)?;
 
     let start = Instant::now();
     session.prompt(&ids)?;
@@ -126,7 +125,7 @@ fn generate(args: &Args, prompt: &str, opened: Opened<'_>) -> anyhow::Result<()>
         output::note(&format!("(the context of {} tokens is full)\n", session.model().limits().context));
     }
     if args.stats {
-        let speed = Speed { prompt: ids.len(), prefill, produced, decode };
+        let speed = Speed { prompt: ids.len(), prefill, produced, decode, lookup: session.lookup() };
         let head = head_rows(&image, HeadStats::default(), session.model().head_stats());
         let mapped = if args.model.source == Source::Mapped { file_bytes } else { 0 };
         output::note(&stats(&speed, backend, threads, &planned, file_bytes, mapped));
@@ -146,16 +145,22 @@ struct Speed {
     prefill: Duration,
     produced: usize,
     decode: Duration,
+    lookup: Option<lookup::Stats>,
 }
 
 fn stats(speed: &Speed, backend: &str, threads: &Tuned, planned: &str, file_bytes: u64, mapped: u64) -> String {
     let rate = |n: usize, t: Duration| n as f64 / t.as_secs_f64().max(1e-9);
-    let Speed { prompt, prefill, produced, decode } = *speed;
+    let Speed { prompt, prefill, produced, decode, lookup } = *speed;
     let mut s = String::new();
     let _ = writeln!(s, "prefill: {prompt} tokens, {:.1} tokens/s", rate(prompt, prefill));
     // The first token's logits are the prompt's.
     let steps = produced.saturating_sub(1);
     let _ = writeln!(s, "decode: {produced} tokens, {:.1} tokens/s", rate(steps, decode));
+    if let Some(lookup) = lookup {
+        let lookup::Stats { passes, drafted, accepted } = lookup;
+        let each = lookup.tokens_per_pass();
+        let _ = writeln!(s, "lookup: {drafted} drafted, {accepted} accepted, {passes} passes, {each:.2} tokens a pass");
+    }
     let _ = writeln!(s, "backend: {backend}");
     let _ = writeln!(s, "threads: prefill {}; decode {}", threads.prefill(), threads.decode());
     let _ = writeln!(s, "image size: {}", mib(file_bytes));

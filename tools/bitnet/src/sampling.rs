@@ -1,5 +1,8 @@
 //! Options of the sampler and of where a reply ends.
-use bitnet_runtime::sampler::Sampling;
+use bitnet_kernel::Block;
+use bitnet_runtime::generate::Session;
+use bitnet_runtime::sampler::{Sampler, Sampling};
+use bitnet_runtime::{Error, Model, State};
 
 /// How tokens are chosen, and when to stop.
 #[derive(Clone, Debug, clap::Args)]
@@ -28,10 +31,25 @@ pub(crate) struct SamplingArgs {
     /// End before this text; may be given several times.
     #[arg(long = "stop", value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub stops: Vec<String>,
+    /// Guess tokens from what followed the same words before, and check up to 8 in one pass: the same text, sooner where it
+    /// repeats itself or its prompt. Needs a --batch of at least 2.
+    #[arg(long)]
+    pub lookup: bool,
 }
 
 impl SamplingArgs {
-    pub(crate) const fn sampling(&self) -> Sampling {
+    /// A conversation whose tokens are chosen so.
+    pub(crate) fn session<'m>(
+        &self,
+        model: Model<'m>,
+        state: State<'m>,
+        memory: &'m mut [Block],
+    ) -> Result<Session<'m>, Error> {
+        let sampler = Sampler::new(model.config().vocab, self.sampling(), memory)?;
+        let session = Session::new(model, state, sampler);
+        Ok(if self.lookup { session.with_lookup() } else { session })
+    }
+    const fn sampling(&self) -> Sampling {
         Sampling {
             temperature: self.temperature,
             top_k: self.top_k,

@@ -65,6 +65,8 @@ fn run_tells_the_story_however_it_is_run() {
         ["--threads", "auto"],
         ["--prefill-threads", "2"],
         ["--pin", "--threads=2"],
+        ["--lookup", "--threads=2"],
+        ["--lookup", "--batch=1"],
         ["--source", "streamed"],
         ["--batch", "1"],
         ["--batch", "16"],
@@ -72,12 +74,22 @@ fn run_tells_the_story_however_it_is_run() {
     ] {
         assert_eq!(output(&greedy("Once upon a time", &more)), expected, "{more:?}");
     }
-    let forced = bitnet(&greedy("Once upon a time", &["--stats"])).env("BITNET_BACKEND", "portable").output().unwrap();
+    let forced = bitnet(&greedy("Once upon a time", &["--stats", "--lookup"]))
+        .env("BITNET_BACKEND", "portable")
+        .output()
+        .unwrap();
     assert_eq!(String::from_utf8(forced.stdout).unwrap(), expected);
     let stats = String::from_utf8(forced.stderr).unwrap();
-    for line in
-        ["prefill: 5 tokens", "decode: 24 tokens", "backend: portable", "image size:", "RAM planned:", "RAM used:"]
-    {
+    for line in [
+        "prefill: 5 tokens",
+        "decode: 24 tokens",
+        "lookup: ",
+        " tokens a pass",
+        "backend: portable",
+        "image size:",
+        "RAM planned:",
+        "RAM used:",
+    ] {
         assert!(stats.contains(line), "{line} in {stats}");
     }
 }
