@@ -114,7 +114,7 @@ impl<'a> Image<'a> {
             if config.split_head && expected.kind == Kind::Head && record.encoding != Format::I4 as u8 {
                 return Err(ImageError::Section { index, expected: Kind::Head, field: "encoding" });
             }
-            if !matches!(expected.kind, Kind::Embedding | Kind::Head | Kind::HeadLow)
+            if !matches!(expected.kind, Kind::Embedding | Kind::Head | Kind::HeadApart | Kind::HeadLow)
                 && let Some(tensor) = record.tensor()
             {
                 formats |= 1 << tensor.format as u8;

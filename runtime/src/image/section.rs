@@ -78,10 +78,12 @@ pub enum Kind {
     Head = 65,
     /// The columns that are in neither plane, if [`Config::split_head`].
     HeadColumns = 66,
-    /// What each row has there, and its scale and bound.
+    /// `[vocab, 64]` in [`Format::I8`]: the weights there. Row scales are whole numbers, in units of the scales of the planes.
     HeadApart = 67,
     /// The low plane.
     HeadLow = 68,
+    /// The norms of its rows.
+    HeadNorms = 69,
 }
 
 impl Kind {
@@ -118,6 +120,7 @@ impl Kind {
             Self::HeadColumns => "head_columns",
             Self::HeadApart => "head_apart",
             Self::HeadLow => "head_low",
+            Self::HeadNorms => "head_norms",
         }
     }
     /// The kind of the norm that this linear applies to its input.
@@ -150,7 +153,8 @@ impl Kind {
     /// Whether a section of this kind may be encoded so.
     pub const fn allows(self, encoding: Encoding) -> bool {
         match self {
-            Self::Tokenizer | Self::HeadApart => matches!(encoding, Encoding::Bytes),
+            Self::Tokenizer | Self::HeadNorms => matches!(encoding, Encoding::Bytes),
+            Self::HeadApart => matches!(encoding, Encoding::Matrix(Format::I8)),
             Self::HeadLow => matches!(encoding, Encoding::Matrix(Format::I4)),
             Self::Embedding | Self::Head => {
                 matches!(encoding, Encoding::Matrix(f) if f.is_grouped() || matches!(f, Format::I4 | Format::I8 | Format::F16))
@@ -246,10 +250,11 @@ pub fn expected_sections(c: &Config) -> impl Iterator<Item = Section> + use<> {
         once(Kind::FinalNorm, 1, c.hidden),
         once(Kind::HeadColumns, 1, super::split::COLUMNS as u32),
         once(Kind::Head, c.vocab, c.hidden),
-        once(Kind::HeadApart, 1, super::split::apart_bytes(c.vocab)),
+        once(Kind::HeadApart, c.vocab, super::split::COLUMNS as u32),
+        once(Kind::HeadNorms, 1, super::split::norms_bytes(c.vocab)),
         once(Kind::HeadLow, c.vocab, c.hidden),
     ];
-    let split = |kind| matches!(kind, Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow);
+    let split = |kind| matches!(kind, Kind::HeadColumns | Kind::HeadApart | Kind::HeadNorms | Kind::HeadLow);
     start.chain(layers).chain(end.into_iter().filter(move |s| c.split_head || !split(s.kind)))
 }
 

@@ -11,14 +11,13 @@
 //! by a factor that is not negative are both monotone, rounding included.
 use super::{Machine, ops::floats};
 use crate::error::SourceError;
-use crate::image::split::{Apart, COLUMNS, Columns, ROW_BYTES, apart_unit, norm};
+use crate::image::split::{COLUMNS, Columns, norm, norms, norms_unit, step};
 use crate::image::{Tensor, UNIT_ROWS};
 use crate::memory::COARSE_VALUES;
 use crate::source::Extent;
 use bitnet_kernel::format::decode;
-use bitnet_kernel::{Activations, Block, Format, Kernels, Matrix};
+use bitnet_kernel::{Activations, Format, Matrix};
 use core::ops::Range;
-use zerocopy::IntoBytes;
 
 /// Which logits a caller needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +39,7 @@ impl Need {
 pub struct HeadStats {
     /// Tokens whose logits were computed in two stages.
     pub tokens: u64,
-    /// Rows of the low plane that were read for them.
+    /// Rows of the low plane that were read for them: whole tiles, and whole units where most tiles are needed.
     pub rows: u64,
 }
 
@@ -49,7 +48,8 @@ pub struct HeadStats {
 pub(super) struct SplitHead {
     pub columns: Extent,
     pub high: Tensor,
-    pub apart: Extent,
+    pub apart: Tensor,
+    pub norms: Extent,
     pub low: Tensor,
 }
 
@@ -60,8 +60,8 @@ pub(super) struct HeadInput<'a> {
     pub values: &'a mut [i8],
     /// What they were multiplied by.
     pub scale: f32,
-    /// Room for what the high plane says, `[units][3][UNIT_ROWS]`: of each row the sum without the low plane, `i32` by its
-    /// bits, the logit that would give, and the upper bound of its logit.
+    /// Room for what is known without the low plane, `[units][3][UNIT_ROWS]`: of each row the sum so far, `i32` by its bits, the
+    /// upper bound of its logit (before it, the factor from sums to logits), and the logit that the sum would give.
     pub coarse: &'a mut [f32],
 }
 
@@ -71,9 +71,9 @@ struct Prepared<'a> {
     /// Without the columns apart.
     values: Activations<'a>,
     /// In the columns apart.
-    apart: [i16; COLUMNS],
+    apart: Activations<'a>,
     /// `|values|`, rounded up.
-    norm: i64,
+    norm: i32,
     /// `8 Σ values`.
     offset: i32,
     /// What a sum is multiplied by besides the row's scale.
@@ -82,17 +82,15 @@ struct Prepared<'a> {
 
 /// Rows whose logits make the threshold: some more than are asked for, since the best estimates are not the best logits.
 ///
-/// Taken by their estimates they make the best threshold there is: on the head of SmolLM2-135M, 64 positions of a text, as many
-/// rows reach it as reach the true one (2,038 for the best, 14,459 against 14,446 for the best 40). Taken by their upper bounds
-/// they are the rows of the largest scales, and 6,664 and 27,046 reach it.
+/// Taken by their estimates they make the best threshold there is: on the head of SmolLM2-135M with 24 columns apart, 64
+/// positions of a text, as many rows reach it as reach the true one (2,038 for the best, 14,459 against 14,446 for the best
+/// 40). Taken by their upper bounds they are the rows of the largest scales, and 6,664 and 27,046 reach it.
 const fn seeds(best: usize) -> usize {
     2 * best + 8
 }
 const SEEDS_MAX: usize = seeds(Need::BEST_MAX as usize);
-/// Steps of one row that are multiplied at once, and the columns in them: 4 KiB for four rows.
-const CHUNK_STEPS: usize = 16;
-const CHUNK_COLS: usize = CHUNK_STEPS * Format::I4.step_cols();
-const CHUNKS_MAX: usize = Format::COLS_MAX / CHUNK_COLS;
+/// Rows of a tile of either plane.
+const TILE_ROWS: usize = Format::I4.tile_rows();
 
 /// The best rows by their estimates, the highest first.
 #[derive(Debug)]
@@ -103,12 +101,20 @@ struct Seeds {
 }
 
 impl Seeds {
-    fn of(estimates: impl Iterator<Item = f32>, max: usize) -> Self {
+    /// Of `rows` rows.
+    fn of(coarse: &[f32], rows: usize, max: usize) -> Self {
         let mut seeds = Self { rows: [(0.0, 0); SEEDS_MAX], len: 0, max };
         let mut least = f32::NEG_INFINITY;
-        for (r, estimate) in estimates.enumerate() {
-            if estimate > least || seeds.len < max {
-                least = seeds.insert(estimate, r as u32);
+        for first in (0..rows).step_by(UNIT_ROWS) {
+            let estimates = &Coarse::of(coarse, first / UNIT_ROWS).estimates[..UNIT_ROWS.min(rows - first)];
+            // Without leaving early it is a loop of vectors, and nearly all units end with it.
+            if seeds.len == max && !estimates.iter().fold(false, |any, &e| any | (e > least)) {
+                continue;
+            }
+            for (r, &estimate) in (first..).zip(estimates) {
+                if estimate > least || seeds.len < max {
+                    least = seeds.insert(estimate, r as u32);
+                }
             }
         }
         seeds
@@ -125,69 +131,62 @@ impl Seeds {
     }
 }
 
-/// A row of the low plane that is to be multiplied.
+/// What is known of the rows of a unit without the low plane, one value a row.
 #[derive(Clone, Copy, Debug)]
-struct Row<'a> {
-    /// What the caller knows it by.
-    index: usize,
-    /// The tile it lies in, and its place there.
-    tile: &'a [Block],
-    place: usize,
-    /// The scale of its sum.
-    factor: f32,
+struct Coarse<'a> {
+    /// Sums, `i32` by their bits.
+    sums: &'a [f32],
+    /// Upper bounds of logits.
+    uppers: &'a [f32],
+    /// Logits without the low plane.
+    estimates: &'a [f32],
 }
 
-impl Row<'_> {
-    /// Its logit, from the sum without the low plane (by its bits) and that of the low plane.
-    fn logit(&self, sum: f32, low: i32) -> f32 {
-        logit(sum, low, self.factor)
+impl<'a> Coarse<'a> {
+    /// Of unit `u`.
+    fn of(coarse: &'a [f32], u: usize) -> Self {
+        let (sums, rest) = coarse[u * COARSE_VALUES * UNIT_ROWS..].split_at(UNIT_ROWS);
+        let (uppers, rest) = rest.split_at(UNIT_ROWS);
+        Self { sums, uppers, estimates: &rest[..UNIT_ROWS] }
     }
 }
 
-/// Multiplies scattered rows of a plane of [`Format::I4`]: four at a time are laid side by side as a tile.
+/// Whether a row with this bound can be among the best; one without a bound can.
+fn reaches(upper: f32, threshold: f32) -> bool {
+    upper >= threshold || upper.is_nan()
+}
+
+/// Whether one of these rows can.
+fn one_reaches(uppers: &[f32], threshold: f32) -> bool {
+    uppers.iter().fold(false, |any, &upper| any | reaches(upper, threshold))
+}
+
+/// The rows of a unit to multiply: runs of tiles in which a row's bound reaches the threshold, or all if those are most.
 ///
-/// Rows lie in tiles of four, so a row is cache lines 256 bytes apart. Whole tiles would read four rows for one.
-struct Gather<'a> {
-    kernels: &'a dyn Kernels,
-    /// The activations, prepared for [`CHUNK_COLS`] columns each.
-    x: &'a [Activations<'a>],
-    rows: [Row<'a>; 4],
-    len: usize,
+/// A tile of which one row is needed is read whole. Its rows take turns of a cache line, and to lay those of four tiles side by
+/// side for one product cost 240 ns a row of 576 columns, where a tile takes some 170 ns wherever it lies. In order it takes
+/// 130 ns, so that a unit is read as a whole if most of it is needed.
+fn runs(uppers: &[f32], threshold: f32) -> impl Iterator<Item = Range<usize>> {
+    let tiles = uppers.len().div_ceil(TILE_ROWS);
+    let mut live = 0u32;
+    if one_reaches(uppers, threshold) {
+        for (tile, uppers) in uppers.chunks(TILE_ROWS).enumerate() {
+            live |= u32::from(one_reaches(uppers, threshold)) << tile;
+        }
+    }
+    if 2 * live.count_ones() as usize > tiles {
+        live = (1 << tiles) - 1;
+    }
+    let rows = uppers.len();
+    core::iter::from_fn(move || {
+        let start = if live == 0 { return None } else { live.trailing_zeros() };
+        let end = start + (live >> start).trailing_ones();
+        live &= u32::MAX << end;
+        Some(start as usize * TILE_ROWS..(end as usize * TILE_ROWS).min(rows))
+    })
 }
 
-impl<'a> Gather<'a> {
-    fn new(kernels: &'a dyn Kernels, x: &'a [Activations<'a>]) -> Self {
-        Self { kernels, x, rows: [Row { index: 0, tile: &[], place: 0, factor: 0.0 }; 4], len: 0 }
-    }
-    /// Adds a row; there is room for four.
-    fn push(&mut self, row: Row<'a>) {
-        self.rows[self.len] = row;
-        self.len += 1;
-    }
-    /// Gives each row that was added with its product to `each`; there are none afterwards.
-    fn multiply(&mut self, mut each: impl FnMut(&Row<'_>, i32)) {
-        let rows = &self.rows[..core::mem::take(&mut self.len)];
-        if rows.is_empty() {
-            return;
-        }
-        let mut sums = [0; 4];
-        let mut buffer = [Block::ZERO; 4 * CHUNK_STEPS];
-        for (chunk, x) in self.x.iter().enumerate() {
-            let steps = Format::I4.steps(x.cols());
-            for (r, row) in rows.iter().enumerate() {
-                let blocks = row.tile[4 * chunk * CHUNK_STEPS..].iter().skip(row.place).step_by(4);
-                for (to, from) in buffer.iter_mut().skip(r).step_by(4).zip(blocks).take(steps) {
-                    *to = *from;
-                }
-            }
-            let w = Matrix::new(Format::I4, rows.len(), x.cols(), &buffer[..4 * steps]);
-            let mut part = [0; 4];
-            self.kernels.matvec(w.expect("whole steps of one tile"), *x, &mut part[..rows.len()]);
-            sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-        }
-        rows.iter().zip(sums).for_each(|(row, sum)| each(row, sum));
-    }
-}
+const _: () = assert!(UNIT_ROWS / TILE_ROWS < u32::BITS as usize, "a bit for each tile");
 
 /// A logit, from the sum without the low plane (by its bits) and the low plane's.
 fn logit(sum: f32, low: i32, factor: f32) -> f32 {
@@ -224,15 +223,19 @@ impl Machine<'_> {
             }
         }
         let columns = Columns::from_floats(floats(self.source.fetch(head.columns)?));
-        let unit = self.source.fetch(apart_unit(head.apart, row / UNIT_ROWS as u32))?;
-        let (rows, _) = unit.as_bytes().as_chunks::<ROW_BYTES>();
-        let apart = Apart::from_bytes(&rows[row as usize % UNIT_ROWS]);
-        for (&column, weight) in columns.indices().iter().zip(apart.weights) {
+        let (tile, place, scale) = head.apart.row(row);
+        let (block, at) = scale.expect(ROW_SCALES);
+        let step_of_row = step(floats(self.source.fetch(block)?)[at]) as f32;
+        let tile = self.source.fetch(tile)?;
+        for (c, &column) in columns.indices().iter().enumerate() {
             if let Some(x) = x.get_mut(column as usize) {
-                *x = f32::from(weight) * f32::from(apart.step);
+                *x = f32::from(decode(Format::I8, tile, place, c)) * step_of_row;
             }
         }
-        x.iter_mut().for_each(|x| *x *= apart.scale);
+        let (_, _, scale) = head.low.row(row);
+        let (block, at) = scale.expect(ROW_SCALES);
+        let scale = floats(self.source.fetch(block)?)[at];
+        x.iter_mut().for_each(|x| *x *= scale);
         Ok(())
     }
 
@@ -245,7 +248,8 @@ impl Machine<'_> {
     ) -> Result<(), SourceError> {
         let kernels = self.kernels;
         let HeadInput { values, scale, coarse } = input;
-        let x = self.prepare_split(head, values, scale)?;
+        let mut apart = [0; COLUMNS];
+        let x = self.prepare_split(head, values, &mut apart, scale)?;
         self.coarse(head, &x, coarse)?;
         let coarse = &*coarse;
         self.run(&[head.low], 1, logits, &|tensor, u, blocks, y| {
@@ -254,8 +258,8 @@ impl Machine<'_> {
             let mut low = [0; UNIT_ROWS];
             let w = Matrix::new(Format::I4, rows, tensor.cols as usize, weights).expect("a unit of this tensor");
             kernels.matvec(w, x.values, &mut low[..rows]);
-            let sums = &coarse[u as usize * COARSE_VALUES * UNIT_ROWS..];
-            for (((y, &sum), &low), scale) in y.iter_mut().zip(sums).zip(&low[..rows]).zip(floats(scales)) {
+            let coarse = Coarse::of(coarse, u as usize);
+            for (((y, &sum), &low), scale) in y.iter_mut().zip(coarse.sums).zip(&low[..rows]).zip(floats(scales)) {
                 *y = logit(sum, low, scale * x.inverse);
             }
         })
@@ -270,77 +274,89 @@ impl Machine<'_> {
         best: usize,
         logits: &mut [f32],
     ) -> Result<u64, SourceError> {
-        let (kernels, vocab, cols) = (self.kernels, head.low.rows as usize, head.low.cols as usize);
         let HeadInput { values, scale, coarse } = input;
-        let x = self.prepare_split(head, values, scale)?;
+        let mut apart = [0; COLUMNS];
+        let x = self.prepare_split(head, values, &mut apart, scale)?;
         self.coarse(head, &x, coarse)?;
         let coarse = &*coarse;
 
-        // The prepared activations of pieces of a row, for rows that are gathered.
-        let mut pieces = [x.values; CHUNKS_MAX];
-        let count = cols.div_ceil(CHUNK_COLS);
-        for (i, piece) in pieces[..count].iter_mut().enumerate() {
-            let at = i * CHUNK_COLS;
-            *piece = kernels.prepare(Format::I4, (cols - at).min(CHUNK_COLS), &x.values.values()[at..], &mut []);
-        }
-        let pieces = &pieces[..count];
-
-        let seeds = Seeds::of((0..vocab).map(|r| estimate(coarse, r)), seeds(best));
+        let seeds = Seeds::of(coarse, head.low.rows as usize, seeds(best));
         let mut exact = [0.0; SEEDS_MAX];
         let exact = &mut exact[..seeds.len];
         for (exact, &(_, row)) in exact.iter_mut().zip(&seeds.rows) {
             let (tile, place, scale) = head.low.row(row);
-            let (block, at) = scale.expect("this format has row scales");
+            let (block, at) = scale.expect(ROW_SCALES);
             let factor = floats(self.source.fetch(block)?)[at] * x.inverse;
-            let mut gather = Gather::new(kernels, pieces);
-            gather.push(Row { index: row as usize, tile: self.source.fetch(tile)?, place, factor });
-            gather.multiply(|row, low| *exact = row.logit(sum(coarse, row.index), low));
+            let mut low = [0; TILE_ROWS];
+            let w = Matrix::new(Format::I4, TILE_ROWS, head.low.cols as usize, self.source.fetch(tile)?);
+            self.kernels.matvec(w.expect("a tile"), x.values, &mut low);
+            let (unit, row) = (row as usize / UNIT_ROWS, row as usize % UNIT_ROWS);
+            *exact = logit(Coarse::of(coarse, unit).sums[row], low[place], factor);
         }
         // What is not a number makes no threshold: then all rows are computed.
         exact.sort_unstable_by(|a, b| b.total_cmp(a));
         let numbers = exact.iter().all(|e| e.is_finite());
         let threshold = exact.get(best - 1).copied().filter(|_| numbers).unwrap_or(f32::NEG_INFINITY);
-        self.refine(head, (pieces, x.inverse), threshold, coarse, logits)
+        self.refine(head.low, &x, threshold, coarse, logits)
     }
 
-    /// Takes the columns apart out of `values` and prepares both parts.
+    /// Moves the columns apart out of `values` into `apart` and prepares both.
     fn prepare_split<'a>(
         &mut self,
         head: &SplitHead,
         values: &'a mut [i8],
+        apart: &'a mut [i8; COLUMNS],
         scale: f32,
     ) -> Result<Prepared<'a>, SourceError> {
         let cols = head.high.cols as usize;
         let columns = Columns::from_floats(floats(self.source.fetch(head.columns)?));
-        let apart = columns.take(&mut values[..cols]).map(i16::from);
-        let norm = norm(&values[..cols]).into();
+        *apart = columns.take(&mut values[..cols]);
+        let norm = norm(&values[..cols]) as i32;
         let values = self.kernels.prepare(Format::I4, cols, values, &mut []);
+        let apart = self.kernels.prepare(Format::I8, COLUMNS, apart, &mut []);
         Ok(Prepared { values, apart, norm, offset: 8 * values.sum(), inverse: 1.0 / scale })
     }
 
     /// What the high plane and the columns apart say of every row.
+    ///
+    /// Three sections one after another, since a source lends one piece at a time.
     fn coarse(&mut self, head: &SplitHead, x: &Prepared<'_>, coarse: &mut [f32]) -> Result<(), SourceError> {
         let kernels = self.kernels;
         self.run(&[head.high], COARSE_VALUES, coarse, &|tensor, u, blocks, y| {
             let rows = tensor.unit_rows(u);
-            let weights = &blocks[..tensor.weight_blocks(rows)];
+            let (weights, scales) = blocks.split_at(tensor.weight_blocks(rows));
             let w = Matrix::new(Format::I4, rows, tensor.cols as usize, weights).expect("a unit of this tensor");
-            let mut sums = [0; UNIT_ROWS];
-            kernels.matvec(w, x.values, &mut sums[..rows]);
-            y.iter_mut().zip(sums).for_each(|(y, sum)| *y = f32::from_bits(sum as u32));
+            let mut products = [0; UNIT_ROWS];
+            kernels.matvec(w, x.values, &mut products[..rows]);
+            let (sums, factors) = y.split_at_mut(UNIT_ROWS);
+            for (sum, product) in sums.iter_mut().zip(products) {
+                *sum = f32::from_bits((16 * product + x.offset) as u32);
+            }
+            factors.iter_mut().zip(floats(scales)).for_each(|(factor, scale)| *factor = scale * x.inverse);
         })?;
-        let extent = |u| apart_unit(head.apart, u);
-        self.run_units(head.high.units(), &extent, COARSE_VALUES * UNIT_ROWS, coarse, &|_, unit, y| {
-            let (rows, _) = unit.as_bytes().as_chunks::<ROW_BYTES>();
-            let (sums, bounds) = y.split_at_mut(UNIT_ROWS);
-            let (estimates, uppers) = bounds.split_at_mut(UNIT_ROWS);
-            for (((y, estimate), upper), row) in sums.iter_mut().zip(estimates).zip(uppers).zip(rows) {
-                let row = Apart::from_bytes(row);
-                let sum = 16 * y.to_bits() as i32 + x.offset + row.sum(&x.apart);
+        self.run(&[head.apart], COARSE_VALUES, coarse, &|tensor, u, blocks, y| {
+            let rows = tensor.unit_rows(u);
+            let (weights, steps) = blocks.split_at(tensor.weight_blocks(rows));
+            let w = Matrix::new(Format::I8, rows, COLUMNS, weights).expect("a unit of this tensor");
+            let mut products = [0; UNIT_ROWS];
+            kernels.matvec(w, x.apart, &mut products[..rows]);
+            let (sums, rest) = y.split_at_mut(UNIT_ROWS);
+            let (factors, estimates) = rest.split_at_mut(UNIT_ROWS);
+            for (((y, product), &scale), (factor, estimate)) in
+                sums.iter_mut().zip(products).zip(floats(steps)).zip(factors.iter().zip(estimates))
+            {
+                let sum = y.to_bits() as i32 + step(scale) * product;
                 *y = f32::from_bits(sum as u32);
-                let factor = row.scale * x.inverse;
                 *estimate = sum as f32 * factor;
-                let most = i64::from(sum) + i64::from(row.norm) * x.norm;
+            }
+        })?;
+        let extent = |u| norms_unit(head.norms, u);
+        self.run_units(head.high.units(), &extent, COARSE_VALUES * UNIT_ROWS, coarse, &|_, unit, y| {
+            let (sums, uppers) = y.split_at_mut(UNIT_ROWS);
+            for ((sum, upper), &norm) in sums.iter().zip(uppers).zip(norms(unit)) {
+                // A product that no norm of the packer's gives may be beyond the sum's range, no sum is.
+                let most = (sum.to_bits() as i32).saturating_add(i32::from(norm) * x.norm);
+                let factor = *upper;
                 // A factor that turns bounds round is none of the packer's; then the row is always computed.
                 *upper = if factor >= 0.0 { most as f32 * factor } else { f32::INFINITY };
             }
@@ -348,91 +364,80 @@ impl Machine<'_> {
     }
 
     /// Computes the logits of the rows whose bounds reach the threshold; those of the others become minus infinity. Returns
-    /// the number of rows.
+    /// the number of rows that were read.
     fn refine(
         &mut self,
-        head: &SplitHead,
-        x: (&[Activations<'_>], f32),
+        low: Tensor,
+        x: &Prepared<'_>,
         threshold: f32,
         coarse: &[f32],
         logits: &mut [f32],
     ) -> Result<u64, SourceError> {
-        let (kernels, tensor, (x, inverse)) = (self.kernels, head.low, x);
-        let reaches = |r: usize| {
-            let upper = upper(coarse, r);
-            upper >= threshold || upper.is_nan()
-        };
-        let rows = |units: Range<u32>| {
-            units.start as usize * UNIT_ROWS..(units.end as usize * UNIT_ROWS).min(tensor.rows as usize)
-        };
-        let live = |u: u32| rows(u..u + 1).any(reaches);
-        let units = tensor.units();
-        logits.fill(f32::NEG_INFINITY);
-        let mut first = 0;
+        let (kernels, units, cols) = (self.kernels, low.units(), low.cols as usize);
+        let uppers = |u: u32| &Coarse::of(coarse, u as usize).uppers[..low.unit_rows(u)];
+        let live = |u: u32| one_reaches(uppers(u), threshold);
+        let (tile_blocks, mut first) = (Format::I4.tile_blocks(cols), 0);
         while first < units {
-            let start = tensor.unit(first).start;
+            let start = low.unit(first).start;
             let piece_blocks = self.source.piece_blocks();
-            let fits = |u: u32| tensor.unit(u).end() - start <= piece_blocks;
+            let fits = |u: u32| low.unit(u).end() - start <= piece_blocks;
             // All at once where weights lie in memory; elsewhere only units in which there is a row to read.
             let end = if fits(units - 1) {
                 units
             } else if live(first) {
                 (first + 1..units).find(|&u| !fits(u) || !live(u)).unwrap_or(units)
             } else {
+                logits[first as usize * UNIT_ROWS..][..UNIT_ROWS].fill(f32::NEG_INFINITY);
                 first += 1;
                 continue;
             };
-            let piece = self.source.fetch(Extent { start, blocks: tensor.unit(end - 1).end() - start })?;
+            let piece = self.source.fetch(Extent { start, blocks: low.unit(end - 1).end() - start })?;
             let threads = self.parallel.threads() as u32;
             // Rows to read are not spread evenly, so chunks are small.
             let chunk = if threads == 1 { end - first } else { (end - first).div_ceil(16 * threads) };
-            let logits = &mut logits[rows(first..end)];
+            let logits = &mut logits[first as usize * UNIT_ROWS..end as usize * UNIT_ROWS];
             self.parallel.for_each_chunk(logits, chunk as usize * UNIT_ROWS, &|i, logits| {
-                let base = (first + i as u32 * chunk) as usize * UNIT_ROWS;
-                let lent = |e: Extent| &piece[(e.start - start) as usize..][..e.blocks as usize];
-                let mut gather = Gather::new(kernels, x);
-                for r in (0..logits.len()).filter(|r| reaches(base + r)) {
-                    let (tile, place, scale) = tensor.row((base + r) as u32);
-                    let (block, at) = scale.expect("this format has row scales");
-                    let factor = floats(lent(block))[at] * inverse;
-                    gather.push(Row { index: r, tile: lent(tile), place, factor });
-                    if gather.len == gather.rows.len() {
-                        gather.multiply(|row, low| logits[row.index] = row.logit(sum(coarse, base + row.index), low));
+                for (u, y) in (first + i as u32 * chunk..).zip(logits.chunks_exact_mut(UNIT_ROWS)) {
+                    y.fill(f32::NEG_INFINITY);
+                    let Extent { start: at, blocks } = low.unit(u);
+                    let unit = &piece[(at - start) as usize..][..blocks as usize];
+                    let (weights, scales) = unit.split_at(low.weight_blocks(low.unit_rows(u)));
+                    let Coarse { sums, uppers: bounds, .. } = Coarse::of(coarse, u as usize);
+                    for rows in runs(uppers(u), threshold) {
+                        let (tile, tiles) = (rows.start / TILE_ROWS, rows.len().div_ceil(TILE_ROWS));
+                        let weights = &weights[tile * tile_blocks..][..tiles * tile_blocks];
+                        let w = Matrix::new(Format::I4, rows.len(), cols, weights).expect("whole tiles of this tensor");
+                        let mut products = [0; UNIT_ROWS];
+                        kernels.matvec(w, x.values, &mut products[..rows.len()]);
+                        for (r, product) in rows.zip(products) {
+                            if reaches(bounds[r], threshold) {
+                                y[r] = logit(sums[r], product, floats(scales)[r] * x.inverse);
+                            }
+                        }
                     }
                 }
-                gather.multiply(|row, low| logits[row.index] = row.logit(sum(coarse, base + row.index), low));
             });
             first = end;
         }
-        Ok((0..tensor.rows as usize).filter(|&r| reaches(r)).count() as u64)
+        Ok((0..units).flat_map(|u| runs(uppers(u), threshold)).map(|rows| rows.len() as u64).sum())
     }
 }
 
-/// The sum of row `r`, by its bits, in what [`Machine::coarse`] made.
-fn sum(coarse: &[f32], r: usize) -> f32 {
-    coarse[r / UNIT_ROWS * COARSE_VALUES * UNIT_ROWS + r % UNIT_ROWS]
-}
-
-/// The logit of row `r` without the low plane.
-fn estimate(coarse: &[f32], r: usize) -> f32 {
-    coarse[(r / UNIT_ROWS * COARSE_VALUES + 1) * UNIT_ROWS + r % UNIT_ROWS]
-}
-
-/// The upper bound of row `r`.
-fn upper(coarse: &[f32], r: usize) -> f32 {
-    coarse[(r / UNIT_ROWS * COARSE_VALUES + 2) * UNIT_ROWS + r % UNIT_ROWS]
-}
+/// Both planes and what is apart have row scales.
+const ROW_SCALES: &str = "this format has row scales";
 
 #[cfg(all(test, feature = "std"))]
 mod tests {
     use super::*;
     use crate::backend;
-    use crate::image::split::split;
+    use crate::image::split::{NORM_BLOCKS, join, split};
     use crate::parallel::{Parallel, Pool, Serial};
     use crate::source::{BlockDevice, Mapped, Streamed, WeightSource};
     use alloc::vec::Vec;
     use alloc::{format, vec};
     use bitnet_kernel::format::encode;
+    use bitnet_kernel::{Block, Kernels};
+    use zerocopy::IntoBytes;
 
     /// Rows and columns with tails, and more columns than are multiplied at once.
     const SHAPES: [(usize, usize); 3] = [(200, 300), (131, 2100), (30, 20)];
@@ -443,6 +448,16 @@ mod tests {
         blocks: Vec<Block>,
         head: SplitHead,
         low: Vec<Vec<i8>>,
+        rows: Vec<Row>,
+    }
+
+    /// What a row has besides its planes.
+    #[derive(Clone, Copy)]
+    struct Row {
+        scale: f32,
+        norm: u16,
+        step: u8,
+        apart: [i8; COLUMNS],
     }
 
     fn random(seed: u64) -> impl FnMut(i32) -> i32 {
@@ -464,7 +479,7 @@ mod tests {
         weights[rows - 1] = weights[5].clone();
         weights[7].fill(0);
         weights[8].fill(15);
-        let mut apart: Vec<Apart> = Vec::new();
+        let mut apart: Vec<Row> = Vec::new();
         for (r, row) in weights.iter_mut().enumerate() {
             let weights = columns.take(row);
             let mut low: Vec<i8> = row.iter().map(|&w| split(w).1).collect();
@@ -475,44 +490,48 @@ mod tests {
                 _ => 0.01 + 0.001 * (random(5) as f32),
             };
             let step = 1 + (r % 3 * usize::from(!(5..9).contains(&r) && r != rows - 1)) as u8;
-            apart.push(Apart { scale, norm: norm(&low) as u16 - less, step, weights });
+            apart.push(Row { scale, norm: norm(&low) as u16 - less, step, apart: weights });
         }
         let low: Vec<Vec<i8>> = weights.iter().map(|row| row.iter().map(|&w| split(w).1).collect()).collect();
-        let mut blocks = vec![Block::ZERO; 2];
+        let mut blocks = vec![Block::ZERO; COLUMNS / 16];
         for (block, floats) in blocks.iter_mut().zip(columns.to_floats().chunks(16)) {
             block.0[..4 * floats.len()].copy_from_slice(floats.as_bytes());
         }
-        let columns = Extent { start: 0, blocks: 2 };
-        let plane = |blocks: &mut Vec<Block>, part: fn((i8, i8)) -> i8| {
-            let (start, shape) = (blocks.len() as u32, (rows as u32, cols as u32));
-            for first in (0..rows).step_by(UNIT_ROWS) {
-                let n = UNIT_ROWS.min(rows - first);
-                let mut unit = vec![Block::ZERO; Format::I4.matrix_blocks(n, cols)];
-                encode(Format::I4, n, cols, &mut unit, |r, c| part(split(weights[first + r][c])));
-                blocks.append(&mut unit);
-                for rows in apart[first..first + n].chunks(16) {
-                    let mut block = Block::ZERO;
-                    for (bytes, row) in block.0.chunks_exact_mut(4).zip(rows) {
-                        bytes.copy_from_slice(&row.scale.to_le_bytes());
+        let columns = Extent { start: 0, blocks: COLUMNS as u32 / 16 };
+        // A matrix with row scales, from its weight in a row and column and the scale of a row.
+        let matrix =
+            |blocks: &mut Vec<Block>, format, cols, w: &dyn Fn(usize, usize) -> i8, scale: &dyn Fn(&Row) -> f32| {
+                let start = blocks.len() as u32;
+                for first in (0..rows).step_by(UNIT_ROWS) {
+                    let n = UNIT_ROWS.min(rows - first);
+                    let mut unit = vec![Block::ZERO; Format::matrix_blocks(format, n, cols)];
+                    encode(format, n, cols, &mut unit, |r, c| w(first + r, c));
+                    blocks.append(&mut unit);
+                    for rows in apart[first..first + n].chunks(16) {
+                        let mut block = Block::ZERO;
+                        for (bytes, row) in block.0.chunks_exact_mut(4).zip(rows) {
+                            bytes.copy_from_slice(&scale(row).to_le_bytes());
+                        }
+                        blocks.push(block);
                     }
-                    blocks.push(block);
                 }
-            }
-            Tensor { format: Format::I4, rows: shape.0, cols: shape.1, start, scale: 1.0 }
-        };
-        let high = plane(&mut blocks, |parts| parts.0);
+                Tensor { format, rows: rows as u32, cols: cols as u32, start, scale: 1.0 }
+            };
+        let high = matrix(&mut blocks, Format::I4, cols, &|r, c| split(weights[r][c]).0, &|row| row.scale);
+        let apart_of = |r: usize, c: usize| apart[r].apart[c];
+        let apart_matrix = matrix(&mut blocks, Format::I8, COLUMNS, &apart_of, &|row| row.step.into());
         let start = blocks.len() as u32;
-        for pair in apart.chunks(2) {
+        for rows in apart.chunks(32) {
             let mut block = Block::ZERO;
-            for (bytes, row) in block.0.chunks_exact_mut(ROW_BYTES).zip(pair) {
-                bytes.copy_from_slice(&row.to_bytes());
+            for (bytes, row) in block.0.chunks_exact_mut(2).zip(rows) {
+                bytes.copy_from_slice(&row.norm.to_le_bytes());
             }
             blocks.push(block);
         }
-        blocks.resize(start as usize + rows.div_ceil(UNIT_ROWS) * 32, Block::ZERO);
-        let apart = Extent { start, blocks: blocks.len() as u32 - start };
-        let low_plane = plane(&mut blocks, |parts| parts.1);
-        Head { blocks, head: SplitHead { columns, high, apart, low: low_plane }, low }
+        blocks.resize(start as usize + rows.div_ceil(UNIT_ROWS) * NORM_BLOCKS, Block::ZERO);
+        let norms = Extent { start, blocks: blocks.len() as u32 - start };
+        let low_plane = matrix(&mut blocks, Format::I4, cols, &|r, c| split(weights[r][c]).1, &|row| row.scale);
+        Head { blocks, head: SplitHead { columns, high, apart: apart_matrix, norms, low: low_plane }, low, rows: apart }
     }
 
     struct Disk<'a>(&'a [Block]);
@@ -533,7 +552,7 @@ mod tests {
         need: Need,
     ) -> Vec<f32> {
         let (rows, cols) = (h.head.high.rows as usize, h.head.high.cols as usize);
-        let mut staging = vec![Block::ZERO; h.head.high.unit(0).blocks.max(32) as usize];
+        let mut staging = vec![Block::ZERO; h.head.high.unit(0).blocks.max(h.head.apart.unit(0).blocks) as usize];
         let (mut mapped, mut disk) = (Mapped::new(&h.blocks), Streamed::new(Disk(&h.blocks), &mut staging));
         let source: &mut dyn WeightSource = if streamed { &mut disk } else { &mut mapped };
         let parallel: &dyn Parallel = threads.map_or(&Serial, |pool| pool);
@@ -546,7 +565,16 @@ mod tests {
         let mut stats = HeadStats::default();
         machine.split_head(&h.head, input, need, &mut out, &mut stats).unwrap();
         out.truncate(rows);
-        assert_eq!(stats.rows, out.iter().filter(|&&y| y > f32::NEG_INFINITY).count() as u64 * stats.tokens);
+        let tiles = |unit: &[f32]| {
+            unit.chunks(TILE_ROWS).map(|t| (t.iter().any(|&y| y > f32::NEG_INFINITY), t.len())).collect()
+        };
+        let of_unit = |unit: &[f32]| {
+            let tiles: Vec<(bool, usize)> = tiles(unit);
+            let live = tiles.iter().filter(|t| t.0).count();
+            tiles.iter().filter(|t| t.0 || 2 * live > tiles.len()).map(|t| t.1).sum::<usize>()
+        };
+        let read: usize = out.chunks(UNIT_ROWS).map(of_unit).sum();
+        assert_eq!(stats.rows, read as u64 * stats.tokens);
         out
     }
 
@@ -618,22 +646,21 @@ mod tests {
         for x in inputs(&h, cols) {
             let all = logits(&h, backend::best(), None, false, &x, Need::All);
             for (r, &found) in all.iter().enumerate() {
-                let unit = &h.blocks[h.head.apart.start as usize + r / 2].0;
-                let apart = Apart::from_bytes(unit[r % 2 * ROW_BYTES..][..ROW_BYTES].try_into().unwrap());
+                let row = &h.rows[r];
                 let (tile, place, _) = h.head.high.row(r as u32);
                 let tile = &h.blocks[tile.start as usize..][..tile.blocks as usize];
                 let mut sum = 0;
                 for c in 0..cols {
                     let weight = match c.checked_sub(FIRST_APART).filter(|&i| i < COLUMNS) {
-                        Some(i) => i32::from(apart.weights[i]) * i32::from(apart.step),
+                        Some(i) => i32::from(row.apart[i]) * i32::from(row.step),
                         None => {
                             let high = decode(Format::I4, &tile[c / 128 * 4..][..4], place, c % 128);
-                            crate::image::split::join(high, h.low[r][c])
+                            join(high, h.low[r][c])
                         }
                     };
                     sum += weight * i32::from(x[c]);
                 }
-                assert_eq!(found, sum as f32 * (apart.scale * (1.0 / 3.0)), "row {r}");
+                assert_eq!(found, sum as f32 * (row.scale * (1.0 / 3.0)), "row {r}");
             }
         }
     }

@@ -28,7 +28,7 @@ impl<'m> Weights<'m> {
         let config: &Config = &image.header().config;
         let records = &image.sections().records()[usize::from(image.tokenizer().is_some())..];
         let first = if config.tied { 1 } else { 2 };
-        let last = if config.split_head { 5 } else { 2 };
+        let last = if config.split_head { 6 } else { 2 };
         let per_layer = (records.len() - first - last) / config.layers as usize;
         Self { records, first, per_layer, last }
     }
@@ -54,10 +54,11 @@ impl<'m> Weights<'m> {
     /// The head in two planes, if it is.
     pub(super) fn split_head(&self) -> Option<SplitHead> {
         match self.end() {
-            [_, columns, high, apart, low] => Some(SplitHead {
+            [_, columns, high, apart, norms, low] => Some(SplitHead {
                 columns: columns.extent(),
                 high: tensor(high),
-                apart: apart.extent(),
+                apart: tensor(apart),
+                norms: norms.extent(),
                 low: tensor(low),
             }),
             _ => None,

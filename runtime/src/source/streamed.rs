@@ -27,7 +27,7 @@ impl<'a, D: BlockDevice> Streamed<'a, D> {
     pub fn staging_blocks_min(image: &crate::Image<'_>) -> usize {
         let of = |r: &crate::image::Record| match r.tensor() {
             Some(tensor) if tensor.units() > 0 => tensor.unit(0).blocks,
-            _ if r.kind == crate::image::Kind::HeadApart as u8 => crate::image::split::UNIT_BLOCKS as u32,
+            _ if r.kind == crate::image::Kind::HeadNorms as u8 => crate::image::split::NORM_BLOCKS as u32,
             _ => r.blocks.get(),
         };
         let weights = image.sections().records().iter().filter(|r| r.kind != crate::image::Kind::Tokenizer as u8);

@@ -11,7 +11,7 @@ use crate::verify::{Opened, verify_with};
 use crate::write::{BUFFER_BYTES, ImageWriter, Layout, Parts};
 use bitnet_kernel::{Block, Format, Matrix};
 use bitnet_runtime::Config;
-use bitnet_runtime::image::split::{Apart, Columns, ROW_BYTES, norm};
+use bitnet_runtime::image::split::{COLUMNS, Columns, norm};
 use bitnet_runtime::image::{Encoding, Kind, Section, StopIds, UNIT_ROWS, expected_sections};
 use bitnet_runtime::model::{Activation, Rope};
 use half::f16;
@@ -139,8 +139,8 @@ pub fn dummy(
         Maker { writer: &mut writer, progress, random: Random(seed), pools: Vec::new(), live_ffn: config.live_ffn };
     for section in expected_sections(&config) {
         match section.kind {
-            Kind::Head | Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow if config.split_head => {
-                maker.split_head(section.kind, &config)?;
+            Kind::Head | Kind::HeadColumns | Kind::HeadApart | Kind::HeadNorms | Kind::HeadLow if config.split_head => {
+                maker.split_head(&section, &config)?;
             }
             _ => maker.section(&section, options.encoding(section.kind), shape.theta)?,
         }
@@ -296,43 +296,47 @@ impl Maker<'_> {
         Ok(())
     }
 
-    /// A section of a head in two planes. Both take their units from one pool; the low plane in an order that what comes
-    /// before it knows.
-    fn split_head(&mut self, kind: Kind, config: &Config) -> Result<(), Error> {
-        self.progress.section(kind.name());
+    /// A section of a head in two planes. Both take their units from one pool; the low plane in an order that the norms know.
+    fn split_head(&mut self, section: &Section, config: &Config) -> Result<(), Error> {
+        self.progress.section(section.kind.name());
         self.writer.begin(1.0)?;
         let (vocab, cols) = (config.vocab as usize, config.hidden as usize);
-        let (format, scale) = (split::FORMAT, scale(Format::I8, cols));
-        let columns = Columns::new(core::array::from_fn(|i| i.min(cols) as u32));
-        if kind == Kind::HeadColumns {
+        if section.kind == Kind::HeadColumns {
+            let columns = Columns::new(core::array::from_fn(|i| i.min(cols) as u32));
             put(self.writer, self.progress, columns.to_floats().as_bytes())?;
             return self.writer.end();
         }
+        let (format, cols) =
+            if section.kind == Kind::HeadApart { (split::APART, COLUMNS) } else { (split::FORMAT, cols) };
+        let scale = scale(Format::I8, config.hidden as usize);
         let full = self.pool((format, UNIT_ROWS.min(vocab), cols), false, scale);
         let last = self.pool((format, vocab % UNIT_ROWS, cols), false, scale);
-        let norms =
-            if kind == Kind::HeadApart { [full, last].map(|pool| self.pools[pool].norms()) } else { [vec![], vec![]] };
+        let norms = match section.kind {
+            Kind::HeadNorms => [full, last].map(|pool| self.pools[pool].norms()),
+            _ => [vec![], vec![]],
+        };
         for first in (0..vocab).step_by(UNIT_ROWS) {
             let rows = UNIT_ROWS.min(vocab - first);
             let (pool, norms) = if rows == UNIT_ROWS { (full, &norms[0]) } else { (last, &norms[1]) };
             let units = &self.pools[pool].units;
             let low = first / UNIT_ROWS * 7 % units.len();
+            if section.kind == Kind::HeadNorms {
+                let mut padded = [0; UNIT_ROWS];
+                padded[..rows].copy_from_slice(&norms[low]);
+                put(self.writer, self.progress, padded.as_bytes())?;
+                continue;
+            }
             let scales: [f32; UNIT_ROWS] = core::array::from_fn(|r| {
                 let mut random = Random((first + r) as u64);
-                if r < rows { scale * (0.5 + random.fraction()) } else { 0.0 }
-            });
-            if kind == Kind::HeadApart {
-                let mut bytes = [[0; ROW_BYTES]; UNIT_ROWS];
-                for ((bytes, &scale), &norm) in bytes.iter_mut().zip(&scales).zip(&norms[low]) {
-                    let weights = core::array::from_fn(|_| self.random.within(-127, 127));
-                    *bytes = Apart { scale, norm, step: 1, weights }.to_bytes();
+                match section.kind {
+                    _ if r >= rows => 0.0,
+                    Kind::HeadApart => 1.0,
+                    _ => scale * (0.5 + random.fraction()),
                 }
-                put(self.writer, self.progress, bytes.as_flattened())?;
-            } else {
-                let unit = if kind == Kind::HeadLow { low } else { self.random.below(units.len()) };
-                put(self.writer, self.progress, units[unit].as_bytes())?;
-                put(self.writer, self.progress, scales[..rows.next_multiple_of(16)].as_bytes())?;
-            }
+            });
+            let unit = if section.kind == Kind::HeadLow { low } else { self.random.below(units.len()) };
+            put(self.writer, self.progress, units[unit].as_bytes())?;
+            put(self.writer, self.progress, scales[..rows.next_multiple_of(16)].as_bytes())?;
         }
         self.writer.end()
     }

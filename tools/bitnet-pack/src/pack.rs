@@ -9,7 +9,7 @@ use crate::verify::{Opened, verify_with};
 use crate::write::{BUFFER_BYTES, Finished, ImageWriter, Layout, Parts};
 use crate::{Error, tokenizer};
 use bitnet_kernel::{Block, Format};
-use bitnet_runtime::image::split::{Columns, ROW_BYTES};
+use bitnet_runtime::image::split::{COLUMNS, Columns};
 use bitnet_runtime::image::{Encoding, Kind, Section, UNIT_ROWS};
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::{Config, Limits};
@@ -71,7 +71,8 @@ impl Options {
         let encoding = match kind {
             Kind::Head if !self.split_head => Encoding::Matrix(self.head),
             Kind::Head | Kind::HeadLow => Encoding::Matrix(split::FORMAT),
-            Kind::HeadApart => Encoding::Bytes,
+            Kind::HeadApart => Encoding::Matrix(split::APART),
+            Kind::HeadNorms => Encoding::Bytes,
             Kind::Embedding => Encoding::Matrix(self.embedding.unwrap_or(self.head)),
             Kind::UpRows | Kind::DownColumns => Encoding::Matrix(Format::T2R),
             _ if kind.is_linear() => Encoding::Matrix(self.format),
@@ -218,7 +219,7 @@ fn check_written(finished: &Finished, bound: &[Bound], progress: &mut dyn Progre
     let planned = bound.iter().filter_map(|Bound { section, encoding, .. }| match *encoding {
         Encoding::Matrix(format) => {
             let (rows, cols) = (section.rows.into(), section.cols.into());
-            let weights = if section.kind == Kind::HeadLow { 0 } else { rows * cols };
+            let weights = if matches!(section.kind, Kind::HeadApart | Kind::HeadLow) { 0 } else { rows * cols };
             Some((section.layer, weights, planned_bits(format, rows, cols)))
         }
         _ => None,
@@ -283,7 +284,7 @@ impl Sizes {
         let section = sections::in_checkpoint(section);
         // What is made of the rows of a matrix without being one takes what its planes take.
         let (rows, cols, encoding) = match (section.kind, source) {
-            (Kind::HeadColumns | Kind::HeadApart, Source::Rows(t)) => {
+            (Kind::HeadColumns | Kind::HeadApart | Kind::HeadNorms, Source::Rows(t)) => {
                 (t.shape[0] as usize, t.shape[1] as usize, Encoding::Matrix(split::FORMAT))
             }
             _ => (section.rows as usize, section.cols as usize, *encoding),
@@ -418,7 +419,7 @@ impl Packer<'_> {
             }
             (Source::Masters(tensor), Encoding::Matrix(format)) => self.masters(tensor, format, section, report)?,
             (Source::Rows(tensor), Encoding::Vector) => self.columns(tensor)?,
-            (Source::Rows(tensor), _) if matches!(section.kind, Kind::HeadApart | Kind::HeadLow) => {
+            (Source::Rows(tensor), _) if matches!(section.kind, Kind::HeadApart | Kind::HeadNorms | Kind::HeadLow) => {
                 self.split_head(tensor, section.kind)?;
             }
             (Source::Rows(tensor), _) if section.kind == Kind::Head && self.columns.is_some() => {
@@ -475,7 +476,7 @@ impl Packer<'_> {
         self.vector(&columns.to_floats())
     }
 
-    /// One plane of a head in two, or what is apart of it.
+    /// One plane of a head in two, its columns apart, or its norms.
     fn split_head(&mut self, tensor: &TensorInfo, kind: Kind) -> Result<(), Error> {
         let columns = self.columns.expect("the columns come first");
         self.writer.begin(1.0)?;
@@ -485,21 +486,29 @@ impl Packer<'_> {
             let values = fit(&mut floats, unit.rows * cols, 0.0);
             self.read_floats(&unit, values)?;
             let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
-            let (mut scales, mut apart) = ([0.0; UNIT_ROWS], [[0; ROW_BYTES]; UNIT_ROWS]);
-            let rows = values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride));
-            for ((values, codes), (scale, bytes)) in rows.zip(scales.iter_mut().zip(&mut apart)) {
+            let (mut scales, mut steps, mut norms) = ([0.0; UNIT_ROWS], [0.0; UNIT_ROWS], [0u16; UNIT_ROWS]);
+            let mut apart = [[0; COLUMNS]; UNIT_ROWS];
+            for (r, (values, codes)) in values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride)).enumerate() {
                 let (codes, padding) = codes.split_at_mut(cols);
                 padding.fill(0);
                 let row = split::row(values, &columns, codes);
-                (*scale, *bytes) = (row.scale, row.to_bytes());
+                (scales[r], steps[r], norms[r], apart[r]) = (row.scale, row.step.into(), row.norm, row.apart);
                 split::plane(codes, if kind == Kind::Head { Plane::High } else { Plane::Low });
             }
             self.buffers.floats = floats;
-            if kind == Kind::HeadApart {
-                self.put(apart.as_flattened())?;
-            } else {
-                self.put_codes(&unit)?;
-                self.put_scales(&unit, &scales[..unit.rows])?;
+            match kind {
+                Kind::HeadApart => {
+                    let unit = Unit { format: split::APART, shape: (unit.shape.0, COLUMNS), ..unit };
+                    let apart = apart[..unit.rows].as_flattened();
+                    fit(&mut self.buffers.codes, apart.len(), 0).copy_from_slice(apart);
+                    self.put_codes(&unit)?;
+                    self.put_scales(&unit, &steps[..unit.rows])?;
+                }
+                Kind::HeadNorms => self.put(norms.as_bytes())?,
+                _ => {
+                    self.put_codes(&unit)?;
+                    self.put_scales(&unit, &scales[..unit.rows])?;
+                }
             }
         }
         Ok(())

@@ -71,10 +71,10 @@ impl SectionReport {
             error: None,
         })
     }
-    /// Weights of a matrix. A head in two planes has them in both, and they count in the first.
+    /// Weights of a matrix. Those of a head in two planes count in the first, wherever they are.
     pub const fn weights(&self) -> u64 {
         match self.encoding {
-            _ if matches!(self.kind, Kind::HeadLow) => 0,
+            _ if matches!(self.kind, Kind::HeadApart | Kind::HeadLow) => 0,
             Encoding::Matrix(_) => self.rows as u64 * self.cols as u64,
             _ => 0,
         }
@@ -91,7 +91,7 @@ impl SectionReport {
 
 /// The kind with this tag.
 pub(crate) fn kind(tag: u8) -> Option<Kind> {
-    const ALL: [Kind; 30] = [
+    const ALL: [Kind; 31] = [
         Kind::Tokenizer,
         Kind::RopeFrequencies,
         Kind::Embedding,
@@ -122,6 +122,7 @@ pub(crate) fn kind(tag: u8) -> Option<Kind> {
         Kind::HeadColumns,
         Kind::HeadApart,
         Kind::HeadLow,
+        Kind::HeadNorms,
     ];
     ALL.into_iter().find(|&k| k as u8 == tag)
 }

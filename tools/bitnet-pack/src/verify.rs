@@ -5,7 +5,7 @@ use crate::report::{Progress, SectionReport};
 use bitnet_kernel::{Block, Format, Matrix};
 use bitnet_runtime::Image;
 use bitnet_runtime::error::ImageError;
-use bitnet_runtime::image::split::{self, Apart, Columns, ROW_BYTES, norm};
+use bitnet_runtime::image::split::{self, Columns, norm};
 use bitnet_runtime::image::{Encoding, HEADER_BYTES_MAX, Kind, PREFIX_BYTES, Record, UNIT_ROWS};
 use kitoken::Kitoken;
 use std::path::Path;
@@ -141,7 +141,7 @@ impl Verifier<'_> {
         match report.encoding {
             Encoding::Matrix(_) => self.matrix(record, &report),
             Encoding::Vector => self.vector(record, &report),
-            Encoding::Bytes if report.kind == Kind::HeadApart => self.split_head(image, record),
+            Encoding::Bytes if report.kind == Kind::HeadNorms => self.split_head(image, record),
             Encoding::Bytes => self.tokenizer(image),
         }
     }
@@ -185,8 +185,8 @@ impl Verifier<'_> {
         Ok(())
     }
 
-    /// What is apart of a head in two planes: the scales are those of both planes, and no norm is less than it says, on which
-    /// the second stage relies.
+    /// A head in two planes: both have the same scales, steps are bytes, and no norm is less than it says, on which the second
+    /// stage relies. `record` is that of the norms.
     fn split_head(&mut self, image: &Image<'_>, record: &Record) -> Result<(), Error> {
         let section = |kind| image.sections().find(kind, None).expect("the section is beside this one");
         let floats =
@@ -194,31 +194,34 @@ impl Verifier<'_> {
         let at = |start: u32| u64::from(start) * Block::BYTES as u64;
         let columns = section(Kind::HeadColumns).extent();
         let columns = Columns::from_floats(&floats(self.read(at(columns.start), columns.blocks as usize)?));
-        let planes = [Kind::Head, Kind::HeadLow].map(|kind| section(kind).tensor().expect("a plane"));
-        for u in 0..planes[0].units() {
-            let rows = planes[0].unit_rows(u);
-            let offset = at(record.start.get()) + u64::from(u) * (split::UNIT_BLOCKS * Block::BYTES) as u64;
-            let bytes = self.read(offset, split::UNIT_BLOCKS)?.as_bytes().to_vec();
+        let parts =
+            [Kind::Head, Kind::HeadApart, Kind::HeadLow].map(|kind| section(kind).tensor().expect("it is a matrix"));
+        for u in 0..parts[0].units() {
+            let rows = parts[0].unit_rows(u);
+            let offset = at(record.start.get()) + u64::from(u) * (split::NORM_BLOCKS * Block::BYTES) as u64;
+            let norms = split::norms(self.read(offset, split::NORM_BLOCKS)?).to_vec();
             let mut scales = Vec::new();
-            let mut norms = Vec::new();
-            for tensor in planes {
+            let mut least = Vec::new();
+            for tensor in parts {
                 let blocks = self.read(at(tensor.unit(u).start), tensor.unit(u).blocks as usize)?;
                 let (weights, row_scales) = blocks.split_at(tensor.weight_blocks(rows));
                 scales.push(floats(row_scales));
                 let w = Matrix::new(tensor.format, rows, tensor.cols as usize, weights).expect("a unit");
-                norms = (0..rows).map(|r| low_norm(&w, r, &columns)).collect();
+                least = (0..rows).map(|r| low_norm(&w, r, &columns)).collect();
             }
-            for (r, bytes) in bytes.as_chunks().0.iter().enumerate() {
-                let row = Apart::from_bytes(bytes);
+            let bits = |part: usize, r: usize| scales[part][r].to_bits();
+            for (r, &norm) in norms.iter().enumerate() {
                 let what = match r < rows {
-                    true if scales.iter().any(|s| s[r].to_bits() != row.scale.to_bits()) => "its scales differ",
-                    true if u32::from(row.norm) < norms[r] => "its bound is too low",
-                    true if bytes[7] == 0 => continue,
-                    false if bytes.iter().all(|&b| b == 0) => continue,
-                    _ => "padding that is not zero",
+                    true if bits(0, r) != bits(2, r) => "the scales of its planes differ",
+                    true if split::step(scales[1][r]) as f32 != scales[1][r] || scales[1][r] == 0.0 => {
+                        "its step is no whole number from 1 to 255"
+                    }
+                    true if u32::from(norm) < least[r] => "its norm is too low",
+                    false if norm != 0 => "padding that is not zero",
+                    _ => continue,
                 };
-                let what = format!("head_apart: row {}: {what}", u as usize * UNIT_ROWS + r);
-                return Err(self.opened.damaged(offset + (r * ROW_BYTES) as u64, what));
+                let what = format!("head_norms: row {}: {what}", u as usize * UNIT_ROWS + r);
+                return Err(self.opened.damaged(offset + (r * size_of::<u16>()) as u64, what));
             }
         }
         Ok(())

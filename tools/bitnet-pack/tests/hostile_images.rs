@@ -571,24 +571,33 @@ fn contents_with_right_checksums() {
     }
 }
 
-/// The same for what is apart of a head in two planes. Most of all its bounds: with one that is too low the wrong token could
+/// The same for a head in two planes. Most of all its bounds: with one that is too low the wrong token could
 /// be the best, and nobody would see it.
 #[test]
 fn bounds_of_a_head_in_two_planes() {
-    let (place, image) = small(Options { split_head: true, ..named() });
-    let start = records(&image).iter().find(|r| r.kind == Kind::HeadApart as u8).unwrap().start.get() as usize * 64;
-    // Row 1 of 41: 32 bytes, of which 4 and 5 are the norm.
-    let norm = u16::from_le_bytes(image[start + 36..start + 38].try_into().unwrap());
-    change_section(&place.image(), &image, Kind::HeadApart, |_| 36, &(norm - 1).to_le_bytes());
-    assert_says("norm", &refused("norm", &place.image()), &["head_apart: row 1: its bound is too low"]);
-    change_section(&place.image(), &image, Kind::HeadApart, |_| 32, &1.5f32.to_le_bytes());
-    assert_says("scale", &refused("scale", &place.image()), &["head_apart: row 1: its scales differ"]);
-    change_section(&place.image(), &image, Kind::HeadLow, |n| n - 192, &1.5f32.to_le_bytes());
-    assert_says("scale", &refused("low scale", &place.image()), &["head_apart: row 0: its scales differ"]);
-    change_section(&place.image(), &image, Kind::HeadApart, |_| 39, &[1]);
-    assert_says("padding", &refused("padding", &place.image()), &["head_apart: row 1: padding"]);
-    change_section(&place.image(), &image, Kind::HeadApart, |_| 41 * 32, &[1]);
-    assert_says("rows", &refused("rows", &place.image()), &["head_apart: row 41: padding"]);
+    // More columns than are apart, or the low plane has nothing.
+    let place = Place::new();
+    Checkpoint::new(common::Shape { hidden: 70, ..SMALL }, Storage::Multiply).write(&place.source());
+    let image = place.pack(&Options { split_head: true, ..named() });
+    let start = records(&image).iter().find(|r| r.kind == Kind::HeadNorms as u8).unwrap().start.get() as usize * 64;
+    // Row 1 of 41, of which the last three blocks of a matrix have the scales.
+    let norm = u16::from_le_bytes(image[start + 2..start + 4].try_into().unwrap());
+    change_section(&place.image(), &image, Kind::HeadNorms, |_| 2, &(norm - 1).to_le_bytes());
+    assert_says("norm", &refused("norm", &place.image()), &["head_norms: row 1: its norm is too low"]);
+    change_section(&place.image(), &image, Kind::HeadNorms, |_| 82, &[1]);
+    assert_says("rows", &refused("rows", &place.image()), &["head_norms: row 41: padding"]);
+    for plane in [Kind::Head, Kind::HeadLow] {
+        change_section(&place.image(), &image, plane, |n| n - 188, &1.5f32.to_le_bytes());
+        assert_says(
+            "scale",
+            &refused("scale", &place.image()),
+            &["head_norms: row 1: the scales of its planes differ"],
+        );
+    }
+    for step in [0.0f32, -0.0, 1.5, -1.0, 256.0, 1e30] {
+        change_section(&place.image(), &image, Kind::HeadApart, |n| n - 188, &step.to_le_bytes());
+        assert_says("step", &refused("step", &place.image()), &["head_norms: row 1: its step is no whole number"]);
+    }
     // The high plane of another format, and sections that are not there.
     let i8 = Encoding::Matrix(Format::I8).tag();
     let changed = with_header(&image, |_, table| {

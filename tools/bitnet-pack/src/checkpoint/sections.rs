@@ -233,7 +233,7 @@ impl<'a> Binder<'a> {
         let names = names(self.naming, section, table.config.tied);
         match section.kind {
             Kind::RopeFrequencies => Ok(Source::Values(table.frequencies.clone())),
-            Kind::Embedding | Kind::Head | Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow => {
+            Kind::Embedding | Kind::Head | Kind::HeadColumns | Kind::HeadApart | Kind::HeadNorms | Kind::HeadLow => {
                 let tensor = self.find(&names)?;
                 self.expect_float(tensor)?;
                 self.expect_shape(tensor, &[table.config.vocab.into(), table.config.hidden.into()])?;
@@ -364,8 +364,8 @@ const FACTORS: &str = "rope_freqs.weight";
 /// The names that a section's tensor may have.
 fn names(naming: Naming, section: &Section, tied: bool) -> Vec<String> {
     let kind = match section.kind.linear_kind() {
-        Kind::Head | Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow if tied => Kind::Embedding,
-        Kind::HeadColumns | Kind::HeadApart | Kind::HeadLow => Kind::Head,
+        Kind::Head | Kind::HeadColumns | Kind::HeadApart | Kind::HeadNorms | Kind::HeadLow if tied => Kind::Embedding,
+        Kind::HeadColumns | Kind::HeadApart | Kind::HeadNorms | Kind::HeadLow => Kind::Head,
         kind => kind,
     };
     let Some(layer) = section.layer else { return top(naming, kind) };
