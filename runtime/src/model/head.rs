@@ -163,9 +163,9 @@ fn one_reaches(uppers: &[f32], threshold: f32) -> bool {
 
 /// The rows of a unit to multiply: runs of tiles in which a row's bound reaches the threshold, or all if those are most.
 ///
-/// A tile of which one row is needed is read whole. Its rows take turns of a cache line, and to lay those of four tiles side by
-/// side for one product cost 240 ns a row of 576 columns, where a tile takes some 170 ns wherever it lies. In order it takes
-/// 130 ns, so that a unit is read as a whole if most of it is needed.
+/// A tile of which one row is needed is read whole. Its rows take turns of a cache line, and laying those of four tiles side by
+/// side for one product cost 240 ns a row of 576 columns: little less than the 270 to 350 ns of a tile where it lies, and rows
+/// to read come together. In order a tile takes 140 ns, so a unit is read as a whole if most of it is needed.
 fn runs(uppers: &[f32], threshold: f32) -> impl Iterator<Item = Range<usize>> {
     let tiles = uppers.len().div_ceil(TILE_ROWS);
     let mut live = 0u32;

@@ -598,7 +598,8 @@ fn bounds_of_a_head_in_two_planes() {
         change_section(&place.image(), &image, Kind::HeadApart, |n| n - 188, &step.to_le_bytes());
         assert_says("step", &refused("step", &place.image()), &["head_norms: row 1: its step is no whole number"]);
     }
-    // The high plane of another format, and sections that are not there.
+    // The high plane of another format, of which so few columns take as many blocks, and sections that are not there.
+    let (_place, image) = small(Options { split_head: true, ..named() });
     let i8 = Encoding::Matrix(Format::I8).tag();
     let changed = with_header(&image, |_, table| {
         table.iter_mut().find(|r| r.kind == Kind::Head as u8).unwrap().encoding = i8;
