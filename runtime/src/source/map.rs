@@ -1,7 +1,8 @@
 //! The memory map: the only file of the runtime with unsafe code.
 use bitnet_kernel::Block;
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 
 /// Maps a whole file for reading.
 ///
@@ -16,4 +17,21 @@ pub fn map_file(file: &File) -> std::io::Result<Mmap> {
     // SAFETY: the map is private to this process and read-only. That nobody changes the file is the user's part, as for
     // every program that maps its data; the packer keeps it by renaming.
     unsafe { Mmap::map(file) }
+}
+
+/// Reads a whole file of `bytes` into memory of its own, on pages of 2 MiB where the system has them to give.
+///
+/// It costs the time to read the file and as much memory as the file is long, which the system cannot drop when memory is
+/// short. Nothing that happens to the file afterwards matters.
+///
+/// # Errors
+/// If there is not so much memory, or the file is shorter or cannot be read.
+pub fn load_file(mut file: &File, bytes: usize) -> std::io::Result<Mmap> {
+    let mut memory = MmapMut::map_anon(bytes)?;
+    // A wish: what is right does not depend on the size of pages.
+    #[cfg(target_os = "linux")]
+    let _ = memory.advise(memmap2::Advice::HugePage);
+    file.seek(SeekFrom::Start(0))?;
+    file.read_exact(&mut memory)?;
+    memory.make_read_only()
 }

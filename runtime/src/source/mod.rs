@@ -10,7 +10,7 @@ mod streamed;
 #[cfg(feature = "std")]
 pub use file::ImageFile;
 #[cfg(feature = "std")]
-pub use map::map_file;
+pub use map::{load_file, map_file};
 pub use mapped::Mapped;
 pub use streamed::{BlockDevice, Streamed};
 

@@ -5,7 +5,7 @@ use bitnet_kernel::{Block, Kernels};
 use bitnet_runtime::image::{HEADER_BYTES_MAX, PREFIX_BYTES};
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::parallel::{Threads, Tuned};
-use bitnet_runtime::source::{ImageFile, Mapped, Streamed, WeightSource, map_file};
+use bitnet_runtime::source::{ImageFile, Mapped, Streamed, WeightSource, load_file, map_file};
 use bitnet_runtime::{Image, Limits, Model, Plan, State, backend};
 use clap::ValueEnum;
 use std::fs::File;
@@ -93,6 +93,8 @@ pub(crate) enum Kv {
 pub(crate) enum Source {
     /// A memory map: the system's page cache holds what fits.
     Mapped,
+    /// A copy in memory of its own, on pages of 2 MiB where the system gives them: faster to read, and never dropped.
+    Resident,
     /// Read piece by piece into one small buffer for every pass: slow, but memory stays small.
     Streamed,
 }
@@ -193,8 +195,16 @@ pub(crate) fn with_model<R>(args: &ModelArgs, f: impl FnOnce(Opened<'_>) -> anyh
     let plan = Plan::new(&image.header().config, &limits);
     let (threads, memory) = (&threads, &mut Memory::new(&plan, &limits)?);
     match args.source {
-        Source::Mapped => {
-            let map = map_file(&file).with_context(|| format!("mapping {path}"))?;
+        Source::Mapped | Source::Resident => {
+            let map = if args.source == Source::Mapped {
+                map_file(&file).with_context(|| format!("mapping {path}"))?
+            } else {
+                let available = system::available_memory().unwrap_or(u64::MAX);
+                let needed = file_bytes + plan.bytes();
+                let too_large = || format!("{path} needs {} resident, and {} are there", mib(needed), mib(available));
+                ensure!(needed <= available, too_large());
+                load_file(&file, file_bytes as usize).with_context(|| format!("reading {path}"))?
+            };
             // Between the check and the map the file may have become another one.
             ensure!(map.len() as u64 == file_bytes, "{path}: the file changed while it was opened");
             threads.pool().enter(|| {
