@@ -62,6 +62,8 @@ struct Shared {
     caller: Mutex<Option<Thread>>,
     /// What the first worker to panic panicked with.
     panic: Mutex<Option<Payload>>,
+    /// Workers that have begun their lives.
+    started: AtomicUsize,
     /// Whether every thread can have a core of its own, without which spinning would take one from the others.
     spins: bool,
 }
@@ -121,6 +123,7 @@ impl Pool {
             asleep: (1..threads).map(|_| Asleep::default()).collect(),
             caller: Mutex::new(None),
             panic: Mutex::new(None),
+            started: AtomicUsize::new(0),
             spins: threads <= cpus::available(),
         });
         let (workers, taken) = (Vec::with_capacity(threads - 1), AtomicBool::new(false));
@@ -131,6 +134,10 @@ impl Pool {
             let shared = Arc::clone(&pool.shared);
             let builder = thread::Builder::new().name(format!("bitnet-{i}"));
             pool.workers.push(builder.spawn(move || shared.work(i))?);
+        }
+        // A thread allocates while it starts, which must not happen in the middle of a token.
+        while pool.shared.started.load(SeqCst) < threads - 1 {
+            thread::yield_now();
         }
         Ok(pool)
     }
@@ -228,6 +235,7 @@ impl Drop for Pool {
 impl Shared {
     /// The life of worker `i`, the first being 1.
     fn work(&self, i: usize) {
+        self.started.fetch_add(1, SeqCst);
         let patience = Patience::default();
         let asleep = &self.asleep[i - 1].0;
         let mut seen = 0;
