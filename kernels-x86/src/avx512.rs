@@ -46,6 +46,27 @@ pub(crate) fn load_twice<const N: usize>(bytes: &[u8; N], at: usize) -> __m256i 
     v
 }
 
+/// `x[i]` in all lanes, from memory.
+///
+/// Of words just stored LLVM would make shuffles of the register they came from, and those occupy units that a load leaves
+/// to others.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(crate) fn broadcast<const N: usize>(x: &[i32; N], i: usize) -> __m512i {
+    assert!(i < N);
+    let v;
+    // SAFETY: the assertion: the word lies within `x`. The instruction is one of AVX-512 F.
+    unsafe {
+        core::arch::asm!(
+            "vpbroadcastd {v}, dword ptr [{p}]",
+            v = out(zmm_reg) v,
+            p = in(reg) x.as_ptr().add(i),
+            options(pure, readonly, nostack, preserves_flags)
+        );
+    }
+    v
+}
+
 /// The lanes.
 #[target_feature(enable = "avx512f")]
 #[inline]
@@ -91,12 +112,12 @@ pub(crate) fn prefetch(block: &Block, bytes: usize) {
 
 /// Calls a function that is generic over the number of tokens with those of a slice, 1 to 4.
 macro_rules! by_tokens {
-    ($x:expr, $y:expr, $function:ident::<$($parameter:tt),*>($steps:expr)) => {
+    ($x:expr, $y:expr, $function:ident $(::<$($parameter:tt),*>)?($steps:expr)) => {
         match *$x {
-            [a] => $y[..1].copy_from_slice(&$function::<1, $($parameter),*>($steps, [a])),
-            [a, b] => $y[..2].copy_from_slice(&$function::<2, $($parameter),*>($steps, [a, b])),
-            [a, b, c] => $y[..3].copy_from_slice(&$function::<3, $($parameter),*>($steps, [a, b, c])),
-            [a, b, c, d] => *$y = $function::<4, $($parameter),*>($steps, [a, b, c, d]),
+            [a] => $y[..1].copy_from_slice(&$function::<1, $($($parameter),*)?>($steps, [a])),
+            [a, b] => $y[..2].copy_from_slice(&$function::<2, $($($parameter),*)?>($steps, [a, b])),
+            [a, b, c] => $y[..3].copy_from_slice(&$function::<3, $($($parameter),*)?>($steps, [a, b, c])),
+            [a, b, c, d] => $y[..4].copy_from_slice(&$function::<4, $($($parameter),*)?>($steps, [a, b, c, d])),
             _ => unreachable!("1 to 4 tokens"),
         }
     };
