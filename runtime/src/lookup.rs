@@ -20,8 +20,9 @@ const WINDOW: usize = 1 << 14;
 /// The unit of credit: what a token takes without guesses.
 const STEP: u32 = 64;
 
-/// What a guess is taken to add to a pass: 5/8. Measured with AVX2 in passes of 8, 0.65 of a step of the bundled model on one
-/// core and 0.60 of a step of a 2B model on two. Hosts whose cores outrun their memory by more lose less by a wrong guess.
+/// What a guess is taken to add to a pass: 5/8. On a busy machine with AVX2 in passes of 8 it was 0.65 of a step of the bundled
+/// model on one core and 0.60 of a step of a 2B model on two; other sizes of passes varied widely. Hosts whose cores outrun
+/// their memory by more lose less by a wrong guess.
 const GUESS: u32 = 40;
 
 /// Credit at the start: without any luck so much time is lost, and the [`REGAIN`] of each token.

@@ -11,7 +11,7 @@ use crate::source::Extent;
 use bitnet_kernel::{Format, format};
 use core::ops::Range;
 
-/// Multiplications of queries and keys below which attention is not worth waking other threads for: about 8 us on a desktop core.
+/// Multiplications of queries and keys below which attention is not worth waking other threads for. Estimated, not timed.
 const PARALLEL_WORK_MIN: usize = 1 << 17;
 
 impl Model<'_> {

@@ -1,4 +1,4 @@
-//! The memory map: the only file of the runtime with unsafe code.
+//! The memory map, and a copy of an image in memory of its own. Mapping a file is unsafe; nothing else here is.
 use bitnet_kernel::Block;
 use memmap2::{Mmap, MmapMut};
 use std::fs::File;
