@@ -119,13 +119,6 @@ pub enum ImageError {
         /// What it holds.
         kind: Kind,
     },
-    /// The memory plan in the header is not the one this runtime makes.
-    Plan {
-        /// Blocks in the header.
-        recorded: u64,
-        /// Blocks by this runtime.
-        computed: u64,
-    },
     /// The memory that holds the image is not aligned to 64 bytes.
     Unaligned {
         /// The address modulo 64.
@@ -263,9 +256,6 @@ impl fmt::Display for ImageError {
             }
             Self::SectionChecksum { index, kind } => {
                 write!(f, "the checksum of section {index} ({}) disagrees: the file is damaged", kind.name())
-            }
-            Self::Plan { recorded, computed } => {
-                write!(f, "the header plans {recorded} blocks of memory, this runtime needs {computed}")
             }
             Self::Unaligned { offset } => {
                 write!(f, "the image lies {offset} bytes past a multiple of 64; weights are used where they lie")

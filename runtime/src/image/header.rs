@@ -20,7 +20,8 @@ pub struct Header<'a> {
     pub sections: &'a [u8],
 }
 
-/// The memory that the packer promised.
+/// The memory that a model needs: what it is the plan for, and what the packer's version takes for that. A newer version may
+/// take more or less, so a reader computes [`crate::Plan`] from the limits, and these sizes are for programs that do not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryPlan {
     /// What it is the plan for.

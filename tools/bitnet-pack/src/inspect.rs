@@ -1,6 +1,6 @@
 //! What an image says of itself. Reads the header only: whether the rest is sound is for [`crate::verify()`].
 use crate::Error;
-use crate::report::{LayerBits, SectionReport, printable, totals};
+use crate::report::{LayerBits, SectionReport, printable, size, totals};
 use crate::verify::Opened;
 use bitnet_kernel::Block;
 use bitnet_runtime::image::{Encoding, Header, Kind, VERSION};
@@ -26,6 +26,8 @@ pub struct Summary {
     pub config: Config,
     /// What the memory plan is for.
     pub limits: Limits,
+    /// Blocks that the packer's version needs for it, which may be another number than this version's.
+    pub recorded: u64,
     /// The token that starts a conversation.
     pub bos: Option<u32>,
     /// Tokens that end a reply.
@@ -56,6 +58,7 @@ pub fn inspect(path: &Path) -> Result<Summary, Error> {
         packer: provenance.packer.into(),
         config,
         limits: plan.limits,
+        recorded: plan.state.saturating_add(plan.scratch).saturating_add(plan.sampler),
         bos: text.bos,
         stop: text.stop.ids().into(),
         chat_template: text.chat_template.into(),
@@ -149,12 +152,17 @@ impl Summary {
                 "scratch_bytes": plan.scratch * Block::BYTES,
                 "sampler_bytes": plan.sampler * Block::BYTES,
                 "total_bytes": plan.bytes(),
+                "recorded_bytes": self.recorded_bytes(),
             },
             "layers": layers.collect::<Vec<_>>(),
             "sections": sections.collect::<Vec<_>>(),
         })
     }
 
+    /// Memory that the packer's version needs.
+    const fn recorded_bytes(&self) -> u64 {
+        self.recorded.saturating_mul(Block::BYTES as u64)
+    }
     /// Bytes of the tokenizer, if the image has one.
     fn tokenizer_bytes(&self) -> Option<u32> {
         self.sections.iter().find(|s| s.kind == Kind::Tokenizer).map(|s| s.cols)
@@ -204,7 +212,12 @@ impl fmt::Display for Summary {
         writeln!(f)?;
         self.table(f)?;
         writeln!(f)?;
-        totals(f, self.image_bytes, &self.layers, c, &self.limits)
+        totals(f, self.image_bytes, &self.layers, c, &self.limits)?;
+        if self.recorded_bytes() != Plan::new(c, &self.limits).bytes() {
+            let recorded = size(self.recorded_bytes());
+            writeln!(f, "         the version that packed it needs {recorded}: this one goes by its own number")?;
+        }
+        Ok(())
     }
 }
 

@@ -1,14 +1,16 @@
 //! Files that are not sound images, and whether they are refused: with the reason, at once, and without much memory.
 mod common;
 
-use bitnet_kernel::Format;
+use bitnet_kernel::{Block, Format};
 use bitnet_pack::verify::Opened;
-use bitnet_pack::{Error, Options, pack, verify};
+use bitnet_pack::{Error, Options, inspect, pack, verify};
 use bitnet_runtime::image::{
-    Encoding, HEADER_BYTES_MAX, Header, Kind, Record, Section, StopIds, checksum, expected_sections,
+    Encoding, HEADER_BYTES_MAX, Header, Kind, MemoryPlan, Record, Section, StopIds, checksum, expected_sections,
 };
 use bitnet_runtime::memory::KvFormat;
-use bitnet_runtime::{Config, Image};
+use bitnet_runtime::parallel::Serial;
+use bitnet_runtime::source::Mapped;
+use bitnet_runtime::{Config, Image, Model, Plan, backend};
 use cap::Cap;
 use common::{Checkpoint, Place, SMALL, Storage, assert_says, named, stories};
 use kitoken::Kitoken;
@@ -312,7 +314,7 @@ fn configurations_out_of_range() {
         }
     }
     type Set = fn(&mut Header<'_>);
-    let others: [(&str, Set, &str); 18] = [
+    let others: [(&str, Set, &str); 15] = [
         // Each within its own limit, the product beyond.
         ("heads * head_dim", |h| (h.config.heads, h.config.head_dim) = (65_536, 512), "heads * head_dim = 33554432"),
         ("epsilon 1", |h| h.config.norm_eps = 1.0, "norm_eps"),
@@ -333,9 +335,6 @@ fn configurations_out_of_range() {
         ("context of the plan", |h| h.plan.limits.context = 65, "planned context or batch"),
         ("no context", |h| h.plan.limits.context = 0, "planned context or batch"),
         ("batch of the plan", |h| h.plan.limits.batch = 17, "planned context or batch"),
-        ("state", |h| h.plan.state += 1, "of memory"),
-        ("scratch", |h| h.plan.scratch = 0, "of memory"),
-        ("sampler", |h| h.plan.sampler = u64::MAX, "of memory"),
     ];
     for (what, set, expected) in others {
         assert_says(what, &check(what, &with_header(&image, |h, _| set(h))), &[expected]);
@@ -345,6 +344,43 @@ fn configurations_out_of_range() {
     header.text.chat_template = &long;
     let message = check("chat template", &with_encoded(&image, &encoded(&header)));
     assert_says("chat template", &message, &["chat template length = 65537"]);
+}
+
+/// Sizes that another version of the runtime recorded, larger or smaller, make no image unsound: this version goes by its own,
+/// and tells both numbers where they differ, or where it is given what was recorded and needs more.
+#[test]
+fn plans_of_other_versions() {
+    let (place, image) = small(named());
+    let header = *Image::check(&image, image.len() as u64).unwrap().header();
+    let (limits, own) = (header.plan.limits, Plan::new(&header.config, &header.plan.limits));
+    type Change = fn(&mut MemoryPlan);
+    let changes: [(&str, Change); 4] = [
+        ("the same", |_| {}),
+        ("more", |plan| plan.scratch += 3),
+        ("less", |plan| plan.scratch -= 1),
+        ("nonsense", |plan| plan.sampler = u64::MAX),
+    ];
+    for (what, change) in changes {
+        let changed = with_header(&image, |header, _| change(&mut header.plan));
+        let checked = Image::check(&changed, changed.len() as u64).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let recorded = checked.header().plan.scratch as usize;
+        std::fs::write(place.image(), &changed).unwrap();
+        verify(&place.image()).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let summary = inspect(&place.image()).unwrap();
+        assert_eq!(summary.to_json()["plan"]["total_bytes"], own.bytes(), "{what}");
+        let text = summary.to_string();
+        assert_eq!(text.contains("the version that packed it needs"), what != "the same", "{what}: {text}");
+        let mut scratch = vec![Block::ZERO; recorded];
+        let blocks: Vec<Block> = changed.chunks_exact(64).map(|b| Block(b.try_into().unwrap())).collect();
+        let mut source = Mapped::new(&blocks);
+        let model = Model::new(&checked, limits, backend::best(), &Serial, &mut source, &mut scratch).map(drop);
+        if recorded < own.scratch {
+            let message = model.unwrap_err().to_string();
+            assert_says(what, &message, &[&(own.scratch * 64).to_string(), &(recorded * 64).to_string()]);
+        } else {
+            model.unwrap_or_else(|e| panic!("{what}: {e}"));
+        }
+    }
 }
 
 /// Everything in it agrees, and it claims terabytes: the file's length gives it away, before anything is sized by it.
