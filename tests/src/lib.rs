@@ -2,6 +2,7 @@
 //! and small checkpoints written on the spot.
 
 pub mod alloc;
+pub mod fuzz;
 pub mod images;
 pub mod npy;
 pub mod reference;

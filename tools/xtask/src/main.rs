@@ -3,7 +3,7 @@
 //! In the order in which they are used: [`workspace`] finds the tree, [`matrix`] is the table of everything that is
 //! checked, [`setup`] installs what the chosen steps need, [`riscv`] is one of these needs, [`run`] runs them and counts, [`bochs`] boots what needs a CPU that the machine may lack, [`tidy`] holds the rules about
 //! the tree itself, [`elf`] looks into finished programs, [`mod@bench`] and [`arm`] say how fast the kernels are with what
-//! [`report`] has for both, and [`demo`] shows the project to a newcomer.
+//! [`report`] has for both, [`fuzz`] searches for input that fails, and [`demo`] shows the project to a newcomer.
 #![forbid(unsafe_code)]
 #![allow(clippy::std_instead_of_core, clippy::std_instead_of_alloc, reason = "a host tool; it always has std")]
 
@@ -20,6 +20,7 @@ mod bench;
 mod bochs;
 mod demo;
 mod elf;
+mod fuzz;
 mod matrix;
 mod report;
 mod riscv;
@@ -46,6 +47,8 @@ Usage: cargo xtask COMMAND
                   --json FILE writes rows, --plot FILE a drawing (SVG), --page FILE the table into docs/benchmarks.md
   arm [OPTION]    estimates for ARM kernels, without ARM hardware: cycles by llvm-mca, instructions by QEMU:
                   --backend, --op, --format, --cpu choose; --json FILE and --page FILE write
+  fuzz TARGET [SECONDS]
+                  search for input that makes a reader fail: gguf, safetensors, llama2c, tokenizer, image, plan, text
   demo            build, pack the bundled checkpoint and let it tell a story (the same as `cargo demo`)
   deny            licences and advisories of the dependencies, by cargo-deny";
 
@@ -64,7 +67,7 @@ fn main() -> ExitCode {
 /// Runs one command; the answer is whether what it checked was right.
 fn command(arguments: &[String]) -> Result<bool> {
     let (name, rest) = arguments.split_first().map_or(("help", &[][..]), |(name, rest)| (name.as_str(), rest));
-    if !["test", "bench", "arm"].contains(&name) && !rest.is_empty() {
+    if !["test", "bench", "arm", "fuzz"].contains(&name) && !rest.is_empty() {
         bail!("`{name}` takes no arguments, but got `{}`\n\n{USAGE}", rest.join(" "));
     }
     match name {
@@ -90,6 +93,7 @@ fn command(arguments: &[String]) -> Result<bool> {
         }
         "bench" => bench::run(&Workspace::load()?, rest),
         "arm" => arm::run(&Workspace::load()?, rest),
+        "fuzz" => fuzz::run(&Workspace::load()?, rest),
         "demo" => demo::run(&Workspace::load()?),
         "deny" => run::deny(),
         "help" | "--help" | "-h" => {
