@@ -5,6 +5,7 @@
 //! size of the model.
 #![forbid(unsafe_code)]
 
+pub mod calibrate;
 pub mod checkpoint;
 pub mod dummy;
 pub mod encode;

@@ -1,0 +1,25 @@
+//! A model in floats, run on text: what its linears read, how much each counts, and how well a changed model predicts.
+//!
+//! [`Reference`] is the forward pass of `bitnet-runtime` without quantized activations, and its backward pass. It reads one
+//! layer at a time from the checkpoint, so its memory is that of one layer's weights and of the residual stream of the
+//! tokens. Results do not depend on the number of threads.
+//!
+//! What it answers:
+//! - [`Reference::moments`]: of each linear's input `x`, the mean of `x xᵀ` or of its diagonal: the Hessian of a linear's own
+//!   output error (Frantar et al. 2022, arXiv:2210.17323), and with its root the columns' root mean square.
+//! - [`Reference::fisher`]: of each linear's output, the mean of the squared gradient of the tokens' losses.
+//! - [`HeldOut`]: perplexity, and the divergence from the unchanged model, of a model whose linears were changed.
+mod layer;
+pub mod matmul;
+mod model;
+mod pass;
+mod text;
+
+pub use model::{Linear, Reference, Site};
+pub use pass::{HeldOut, Moment, Score, Wanted};
+pub use text::{Windows, windows};
+
+use crate::Error;
+
+/// Changes the weights of a linear, `[rows, cols]`, after they were read from the checkpoint.
+pub type Change<'a> = dyn Fn(Linear, &mut [f32]) -> Result<(), Error> + 'a;

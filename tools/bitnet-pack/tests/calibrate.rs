@@ -1,0 +1,218 @@
+//! The float reference against the runtime, and what it measures of small models.
+mod common;
+
+use bitnet_kernel::{Block, Format};
+use bitnet_pack::calibrate::{HeldOut, Linear, Reference, Site, Wanted, Windows};
+use bitnet_pack::checkpoint::{Checkpoint, Dtype};
+use bitnet_pack::{Error, Options};
+use bitnet_runtime::image::Kind;
+use bitnet_runtime::memory::KvFormat;
+use bitnet_runtime::parallel::Serial;
+use bitnet_runtime::source::Mapped;
+use bitnet_runtime::{Image, Limits, Model, Plan, State, backend};
+use common::{Place, SMALL, Storage, Tensor, named, stories};
+use serde_json::json;
+use std::path::Path;
+use zerocopy::IntoBytes;
+
+/// Numbers without visible order, of about `size`.
+fn numbers(count: u64, seed: u32, size: f32) -> Vec<f32> {
+    let mut x = seed.wrapping_mul(2_654_435_761).wrapping_add(12_345);
+    let mut next = || {
+        x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        ((x >> 8) as f32 / 8_388_608.0 - 1.0) * size
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// A Qwen3 of floats: no size is a multiple of anything, heads have norms, the head is the embedding.
+fn float_model(place: &Place) {
+    let mut checkpoint = common::Checkpoint::new(SMALL, Storage::Online);
+    checkpoint.config.remove("quantization_config");
+    checkpoint.set("architectures", json!(["Qwen3ForCausalLM"]));
+    checkpoint.set("model_type", json!("qwen3"));
+    checkpoint.set("hidden_act", json!("silu"));
+    checkpoint.tensors.retain(|t| !t.name.contains("sub_norm"));
+    for (tensor, seed) in checkpoint.tensors.iter_mut().zip(1..) {
+        let count = tensor.shape.iter().product();
+        let values = match tensor.shape[..] {
+            [_] => numbers(count, seed, 0.3).iter().map(|v| 1.0 + v).collect(),
+            _ => numbers(count, seed, 0.3),
+        };
+        *tensor = Tensor::f32(&tensor.name, &tensor.shape.clone(), &values);
+    }
+    for layer in 0..SMALL.layers {
+        for (name, seed) in [("q_norm", 91), ("k_norm", 92)] {
+            let values: Vec<f32> = numbers(SMALL.head_dim, seed, 0.3).iter().map(|v| 1.0 + v).collect();
+            let name = format!("model.layers.{layer}.self_attn.{name}.weight");
+            checkpoint.tensors.push(Tensor::f32(&name, &[SMALL.head_dim], &values));
+        }
+    }
+    checkpoint.write(&place.source());
+}
+
+/// The logits after each token, as the runtime computes them.
+fn runtime(source: &Path, options: &Options, tokens: &[u32]) -> Vec<f32> {
+    let place = Place::new();
+    bitnet_pack::pack(source, &place.image(), options, &mut ()).unwrap_or_else(|e| panic!("{e}"));
+    let bytes = std::fs::read(place.image()).unwrap();
+    let mut blocks = vec![Block::ZERO; bytes.len() / 64];
+    blocks.as_mut_bytes().copy_from_slice(&bytes);
+    let image = Image::check(&bytes, bytes.len() as u64).unwrap();
+    let config = image.header().config;
+    let limits = Limits { context: 64, batch: 8, kv: KvFormat::F32 };
+    let plan = Plan::new(&config, &limits);
+    let (mut scratch, mut state) = (vec![Block::ZERO; plan.scratch], vec![Block::ZERO; plan.state]);
+    let mut source = Mapped::new(&blocks);
+    let mut state = State::new(&config, &limits, &mut state).unwrap();
+    let mut model = Model::new(&image, limits, backend::best(), &Serial, &mut source, &mut scratch).unwrap();
+    let mut logits = Vec::new();
+    model.prefill_each(&mut state, tokens, &mut |_, row| logits.extend_from_slice(row)).unwrap();
+    logits
+}
+
+/// The root of the energy of what differs, over that of the second.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let energy =
+        |of: &dyn Fn(f32, f32) -> f32| a.iter().zip(b).map(|(a, b)| f64::from(of(*a, *b)).powi(2)).sum::<f64>();
+    (energy(&|a, b| a - b) / energy(&|_, b| b)).sqrt()
+}
+
+fn unchanged(_: Linear, _: &mut [f32]) -> Result<(), Error> {
+    Ok(())
+}
+
+fn open(source: &Path) -> Checkpoint {
+    Checkpoint::open(source, Dtype::I2_S).unwrap()
+}
+
+/// Floats with norms of heads, and ternary masters with sub-norms and a squared ReLU: what is left between the reference and
+/// the runtime is what eight bits of activations and weights take.
+#[test]
+fn the_reference_is_what_the_runtime_computes() {
+    let place = Place::new();
+    float_model(&place);
+    for (source, vocab) in [(place.source(), 41), (stories(), 512)] {
+        let tokens: Vec<u32> = (0..24).map(|i| (i * 7 + 3) % vocab).collect();
+        let options = Options { head: Format::F16, ..named() };
+        let expected = runtime(&source, &options, &tokens);
+        let checkpoint = open(&source);
+        let model = Reference::new(&checkpoint, &()).unwrap();
+        let found = model.logits(&Windows::new(tokens, 24), &unchanged).unwrap();
+        let distance = distance(&expected, &found);
+        println!("{}: {distance}", source.display());
+        assert!(distance < 0.03, "{}: {distance}", source.display());
+    }
+}
+
+/// The diagonal alone is the full moment's, which is symmetric; and the head's inputs, whose norm has a weight of one, have a mean
+/// square of one.
+#[test]
+fn moments_are_those_of_the_inputs() {
+    let checkpoint = open(&stories());
+    let model = Reference::new(&checkpoint, &()).unwrap();
+    let windows = Windows::new((0..60).map(|i| i * 11 % 512).collect(), 20);
+    let of = |wanted| {
+        let mut all = Vec::new();
+        let each = &mut |moment: bitnet_pack::calibrate::Moment, _: &mut dyn bitnet_pack::Progress| {
+            all.push(moment);
+            Ok(())
+        };
+        model.moments(&windows, wanted, &mut (), each).unwrap();
+        all
+    };
+    let (full, diagonal) = (of(Wanted::Full), of(Wanted::Diagonal));
+    assert_eq!(full.len(), 4 * model.config().layers as usize + 1);
+    for (full, diagonal) in full.iter().zip(&diagonal) {
+        assert_eq!((full.layer, full.site, full.cols), (diagonal.layer, diagonal.site, diagonal.cols));
+        assert!(distance(&full.diagonal(), &diagonal.values) < 1e-5);
+        let n = full.cols;
+        let transposed: Vec<f32> = (0..n * n).map(|i| full.values[i % n * n + i / n]).collect();
+        assert!(distance(&full.values, &transposed) < 1e-6);
+        let linear = Linear { layer: full.layer, kind: full.site.kinds()[0] };
+        assert_eq!(model.shape(linear).1, n);
+    }
+    assert_eq!(full.last().unwrap().site, Site::Head);
+}
+
+/// An unchanged model has no divergence; a changed linear has some, and the loss is that of the logits.
+#[test]
+fn a_changed_model_diverges() {
+    let checkpoint = open(&stories());
+    let model = Reference::new(&checkpoint, &()).unwrap();
+    let windows = Windows::new((0..40).map(|i| i * i % 512).collect(), 20);
+    let held = HeldOut::new(&model, windows.clone(), &mut ()).unwrap();
+    let same = held.score(&unchanged, &mut ()).unwrap();
+    assert_eq!((same.tokens, same.kl, same.same_best, same.error), (38, 0.0, 1.0, 0.0));
+    let logits = model.logits(&windows, &unchanged).unwrap();
+    let nats = |t: usize| {
+        let row = &logits[t * 512..][..512];
+        let sum: f64 = row.iter().map(|v| f64::from(*v).exp()).sum();
+        sum.ln() - f64::from(row[windows.tokens()[t + 1] as usize])
+    };
+    let expected = (0..40).filter(|t| t % 20 < 19).map(nats).sum::<f64>() / 38.0;
+    assert!((same.nats - expected).abs() < 1e-5, "{} {expected}", same.nats);
+    let zero = |linear: Linear, weights: &mut [f32]| {
+        if linear == Linear::new(1, Kind::Down) {
+            weights.fill(0.0);
+        }
+        Ok(())
+    };
+    let changed = held.score(&zero, &mut ()).unwrap();
+    assert!(changed.kl > 0.01 && changed.same_best < 1.0, "{changed:?}");
+    assert_eq!(changed.source_nats, same.nats);
+}
+
+/// The predicted loss of a small change is about the measured divergence, linear by linear.
+#[test]
+fn squared_gradients_predict_what_a_change_costs() {
+    let place = Place::new();
+    float_model(&place);
+    let checkpoint = open(&place.source());
+    let model = Reference::new(&checkpoint, &()).unwrap();
+    let windows = Windows::new((0..1600).map(|i| (i * i + 3 * i) % 41).collect(), 16);
+    let fisher = model.fisher(&windows, 7, &mut ()).unwrap();
+    assert_eq!(fisher.len(), 2 * 7 + 1);
+    let held = HeldOut::new(&model, windows.clone(), &mut ()).unwrap();
+    let mut moments = Vec::new();
+    model
+        .moments(&windows, Wanted::Full, &mut (), &mut |moment, _| {
+            moments.push(moment);
+            Ok(())
+        })
+        .unwrap();
+    for (linear, gradients) in &fisher {
+        let moment = moments.iter().find(|m| m.layer == linear.layer && m.site == linear.site()).unwrap();
+        let (rows, cols) = model.shape(*linear);
+        let change: Vec<f32> = numbers((rows * cols) as u64, 5, 0.02);
+        let mut predicted = 0.0;
+        for (d, g) in change.chunks_exact(cols).zip(gradients) {
+            let by = |i: usize| d.iter().zip(&moment.values[i * cols..]).map(|(d, h)| d * h).sum::<f32>();
+            predicted += 0.5 * g * (0..cols).map(|i| d[i] * by(i)).sum::<f32>();
+        }
+        let add = |of: Linear, weights: &mut [f32]| {
+            if of == *linear {
+                weights.iter_mut().zip(&change).for_each(|(w, d)| *w += d);
+            }
+            Ok(())
+        };
+        let measured = held.score(&add, &mut ()).unwrap().kl as f32;
+        println!("{linear}: predicted {predicted}, measured {measured}");
+        // The input of value and its gradients are far from independent where all tokens see the same few.
+        let within = if linear.kind == Kind::Value { 6.0 } else { 2.0 };
+        let ratio = predicted / measured;
+        assert!(1.0 / within < ratio && ratio < within, "{linear}: predicted {predicted}, measured {measured}");
+    }
+}
+
+/// Tokens that the model does not have are refused, and texts without a window.
+#[test]
+fn what_cannot_be_run_is_refused() {
+    let checkpoint = open(&stories());
+    let model = Reference::new(&checkpoint, &()).unwrap();
+    let error = model.logits(&Windows::new(vec![1, 512], 2), &unchanged).unwrap_err();
+    common::assert_says("token", &error.to_string(), &["512"]);
+    let error = model.logits(&Windows::new(vec![1], 2), &unchanged).unwrap_err();
+    common::assert_says("short", &error.to_string(), &["window"]);
+}
