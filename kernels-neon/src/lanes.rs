@@ -152,6 +152,8 @@ pub(crate) fn matvec_grouped(w: Matrix<'_>, x: Activations<'_>, y: &mut [f32]) {
         for (g, (panel, scales)) in w.panels(tile).enumerate() {
             match w.format() {
                 Format::B1G => add_b1g_neon(panel.blocks().as_chunks().0, x.group(g), scales, &mut sums),
+                Format::I2G => add_i2g_neon(panel.blocks().as_chunks().0, x.group(g), scales, &mut sums),
+                Format::I3G => add_i3g_neon(panel.blocks().as_chunks().0, x.group(g), scales, &mut sums),
                 _ => add_tlg_neon(panel.blocks().as_chunks().0, x.group(g), scales, &mut sums),
             }
         }
@@ -169,21 +171,37 @@ pub(crate) fn matvec_grouped(w: Matrix<'_>, x: Activations<'_>, y: &mut [f32]) {
 #[inline(never)]
 fn add_tlg_neon(steps: Steps<'_, 5>, x: Activations<'_>, scales: &[[u8; 2]], y: &mut [float32x4_t; 16]) {
     let constant = vdupq_n_s32(constant(steps.len()));
-    add_group::<5, TL_BASE>(steps, x, scales, y, |sum| vaddq_s32(sum, constant));
+    add_group::<5, TL_BASE, 1>(steps, x, scales, y, |sum| vaddq_s32(sum, constant));
 }
 
 /// The same of signs.
 #[target_feature(enable = "neon")]
 #[inline(never)]
 fn add_b1g_neon(steps: Steps<'_, 4>, x: Activations<'_>, scales: &[[u8; 2]], y: &mut [float32x4_t; 16]) {
-    let constant = vdupq_n_s32(2 * constant(steps.len()) - x.sum());
-    add_group::<4, B1_BASE>(steps, x, scales, y, |sum| vaddq_s32(vaddq_s32(sum, sum), constant));
+    let constant = vdupq_n_s32(2 * constant(4) - x.sum());
+    add_group::<4, B1_BASE, 1>(steps, x, scales, y, |sum| vaddq_s32(vaddq_s32(sum, sum), constant));
 }
 
-/// `y += product(Σ base · hi + lo) · scale`, in the order of [`bitnet_kernel::float::add_scaled`].
+/// The same of two bit planes, `Σ(2c - 3)x`.
+#[target_feature(enable = "neon")]
+#[inline(never)]
+fn add_i2g_neon(steps: Steps<'_, 4>, x: Activations<'_>, scales: &[[u8; 2]], y: &mut [float32x4_t; 16]) {
+    let constant = vdupq_n_s32(3 * (2 * constant(4) - x.sum()));
+    add_group::<4, B1_BASE, 2>(steps, x, scales, y, |sum| vaddq_s32(vaddq_s32(sum, sum), constant));
+}
+
+/// The same of three, `Σ(c - 4)x`.
+#[target_feature(enable = "neon")]
+#[inline(never)]
+fn add_i3g_neon(steps: Steps<'_, 4>, x: Activations<'_>, scales: &[[u8; 2]], y: &mut [float32x4_t; 16]) {
+    let constant = vdupq_n_s32(7 * constant(4) - 4 * x.sum());
+    add_group::<4, B1_BASE, 3>(steps, x, scales, y, |sum| vaddq_s32(sum, constant));
+}
+
+/// `y += product(Σ_p 2^p Σ base · hi + lo) · scale`, in the order of [`bitnet_kernel::float::add_scaled`].
 #[target_feature(enable = "neon")]
 #[inline]
-fn add_group<const BLOCKS: usize, const BASE: i16>(
+fn add_group<const BLOCKS: usize, const BASE: i16, const PLANES: usize>(
     steps: Steps<'_, BLOCKS>,
     x: Activations<'_>,
     scales: &[[u8; 2]],
@@ -191,13 +209,20 @@ fn add_group<const BLOCKS: usize, const BASE: i16>(
     product: impl Fn(int32x4_t) -> int32x4_t,
 ) {
     let (scales, _) = scales.as_chunks::<8>();
+    let plane_steps = steps.len() / PLANES;
     for half in 0..2 {
-        let sums = sums_of_half(steps, x.tables().as_chunks().0, half);
+        let sums: [_; PLANES] = core::array::from_fn(|plane| {
+            sums_of_half(&steps[plane * plane_steps..][..plane_steps], x.tables().as_chunks().0, half)
+        });
         for i in 0..4 {
             // Rows 8 i to 8 i + 7 of this half.
-            let (lo, hi) = (sums[i / 2 * 4 + i % 2], sums[i / 2 * 4 + 2 + i % 2]);
-            let low = vmlal_n_s16(vmovl_s16(vget_low_s16(lo)), vget_low_s16(hi), BASE);
-            let high = vmlal_high_n_s16(vmovl_high_s16(lo), hi, BASE);
+            let (mut low, mut high) = (vdupq_n_s32(0), vdupq_n_s32(0));
+            for sums in sums.iter().rev() {
+                let (lo, hi) = (sums[i / 2 * 4 + i % 2], sums[i / 2 * 4 + 2 + i % 2]);
+                (low, high) =
+                    (vaddw_s16(vaddq_s32(low, low), vget_low_s16(lo)), vaddw_high_s16(vaddq_s32(high, high), lo));
+                (low, high) = (vmlal_n_s16(low, vget_low_s16(hi), BASE), vmlal_high_n_s16(high, hi, BASE));
+            }
             // SAFETY: 8 scales are 16 bytes.
             let bits = unsafe { vld1q_u16(scales[4 * half + i].as_ptr().cast()) };
             let y = &mut y[8 * half + 2 * i..][..2];

@@ -9,6 +9,7 @@
 //! | function | products | used by |
 //! |---|---|---|
 //! | `matvec_tl_neon`, `add_tlg_neon`, `matvec_b1_neon`, `add_b1g_neon` (a group) | 768, 768, 1,024, 1,024 | all |
+//! | `add_i2g_neon`, `add_i3g_neon` (one bit plane of a group) | 512, 341 | all |
 //! | `matvec_{t2,t2r}_neon`, `matvec_i4_neon`, `matvec_i8_neon`, `sum_t2r_neon` | 256, 128, 256, 64 | `neon` |
 //! | `matvec_{t2,t2r,i4}_neon_dotprod`, `matvec_i8_neon_dotprod`, `sum_t2r_neon_dotprod` | 1,024, 512, 256 | `neon-dotprod`, `neon-i8mm` |
 //! | `matmat_8_neon_dotprod`, `matmat_4_neon_dotprod` (any format) | 1,024, 512 | `neon-dotprod` |

@@ -91,16 +91,17 @@ pub(crate) fn matmat_grouped<T: Tile>(k: &T, w: Matrix<'_>, x: Batch<'_>, y: &mu
     let rows = w.rows();
     for (tile, first) in (0..rows).step_by(ROWS).enumerate() {
         let here = first..rows.min(first + ROWS);
-        for (g, (w, scales)) in w.panels(tile).enumerate() {
-            unpack::<T>(w, 0..w.steps(), &mut panel);
+        for (g, (planes, scales)) in w.panels(tile).enumerate() {
+            match w.format() {
+                Format::I2G => unpack_b1::<T, 2>(planes.blocks(), &mut panel),
+                Format::I3G => unpack_b1::<T, 3>(planes.blocks(), &mut panel),
+                _ => unpack::<T>(planes, 0..planes.steps(), &mut panel),
+            }
             let cols = g * Format::GROUP_COLS..(g + 1) * Format::GROUP_COLS;
             let add = |sums: [i32; 8], t: usize, r: usize| {
-                let y = &mut y[t * rows..][here.clone()];
-                if r < y.len() {
-                    float::add_scaled(&mut y[r..], &sums, &scales[r..]);
-                }
+                float::add_scaled(&mut y[t * rows..][here.clone()][r..], &sums, &scales[r..]);
             };
-            multiply(k, w, &mut panel, x.tokens(), cols, add);
+            multiply(k, w.slice(here.clone()), &mut panel, x.tokens(), cols, add);
         }
     }
 }
@@ -164,10 +165,10 @@ fn multiply<T: Tile>(
 }
 
 /// What turns sums of the bytes of a panel into sums of weights: `scale · dot - bias · Σx`. A byte is a code `w + bias`, a weight
-/// (TL and I8), or -1 where the bit of B1 is set: `Σ(2b - 1)x = 2Σbx - Σx`.
+/// (TL and I8), or the code times -1 in bit planes, of which B1 is one: `w = 2c - bias` where weights are odd, else `c - bias`.
 const fn scale_and_bias(format: Format) -> (i32, i32) {
-    match format {
-        Format::B1 => (-2, 1),
+    match format.base() {
+        Format::B1 => (-(format.distance() as i32), -(format.range().0 as i32)),
         Format::T2 => (1, 1),
         Format::I4 => (1, 8),
         _ => (1, 0),
@@ -213,7 +214,7 @@ fn unpack<T: Tile>(w: Matrix<'_>, steps: core::ops::Range<usize>, panel: &mut Pa
     for (i, tile) in w.tiles().enumerate() {
         let tile = &tile[blocks * steps.start..blocks * steps.end];
         match w.format() {
-            Format::B1 => unpack_b1::<T>(tile.as_chunks().0, panel),
+            Format::B1 => unpack_b1::<T, 1>(tile, panel),
             Format::TL => unpack_tl::<T>(tile.as_chunks().0, panel),
             Format::T2 => unpack_planes::<T, 256, 2>(tile.as_chunks().0, &mut panel.weights[i / 2], i % 2),
             Format::I4 => unpack_planes::<T, 128, 4>(tile.as_chunks().0, &mut panel.weights[i / 2], i % 2),
@@ -246,15 +247,23 @@ fn unpack_planes<T: Tile, const COLS: usize, const BITS: i32>(
     }
 }
 
-/// 64 rows of B1: bit `i` of a byte of block `b` is column `8 b + i`.
+/// 64 rows of B1, or of a panel of so many bit planes: bit `i` of a byte of block `b` is column `8 b + i`.
 #[target_feature(enable = "neon")]
-fn unpack_b1<T: Tile>(steps: &[[Block; 4]], panel: &mut Panel) {
+fn unpack_b1<T: Tile, const PLANES: usize>(planes: &[Block], panel: &mut Panel) {
     let masks = [1, 2, 4, 8, 16, 32, 64, 128].map(|mask| vdupq_n_u8(mask));
-    for (i, block) in steps.as_flattened().iter().enumerate() {
-        for (q, rows) in block.0.as_chunks::<16>().0.iter().enumerate() {
-            // SAFETY: `rows` is 16 bytes.
-            let v = unsafe { vld1q_u8(rows.as_ptr()) };
-            put::<T>(masks.map(|mask| vtstq_u8(v, mask)), panel, 16 * q, i);
+    let blocks = planes.len() / PLANES;
+    for i in 0..blocks {
+        for q in 0..4 {
+            let mut columns = [vdupq_n_u8(0); 8];
+            for plane in (0..PLANES).rev() {
+                let rows = &planes[plane * blocks + i].0.as_chunks::<16>().0[q];
+                // SAFETY: `rows` is 16 bytes.
+                let v = unsafe { vld1q_u8(rows.as_ptr()) };
+                for (column, mask) in columns.iter_mut().zip(masks) {
+                    *column = vaddq_u8(vaddq_u8(*column, *column), vtstq_u8(v, mask));
+                }
+            }
+            put::<T>(columns, panel, 16 * q, i);
         }
     }
 }

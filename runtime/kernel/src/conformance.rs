@@ -283,14 +283,11 @@ fn fill(format: Format, rows: usize, cols: usize, input: Input, memory: &mut Wor
         format::encode_step(format, step, |r, c| {
             let inside = row + r < rows && col + c < cols;
             let seed = weight_seed(row + r, col + c, padding);
-            match (input, format.base()) {
+            match input {
                 // Padding is inert: it holds weights like any other here, and must not matter.
-                (Input::Random, Format::B1) => (seed % 2) as i8 * 2 - 1,
-                (Input::Random, _) => {
-                    (i32::from(low) + (seed % (high as u32 + 1 + low.unsigned_abs() as u32)) as i32) as i8
-                }
-                (Input::Lowest, _) if inside => low,
-                (Input::Mixed | Input::Highest, _) if inside => high,
+                Input::Random => format.weight(seed),
+                Input::Lowest if inside => low,
+                Input::Mixed | Input::Highest if inside => high,
                 _ => 0,
             }
         });

@@ -15,8 +15,12 @@
 //!
 //! *Grouped* formats are one of these with a scale for every row and 128 columns: a tile is 64 rows, a step 128 columns, and
 //! holds a *panel*, the blocks of a matrix of 64 by 128 in the [base format](Format::base), then 64 half-precision scales.
+//! A code of 2 or 3 bits is stored as so many *bit planes*: its panel is 2 or 3 matrices of signs, one below the other, 1
+//! where the code's bit is set. So every kernel of [`Format::B1`] multiplies these too, with one set of tables for all planes,
+//! at the same number of bytes a second; [`join_planes`] adds up. (Bit planes that share tables are T-MAC's idea, arXiv
+//! 2407.00088.)
 //!
-//! Rows and columns past the end of a matrix are encoded as zero weights (minus one in [`Format::B1`]). They are inert:
+//! Rows and columns past the end of a matrix are encoded as zero weights (minus one where there is no zero). They are inert:
 //! activations are zero there and sums of such rows are discarded, so any code in their place gives the same results.
 use crate::Block;
 use zerocopy::IntoBytes;
@@ -46,6 +50,16 @@ pub enum Format {
     I4G = 9,
     /// [`Format::T2`] with every row by itself, for matrices of which only some rows are read. Planes.
     T2R = 10,
+    /// -3, -1, 1 and 3 with a scale for every 128 columns of a row, 2.125 bits: bit planes of `(w + 3) / 2`.
+    ///
+    /// Of the linears of SmolLM2 135M, packed from Q4_1, these levels leave an error of 0.352 of the weights' size, and -2 to
+    /// 1, with scales of either sign, 0.370 (of the embedding 0.440 and 0.436).
+    I2G = 11,
+    /// -4 to 3 with a scale for every 128 columns of a row, 3.125 bits: bit planes of `w + 4`.
+    ///
+    /// With scales of either sign, the error is 0.192 there (of the embedding 0.261), that of -7, -5, … 7 0.195 (0.278): the
+    /// largest weight of a group is often alone, and takes -4.
+    I3G = 12,
 }
 
 /// Where the rows and columns of a tile lie. See the module's description.
@@ -59,12 +73,24 @@ pub enum Geometry {
 
 impl Format {
     /// All formats, in the order of their tags.
-    pub const ALL: [Self; 10] =
-        [Self::B1, Self::T2, Self::TL, Self::I4, Self::I8, Self::F16, Self::B1G, Self::TLG, Self::I4G, Self::T2R];
+    pub const ALL: [Self; 12] = [
+        Self::B1,
+        Self::T2,
+        Self::TL,
+        Self::I4,
+        Self::I8,
+        Self::F16,
+        Self::B1G,
+        Self::TLG,
+        Self::I4G,
+        Self::T2R,
+        Self::I2G,
+        Self::I3G,
+    ];
     /// The formats of [`crate::Kernels::matvec`]: products with int8 activations, exact in `i32`.
     pub const INTEGER: [Self; 5] = [Self::B1, Self::T2, Self::TL, Self::I4, Self::I8];
     /// The formats of [`crate::Kernels::matvec_grouped`].
-    pub const GROUPED: [Self; 3] = [Self::B1G, Self::TLG, Self::I4G];
+    pub const GROUPED: [Self; 5] = [Self::B1G, Self::TLG, Self::I4G, Self::I2G, Self::I3G];
     /// Columns that share a scale in a grouped format.
     pub const GROUP_COLS: usize = 128;
     /// Rows of a panel of a grouped format.
@@ -75,7 +101,7 @@ impl Format {
     /// The format with this tag.
     pub const fn from_tag(tag: u8) -> Option<Self> {
         match tag {
-            1..=10 => Some(Self::ALL[tag as usize - 1]),
+            1..=12 => Some(Self::ALL[tag as usize - 1]),
             _ => None,
         }
     }
@@ -92,12 +118,14 @@ impl Format {
             Self::TLG => "tlg128",
             Self::I4G => "i4g128",
             Self::T2R => "t2r",
+            Self::I2G => "i2g128",
+            Self::I3G => "i3g128",
         }
     }
     /// How the weights of a panel are encoded in a grouped format; of any other format, itself.
     pub const fn base(self) -> Self {
         match self {
-            Self::B1G => Self::B1,
+            Self::B1G | Self::I2G | Self::I3G => Self::B1,
             Self::TLG => Self::TL,
             Self::I4G => Self::I4,
             _ => self,
@@ -105,7 +133,15 @@ impl Format {
     }
     /// Whether every 128 columns of a row have a scale of their own.
     pub const fn is_grouped(self) -> bool {
-        matches!(self, Self::B1G | Self::TLG | Self::I4G)
+        matches!(self, Self::B1G | Self::TLG | Self::I4G | Self::I2G | Self::I3G)
+    }
+    /// Matrices in the base format that a panel is made of: one for each bit of a code, the lowest first.
+    pub const fn bit_planes(self) -> usize {
+        match self {
+            Self::I2G => 2,
+            Self::I3G => 3,
+            _ => 1,
+        }
     }
     /// Where rows and columns of a tile lie (of a panel's tile in a grouped format).
     pub const fn geometry(self) -> Geometry {
@@ -119,7 +155,7 @@ impl Format {
         match self {
             Self::B1 | Self::TL => 64,
             Self::T2 | Self::I4 | Self::I8 | Self::F16 => 4,
-            Self::B1G | Self::TLG | Self::I4G => Self::PANEL_ROWS,
+            Self::B1G | Self::TLG | Self::I4G | Self::I2G | Self::I3G => Self::PANEL_ROWS,
             Self::T2R => 1,
         }
     }
@@ -129,7 +165,7 @@ impl Format {
             Self::B1 => 32,
             Self::T2 | Self::T2R => 256,
             Self::TL => 24,
-            Self::B1G | Self::TLG | Self::I4G => Self::GROUP_COLS,
+            Self::B1G | Self::TLG | Self::I4G | Self::I2G | Self::I3G => Self::GROUP_COLS,
             Self::I4 => 128,
             Self::I8 => 64,
             Self::F16 => 32,
@@ -140,7 +176,7 @@ impl Format {
         match self {
             Self::B1 | Self::T2 | Self::I4 | Self::I8 | Self::F16 => 4,
             Self::TL => 5,
-            Self::B1G | Self::TLG | Self::I4G => self.panel_blocks() + Self::SCALE_BLOCKS,
+            Self::B1G | Self::TLG | Self::I4G | Self::I2G | Self::I3G => self.panel_blocks() + Self::SCALE_BLOCKS,
             Self::T2R => 1,
         }
     }
@@ -148,7 +184,11 @@ impl Format {
     pub const SCALE_BLOCKS: usize = Self::PANEL_ROWS * 2 / Block::BYTES;
     /// Blocks of weights in a step of a grouped format.
     pub const fn panel_blocks(self) -> usize {
-        self.base().matrix_blocks(Self::PANEL_ROWS, Self::GROUP_COLS)
+        self.base().matrix_blocks(self.plane_rows(), Self::GROUP_COLS)
+    }
+    /// Rows of all bit planes of a panel of a grouped format.
+    pub const fn plane_rows(self) -> usize {
+        Self::PANEL_ROWS * self.bit_planes()
     }
     /// Steps that hold `cols` columns.
     pub const fn steps(self, cols: usize) -> usize {
@@ -184,12 +224,28 @@ impl Format {
     }
     /// The smallest and largest weight. `F16` has none of these: its weights are floats.
     pub const fn range(self) -> (i8, i8) {
-        match self.base() {
-            Self::I4 => (-8, 7),
+        match self {
+            Self::I4 | Self::I4G => (-8, 7),
             Self::I8 => (-127, 127),
             Self::F16 => (0, 0),
+            Self::I2G => (-3, 3),
+            Self::I3G => (-4, 3),
             _ => (-1, 1),
         }
+    }
+    /// Whether weights are the odd numbers of [`Format::range`] alone.
+    pub const fn is_odd(self) -> bool {
+        matches!(self, Self::B1 | Self::B1G | Self::I2G)
+    }
+    /// The distance from one weight to the next.
+    pub const fn distance(self) -> i8 {
+        if self.is_odd() { 2 } else { 1 }
+    }
+    /// The weight that is the `n`-th from the smallest on; after the largest comes the smallest again.
+    pub const fn weight(self, n: u32) -> i8 {
+        let ((low, high), distance) = (self.range(), self.distance() as i32);
+        let levels = (high as i32 - low as i32) / distance + 1;
+        (low as i32 + (n % levels as u32) as i32 * distance) as i8
     }
     /// Columns whose partial sums share a table, or 0 where the format is not multiplied by tables.
     pub const fn table_cols(self) -> usize {
@@ -212,35 +268,46 @@ impl Format {
 /// Encodes one step of one tile: the definition of each format's bytes.
 ///
 /// `weight(r, c)` is the weight of row `r < tile_rows` and column `c < step_cols` of this step, and zero past the matrix.
+/// Where weights are odd, any other counts as the next smaller one.
 ///
 /// # Panics
 /// If `step` is not one step, if a weight is outside [`Format::range`], or for [`Format::F16`] (see [`encode_step_f16`]).
 /// The scales of a grouped format become zero (see [`set_scale`]).
 pub fn encode_step(format: Format, step: &mut [Block], weight: impl Fn(usize, usize) -> i8) {
     assert_eq!(step.len(), format.step_blocks());
-    if !format.is_grouped() {
-        return encode_plain_step(format, step, weight);
-    }
-    let (panel, scales) = step.split_at_mut(format.panel_blocks());
-    scales.fill(Block::ZERO);
-    let (format, rows, cols) = (format.base(), Format::PANEL_ROWS, Format::GROUP_COLS);
-    each_step(format, rows, cols, panel, |step, first_row, first_col| {
-        encode_plain_step(
-            format,
-            step,
-            |r, c| if first_col + c < cols { weight(first_row + r, first_col + c) } else { 0 },
-        );
-    });
-}
-
-/// [`encode_step`] of a format that is not grouped.
-fn encode_plain_step(format: Format, step: &mut [Block], weight: impl Fn(usize, usize) -> i8) {
     let (low, high) = format.range();
     let weight = |r, c| {
         let w = weight(r, c);
         assert!(low <= w && w <= high, "{w} is not a weight of {}", format.name());
         w
     };
+    if !format.is_grouped() {
+        return encode_plain_step(format, step, weight);
+    }
+    let (panel, scales) = step.split_at_mut(format.panel_blocks());
+    scales.fill(Block::ZERO);
+    let (base, rows, cols) = (format.base(), format.plane_rows(), Format::GROUP_COLS);
+    each_step(base, rows, cols, panel, |step, first_row, first_col| {
+        encode_plain_step(base, step, |r, c| {
+            let (r, c) = (first_row + r, first_col + c);
+            if c >= cols {
+                return 0;
+            }
+            let w = weight(r % Format::PANEL_ROWS, c);
+            if base == Format::B1 { sign_of_plane(format, w, r / Format::PANEL_ROWS) } else { w }
+        });
+    });
+}
+
+/// What stands for a weight in a bit plane: 1 where the plane's bit of the code is set, else -1.
+fn sign_of_plane(format: Format, weight: i8, plane: usize) -> i8 {
+    let code = (weight - format.range().0) / format.distance();
+    2 * (code >> plane & 1) - 1
+}
+
+/// [`encode_step`] of a format that is not grouped.
+fn encode_plain_step(format: Format, step: &mut [Block], weight: impl Fn(usize, usize) -> i8) {
+    let (low, _) = format.range();
     step.fill(Block::ZERO);
     match format {
         Format::B1 | Format::TL => {
@@ -266,7 +333,7 @@ fn encode_plain_step(format: Format, step: &mut [Block], weight: impl Fn(usize, 
             }
         }
         Format::F16 => panic!("f16 weights are not integers"),
-        Format::B1G | Format::TLG | Format::I4G => panic!("{} is grouped", format.name()),
+        Format::B1G | Format::TLG | Format::I4G | Format::I2G | Format::I3G => panic!("{} is grouped", format.name()),
     }
 }
 
@@ -313,10 +380,15 @@ pub fn decode(format: Format, step: &[Block], row: usize, col: usize) -> i8 {
             let weight = crate::tables::TL_WEIGHTS[nibble as usize][col % 3];
             if sign == 1 { -weight } else { weight }
         }
-        Format::B1G | Format::TLG | Format::I4G => {
+        Format::B1G | Format::TLG | Format::I4G | Format::I2G | Format::I3G => {
             let panel = &step[..format.panel_blocks()];
-            let matrix = crate::Matrix::new(format.base(), Format::PANEL_ROWS, Format::GROUP_COLS, panel);
-            matrix.expect("a panel of whole tiles").weight(row, col)
+            let matrix = crate::Matrix::new(format.base(), format.plane_rows(), Format::GROUP_COLS, panel);
+            let matrix = matrix.expect("a panel of whole tiles");
+            if format.base() != Format::B1 {
+                return matrix.weight(row, col);
+            }
+            let bit = |plane: usize| i8::from(matrix.weight(plane * Format::PANEL_ROWS + row, col) > 0) << plane;
+            format.range().0 + format.distance() * (0..format.bit_planes()).map(bit).sum::<i8>()
         }
         Format::T2 | Format::T2R => (step[row].0[col % 64] >> (2 * (col / 64)) & 3) as i8 - 1,
         Format::I4 => (step[row].0[col % 64] >> (4 * (col / 64)) & 15) as i8 - 8,
@@ -342,6 +414,22 @@ pub fn set_scale(format: Format, step: &mut [Block], row: usize, bits: u16) {
 pub fn scales(format: Format, step: &[Block]) -> &[[u8; 2]] {
     assert!(format.is_grouped() && step.len() == format.step_blocks());
     step[format.panel_blocks()..].as_bytes().as_chunks().0
+}
+
+/// The products of a panel's rows from those of its bit planes, which lie one after another: the first are in their place then.
+/// `x_sum` is the sum of the activations.
+///
+/// With bits `b` and signs `s = 2b - 1`, `Σ_p 2^p Σ s x` is the sum of `2c - (2^n - 1)` for codes `c` of `n` bits: that of the
+/// weights where they are odd, and of twice the weights and one where they are `c - 2^(n - 1)`.
+#[inline(always)]
+pub fn join_planes(format: Format, sums: &mut [i32], x_sum: i32) {
+    let (rows, planes) = sums.split_at_mut(Format::PANEL_ROWS);
+    for (i, plane) in planes.chunks_exact(Format::PANEL_ROWS).enumerate() {
+        rows.iter_mut().zip(plane).for_each(|(row, sum)| *row += sum << (i + 1));
+    }
+    if format == Format::I3G {
+        rows.iter_mut().for_each(|row| *row = (*row - x_sum) >> 1);
+    }
 }
 
 /// The bits of the half-precision weight of `row` and column `col` of one step of [`Format::F16`].

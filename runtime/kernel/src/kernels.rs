@@ -1,6 +1,6 @@
 //! What an instruction set must implement.
 use crate::float::{self, Arrays, Cache};
-use crate::{Activations, Batch, Block, Format, Matrix, portable, tables};
+use crate::{Activations, Batch, Block, Format, Matrix, format, portable, tables};
 
 /// One instruction set's kernels. Every implementation returns exactly what [`crate::portable`] returns, bit for bit.
 ///
@@ -94,15 +94,17 @@ pub trait Kernels: Sync + core::fmt::Debug {
     /// If `y.len() != w.rows() · tokens`, or as [`Kernels::matvec_grouped`].
     fn matmat_grouped(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
         const TOKENS: usize = 16;
+        const PLANE_ROWS: usize = Format::I3G.plane_rows();
         assert_eq!(y.len(), w.rows() * x.tokens().len());
         x.assert_fit(&w);
         if w.rows() == 0 {
             return;
         }
         y.fill(0.0);
-        let mut sums = [0; TOKENS * Format::PANEL_ROWS];
+        let plane_rows = w.format().plane_rows();
+        let mut sums = [0; TOKENS * PLANE_ROWS];
         for (x, y) in x.tokens().chunks(TOKENS).zip(y.chunks_mut(TOKENS * w.rows())) {
-            let sums = &mut sums[..x.len() * Format::PANEL_ROWS];
+            let sums = &mut sums[..x.len() * plane_rows];
             for (tile, first) in (0..w.rows()).step_by(Format::PANEL_ROWS).enumerate() {
                 let rows = Format::PANEL_ROWS.min(w.rows() - first);
                 for (g, (panel, scales)) in w.panels(tile).enumerate() {
@@ -114,7 +116,11 @@ pub trait Kernels: Sync + core::fmt::Debug {
                             self.matmat(panel, Batch::new(&groups[..x.len()]), sums);
                         }
                     }
-                    for (sums, y) in sums.chunks_exact(Format::PANEL_ROWS).zip(y.chunks_exact_mut(w.rows())) {
+                    let each = sums.chunks_exact_mut(plane_rows).zip(y.chunks_exact_mut(w.rows()));
+                    for ((sums, y), x) in each.zip(x) {
+                        if plane_rows > Format::PANEL_ROWS {
+                            format::join_planes(w.format(), sums, x.group(g).sum());
+                        }
                         float::add_scaled(&mut y[first..first + rows], sums, scales);
                     }
                 }

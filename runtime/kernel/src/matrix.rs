@@ -61,15 +61,15 @@ impl<'a> Matrix<'a> {
         let row_blocks = self.format.tile_blocks(self.cols);
         &self.blocks[r * row_blocks..][..row_blocks]
     }
-    /// The panels of one tile of a grouped format, in the order of columns: weights in the base format, and the scales of
-    /// their rows as bits of half-precision floats.
+    /// The panels of one tile of a grouped format, in the order of columns: weights in the base format, all
+    /// [bit planes](Format::bit_planes) of them below each other, and the scales of the rows as bits of half-precision floats.
     pub fn panels(&self, tile: usize) -> impl Iterator<Item = (Self, &'a [[u8; 2]])> + use<'a> {
         let format = self.format;
         let tile_blocks = format.tile_blocks(self.cols);
         let steps = self.blocks[tile * tile_blocks..][..tile_blocks].chunks_exact(format.step_blocks());
         steps.map(move |step| {
             let (weights, scales) = (&step[..format.panel_blocks()], crate::format::scales(format, step));
-            let (rows, cols) = (Format::PANEL_ROWS, Format::GROUP_COLS);
+            let (rows, cols) = (format.plane_rows(), Format::GROUP_COLS);
             (Self { format: format.base(), rows, cols, blocks: weights }, scales)
         })
     }

@@ -1,6 +1,6 @@
 //! The reference: the plainest sum, straight from the definition of the bytes.
 use crate::float::f16_to_f32;
-use crate::format::decode;
+use crate::format::{decode, join_planes};
 use crate::{Activations, Batch, Block, Format, Kernels, Matrix};
 
 /// Runs on anything.
@@ -39,14 +39,16 @@ impl Kernels for Portable {
                     // A group may end inside a step of its base format.
                     let mut padded = [0; 2 * Format::GROUP_COLS];
                     padded[..Format::GROUP_COLS].copy_from_slice(x);
-                    let mut sums = [0; Format::PANEL_ROWS];
+                    let mut sums = [0; Format::I3G.plane_rows()];
+                    let sums = &mut sums[..panel.rows()];
                     for (sums, tile) in sums.chunks_mut(base.tile_rows()).zip(panel.tiles()) {
                         let steps = tile.chunks_exact(base.step_blocks());
                         for (step, x) in steps.zip(padded.chunks_exact(base.step_cols())) {
                             add_step(base, step, x, sums);
                         }
                     }
-                    for ((y, &sum), &scale) in y.iter_mut().zip(&sums).zip(scales) {
+                    join_planes(w.format(), sums, x.iter().map(|&x| i32::from(x)).sum());
+                    for ((y, &sum), &scale) in y.iter_mut().zip(&*sums).zip(scales) {
                         *y += sum as f32 * f16_to_f32(u16::from_le_bytes(scale));
                     }
                 }

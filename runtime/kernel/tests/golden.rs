@@ -21,9 +21,11 @@ fn numbers() -> Vec<u16> {
 
 /// The integer weight that a number stands for.
 fn weight(format: Format, number: u16) -> i8 {
-    match format.base() {
-        Format::B1 => (number % 2) as i8 * 2 - 1,
-        Format::I4 => (number % 16) as i8 - 8,
+    match format {
+        Format::B1 | Format::B1G => (number % 2) as i8 * 2 - 1,
+        Format::I2G => (number % 4) as i8 * 2 - 3,
+        Format::I3G => (number % 8) as i8 - 4,
+        Format::I4 | Format::I4G => (number % 16) as i8 - 8,
         Format::I8 => ((number % 255) as i16 - 127) as i8,
         Format::F16 => panic!("f16 weights are not integers"),
         _ => (number % 3) as i8 - 1,
@@ -123,6 +125,16 @@ fn t2r_bytes() {
     check_bytes(Format::T2R);
 }
 
+#[test]
+fn i2g_bytes() {
+    check_bytes(Format::I2G);
+}
+
+#[test]
+fn i3g_bytes() {
+    check_bytes(Format::I3G);
+}
+
 /// Read from the files, so that the decoder is held to the bytes and not to the encoder.
 #[test]
 fn every_weight_comes_back_from_the_files() {
@@ -155,5 +167,5 @@ fn tags_are_what_they_were() {
     for (format, tag) in Format::ALL.into_iter().zip(1..) {
         assert_eq!((format as u8, Format::from_tag(tag)), (tag, Some(format)));
     }
-    assert_eq!((Format::from_tag(0), Format::from_tag(11)), (None, None));
+    assert_eq!((Format::from_tag(0), Format::from_tag(13)), (None, None));
 }

@@ -30,13 +30,7 @@ const SHAPES: [(usize, usize); 17] = [
 
 /// Weights of a matrix, row after row.
 fn weights(format: Format, n: usize, lcg: &mut Lcg) -> Vec<i8> {
-    let (low, high) = format.range();
-    let levels = (i32::from(high) - i32::from(low) + 1) as u32;
-    let weight = |number: u32| match format.base() {
-        Format::B1 => (number % 2) as i8 * 2 - 1,
-        _ => (i32::from(low) + (number % levels) as i32) as i8,
-    };
-    (0..n).map(|_| weight(lcg.next())).collect()
+    (0..n).map(|_| format.weight(lcg.next())).collect()
 }
 
 fn activations(n: usize, lcg: &mut Lcg) -> Vec<i8> {

@@ -187,12 +187,7 @@ impl<'a> Copies<'a> {
             let bits = |seed: u32| ((seed >> 16) as u16 & 0x83ff) | (0x2c00 + ((seed >> 14) as u16 & 3) * 0x400);
             format::encode_f16(rows, cols, &mut memory[..n], |r, c| bits(random(r, c)));
         } else {
-            let (low, high) = format.range();
-            let levels = high as u32 + 1 + u32::from(low.unsigned_abs());
-            format::encode(format, rows, cols, &mut memory[..n], |r, c| match format.base() {
-                Format::B1 => (random(r, c) >> 31) as i8 * 2 - 1,
-                _ => (i32::from(low) + ((random(r, c) >> 8) % levels) as i32) as i8,
-            });
+            format::encode(format, rows, cols, &mut memory[..n], |r, c| format.weight(random(r, c) >> 16));
         }
         let copies = (COLD_BYTES / Block::BYTES).div_ceil(n);
         (1..copies).for_each(|i| memory.copy_within(..n, i * n));

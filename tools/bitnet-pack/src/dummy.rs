@@ -361,9 +361,10 @@ fn scale(format: Format, cols: usize) -> f32 {
         Format::F16 => (-127.0, 127.0),
         _ => (f32::from(format.range().0), f32::from(format.range().1)),
     };
-    let deviation = match format.base() {
-        Format::B1 => 1.0,
-        _ => ((high - low + 1.0) * (high - low + 1.0) / 12.0).sqrt(),
+    let deviation = match format.is_odd() {
+        // Of `n` equally likely numbers at a distance of two it is `sqrt((n² - 1) / 3)`, and the largest is `n - 1`.
+        true => (high * (high + 2.0) / 3.0).sqrt(),
+        false => ((high - low + 1.0) * (high - low + 1.0) / 12.0).sqrt(),
     };
     1.0 / (deviation * (cols as f32).sqrt())
 }
@@ -385,11 +386,11 @@ fn unit((format, rows, cols): (Format, usize, usize), dead: bool, scale: f32, ra
     let mut codes = vec![0; rows * stride];
     let (low, high) = format.range();
     for row in codes.chunks_exact_mut(stride) {
-        if dead && format.base() != Format::B1 && random.below(10) < 3 {
+        if dead && !format.is_odd() && random.below(10) < 3 {
             continue;
         }
         row[..cols].iter_mut().for_each(|w| {
-            *w = if format.base() == Format::B1 { random.within(0, 1) * 2 - 1 } else { random.within(low, high) }
+            *w = if format.is_odd() { random.within(0, high) * 2 - high } else { random.within(low, high) }
         });
     }
     if format.is_grouped() {

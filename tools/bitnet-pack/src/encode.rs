@@ -38,7 +38,7 @@ pub fn encode_grouped(format: Format, rows: usize, cols: usize, weights: &[i8], 
     assert_eq!((weights.len(), scales.len()), (rows * stride, rows * steps));
     assert_eq!(blocks.len(), format.matrix_blocks(rows, cols));
     let padded = base.padded_cols(Format::GROUP_COLS);
-    let mut panel = vec![0; Format::PANEL_ROWS * padded];
+    let mut panel = vec![0; format.plane_rows() * padded];
     for (i, step) in blocks.chunks_exact_mut(format.step_blocks()).enumerate() {
         let (first, group) = (i / steps * Format::PANEL_ROWS, i % steps);
         step.fill(Block::ZERO);
@@ -48,8 +48,23 @@ pub fn encode_grouped(format: Format, rows: usize, cols: usize, weights: &[i8], 
             row[..Format::GROUP_COLS].copy_from_slice(weights);
             bitnet_kernel::format::set_scale(format, step, r - first, scales[r * steps + group]);
         }
-        encode(base, Format::PANEL_ROWS, Format::GROUP_COLS, &panel, &mut step[..format.panel_blocks()]);
+        part_planes(format, &mut panel);
+        encode(base, format.plane_rows(), Format::GROUP_COLS, &panel, &mut step[..format.panel_blocks()]);
     }
+}
+
+/// Makes signs of weights of several bits, those of each bit plane below the one before. The weights lie where the first goes.
+fn part_planes(format: Format, panel: &mut [i8]) {
+    if format.bit_planes() == 1 {
+        return;
+    }
+    let (low, _) = format.range();
+    let (weights, planes) = panel.split_at_mut(panel.len() / format.bit_planes());
+    let sign = |w: i8, plane: usize| (((w - low) / format.distance()) >> plane & 1) * 2 - 1;
+    for (i, plane) in planes.chunks_exact_mut(weights.len()).enumerate() {
+        plane.iter_mut().zip(&*weights).for_each(|(sign_of, w)| *sign_of = sign(*w, i + 1));
+    }
+    weights.iter_mut().for_each(|w| *w = sign(*w, 0));
 }
 
 fn lanes(format: Format, stride: usize, weights: &[i8], tile: &mut [Block]) {
@@ -154,15 +169,11 @@ mod tests {
     fn all_formats_agree_with_the_definition() {
         for format in Format::ALL.into_iter().filter(|f| f.is_integer()) {
             for (rows, cols) in SHAPES {
-                let (low, high) = format.range();
                 let stride = format.padded_cols(cols);
                 let mut weights = vec![0; rows * stride];
                 let mut random = noise(rows as u32 * 1000 + cols as u32);
                 for row in weights.chunks_exact_mut(stride) {
-                    for w in &mut row[..cols] {
-                        let span = (i32::from(high) - i32::from(low) + 1) as u32;
-                        *w = (i32::from(low) + (random.next().unwrap() % span) as i32) as i8;
-                    }
+                    row[..cols].iter_mut().for_each(|w| *w = format.weight(random.next().unwrap()));
                 }
                 let mut expected = vec![Block::ZERO; format.matrix_blocks(rows, cols)];
                 let mut found = vec![Block([0xa5; 64]); expected.len()];

@@ -80,19 +80,20 @@ struct Pack {
 struct Formats {
     /// Format of the ternary weights: tl takes 1.67 bits each, t2 takes 2, b1 takes 1 (but no weight may be zero). Those
     /// that end in g128 have a scale for every 128 columns of a row.
-    #[arg(long, default_value = "tl", value_parser = format(&["tl", "t2", "b1", "i4", "i8", "tlg128", "b1g128", "i4g128"]))]
+    #[arg(long, default_value = "tl", value_parser = format(&["tl", "t2", "b1", "i4", "i8", "tlg128", "b1g128", "i4g128", "i3g128", "i2g128"]))]
     format: Format,
-    /// Format of linears that are not ternary, in models that have such. Those that are ternary but for a scale for every 128
-    /// columns become tlg128, or b1g128 if no weight is zero.
-    #[arg(long, default_value = "i8", value_parser = format(&["i8", "i4", "i4g128"]))]
+    /// Format of linears that are not ternary, in models that have such; the digit is the bits of a weight, and 3 and 2 cost
+    /// much of a model's quality. Those that are ternary but for a scale for every 128 columns become tlg128, or b1g128 if no
+    /// weight is zero.
+    #[arg(long, default_value = "i8", value_parser = format(&["i8", "i4", "i4g128", "i3g128", "i2g128"]))]
     dense: Format,
     /// Format of the head, which scores the tokens. two-stage has 8 bits in two planes, and reads the second for the few
     /// tokens only that can be the best: the same tokens from
     /// fewer bytes. Not shown to be faster; with --top-k 40 it was slower.
-    #[arg(long, default_value = "i8", value_parser = PossibleValuesParser::new(["i8", "i4", "f16", "i4g128", "tlg128", "b1g128", TWO_STAGE]))]
+    #[arg(long, default_value = "i8", value_parser = PossibleValuesParser::new(["i8", "i4", "f16", "i4g128", "i3g128", "i2g128", "tlg128", "b1g128", TWO_STAGE]))]
     head: String,
     /// Format of the embedding, in models where the head is not the embedding too [default: as the head, i8 for two-stage].
-    #[arg(long, value_parser = format(&["i8", "i4", "f16", "i4g128", "tlg128", "b1g128"]))]
+    #[arg(long, value_parser = format(&["i8", "i4", "f16", "i4g128", "i3g128", "i2g128", "tlg128", "b1g128"]))]
     embedding: Option<Format>,
     /// Store up and down in 2 bits so that a token reads only what its activations do not multiply by zero: worth it where
     /// the activation is a squared ReLU.

@@ -99,7 +99,7 @@ impl Options {
                 return Err(Error::Options(format!("{option} cannot be {}", format.name())));
             }
         }
-        if !matches!(self.dense, Format::I4 | Format::I8 | Format::I4G) {
+        if !matches!(self.dense, Format::I4 | Format::I8 | Format::I4G | Format::I3G | Format::I2G) {
             return Err(Error::Options(format!("--dense cannot be {}", self.dense.name())));
         }
         if !matches!(self.i2s, Dtype::I2_S | Dtype::I2_S_64) {
@@ -119,7 +119,7 @@ impl Options {
         }
         for (option, format) in [("--head", Some(self.head)), ("--embedding", self.embedding)] {
             if let Some(format @ (Format::TLG | Format::B1G)) = format {
-                return refuse(option, format, "this checkpoint's has floats; i4g128 is the smallest that holds them");
+                return refuse(option, format, "this checkpoint's has floats; i2g128 is the smallest that holds them");
             }
         }
         Ok(())
@@ -693,7 +693,7 @@ impl Packer<'_> {
         if unit.format == Format::F16 {
             self.dense_f16(unit, values)?;
         } else if unit.format.is_grouped() {
-            self.dense_i4g(unit, values, distance)?;
+            self.dense_grouped(unit, values, distance)?;
         } else {
             let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
             let mut scales = [0.0; UNIT_ROWS];
@@ -733,7 +733,7 @@ impl Packer<'_> {
         Ok(())
     }
 
-    fn dense_i4g(&mut self, unit: &Unit<'_>, values: &[f32], distance: &mut Distance) -> Result<(), Error> {
+    fn dense_grouped(&mut self, unit: &Unit<'_>, values: &[f32], distance: &mut Distance) -> Result<(), Error> {
         let (format, cols) = (unit.format, unit.shape.1);
         let (stride, groups) = (format.padded_cols(cols), format.steps(cols));
         let Buffers { codes, halves, blocks, .. } = &mut self.buffers;
@@ -743,7 +743,7 @@ impl Packer<'_> {
         for (r, ((values, codes), scales)) in rows.enumerate() {
             let parts = values.chunks(Format::GROUP_COLS).zip(codes.chunks_exact_mut(Format::GROUP_COLS)).zip(scales);
             for (g, ((values, codes), scale)) in parts.enumerate() {
-                *scale = quantize::group_i4(values, &mut codes[..values.len()]).ok_or_else(|| {
+                *scale = quantize::group(format, values, &mut codes[..values.len()]).ok_or_else(|| {
                     let (row, column) = (unit.first + r, g * Format::GROUP_COLS);
                     let what = format!("row {row}, columns from {column}: a scale beyond f16; use --head i8");
                     Error::tensor(self.checkpoint.path_of(unit.tensor), &unit.tensor.name, what)

@@ -200,11 +200,104 @@ pub fn row_i4(row: &[f32], into: &mut [i8]) -> f32 {
     best.1
 }
 
-/// [`row_i4`] of one group of columns with a half-precision scale, of which this returns the bits; `None` if the scale is
-/// beyond 65,504.
-pub fn group_i4(group: &[f32], into: &mut [i8]) -> Option<u16> {
-    let scale = f16::from_f32(row_i4(group, into));
-    scale.is_finite().then(|| scale.to_bits())
+/// One group of columns with a half-precision scale, of which this returns the bits; `None` if the scale is beyond 65,504.
+///
+/// In [`Format::I4G`] it is [`row_i4`], in [`Format::I2G`] and [`Format::I3G`] the weights nearest to [`few_bit_scale`]'s.
+///
+/// # Panics
+/// If the format is none of these.
+pub fn group(format: Format, group: &[f32], into: &mut [i8]) -> Option<u16> {
+    if format == Format::I4G {
+        let scale = f16::from_f32(row_i4(group, into));
+        return scale.is_finite().then(|| scale.to_bits());
+    }
+    let scale = few_bit_scale(format, group)?;
+    let (levels, inverse) = (Levels::of(format), 1.0 / scale.to_f32());
+    for (q, w) in into.iter_mut().zip(group) {
+        *q = if scale == f16::ZERO { format.range().0 } else { levels.nearest(w * inverse) as i8 };
+    }
+    Some(scale.to_bits())
+}
+
+/// The weights that a format has.
+#[derive(Clone, Copy, Debug)]
+pub struct Levels {
+    low: f32,
+    distance: f32,
+    last: f32,
+}
+
+impl Levels {
+    /// Those of an integer format.
+    pub fn of(format: Format) -> Self {
+        let ((low, high), distance) = (format.range(), f32::from(format.distance()));
+        Self { low: low.into(), distance, last: (f32::from(high) - f32::from(low)) / distance }
+    }
+    /// The weight nearest to `x`, whose magnitude is below 2^22.
+    pub fn nearest(&self, x: f32) -> f32 {
+        self.low + self.distance * round((x - self.low) * (1.0 / self.distance)).clamp(0.0, self.last)
+    }
+}
+
+/// Scales that [`few_bit_scale`] starts from, and how far each is from the one before: parts of the scale that makes the largest
+/// magnitude the smallest weight.
+const FEW_BIT_CUTS: (usize, f32) = (12, 0.075);
+
+/// The scale of a group of columns in [`Format::I2G`] or [`Format::I3G`] that leaves the least squared error of those tried,
+/// `None` if it is beyond 65,504. Only a group too small for half precision has 0.
+///
+/// Tried are 12 scales, from 1.1 to 0.275 times the one that makes the largest magnitude the smallest weight, and after each
+/// the best one for the weights that it gave (least squares). They are rounded to half precision first. [`Format::I3G`] has -4
+/// but not 4, so its scale may have either sign, and both are tried. A search of 190 scales with four steps of least squares
+/// after each leaves less than 0.1 % less of the error, on every fourth row of SmolLM2 135M; scales from 1 down to 0.65 alone,
+/// which suit 4 bits, leave 12 % more in I2G.
+///
+/// # Panics
+/// If the format is another.
+pub fn few_bit_scale(format: Format, group: &[f32]) -> Option<f16> {
+    assert!(matches!(format, Format::I2G | Format::I3G), "{}", format.name());
+    let levels = Levels::of(format);
+    let largest = magnitude(group) / -levels.low;
+    let mut best = (f32::INFINITY, None);
+    let mut attempt = |scale: f32| {
+        let scale = f16::from_f32(scale);
+        if scale == f16::ZERO || !scale.is_finite() {
+            return None;
+        }
+        let (error, next) = error_and_scale(levels, group, scale.to_f32());
+        if error < best.0 {
+            best = (error, Some(scale));
+        }
+        Some(next)
+    };
+    let (count, distance) = FEW_BIT_CUTS;
+    for sign in if format == Format::I3G { &[1.0, -1.0][..] } else { &[1.0] } {
+        for i in 0..count {
+            if let Some(next) = attempt(sign * largest * (1.1 - distance * i as f32)) {
+                attempt(next);
+            }
+        }
+    }
+    // Without one, the group is too large, or so small that it is zeros.
+    best.1.or((largest < 1.0).then_some(f16::ZERO))
+}
+
+/// The squared error of a group with this scale, and the scale that is best for the weights it becomes.
+fn error_and_scale(levels: Levels, group: &[f32], scale: f32) -> (f32, f32) {
+    let inverse = 1.0 / scale;
+    let (mut error, mut product, mut energy) = ([0.0f32; 8], [0.0f32; 8], [0.0f32; 8]);
+    for eight in group.chunks(8) {
+        for (i, w) in eight.iter().enumerate() {
+            let level = levels.nearest(w * inverse);
+            let e = w - level * scale;
+            error[i] += e * e;
+            product[i] += w * level;
+            energy[i] += level * level;
+        }
+    }
+    let energy = energy.iter().sum::<f32>();
+    let next = if energy > 0.0 { product.iter().sum::<f32>() / energy } else { scale };
+    (error.iter().sum(), next)
 }
 
 /// The bits of half-precision floats, or the first column whose value has none.
@@ -220,4 +313,37 @@ pub fn row_f16(row: &[f32], into: &mut [u16]) -> Result<(), usize> {
         *bits = half.to_bits();
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Weights that a scale times levels gives come back as they are, whatever the sign of the scale.
+    #[test]
+    fn levels_keep_their_places() {
+        for (format, levels) in [(Format::I2G, &[-3, -1, 1, 3][..]), (Format::I3G, &[-4, -3, -2, -1, 0, 1, 2, 3])] {
+            for scale in [0.25f32, -0.25] {
+                let weights: Vec<i8> = levels.iter().cycle().take(128).copied().collect();
+                let values: Vec<f32> = weights.iter().map(|&w| f32::from(w) * scale).collect();
+                let mut found = vec![0; 128];
+                let bits = group(format, &values, &mut found).unwrap();
+                let back: Vec<f32> = found.iter().map(|&w| f32::from(w) * f16::from_bits(bits).to_f32()).collect();
+                assert_eq!(back, values, "{}", format.name());
+            }
+        }
+    }
+
+    #[test]
+    fn groups_beyond_half_precision() {
+        for format in [Format::I2G, Format::I3G, Format::I4G] {
+            let mut found = [0; 3];
+            for tiny in [0.0, 1e-30, 1e-10] {
+                let bits = group(format, &[tiny, -tiny, tiny], &mut found).unwrap();
+                assert_eq!(f16::from_bits(bits).to_f32(), 0.0);
+                assert!(found.iter().all(|w| (format.range().0..=format.range().1).contains(w)));
+            }
+            assert_eq!(group(format, &[1e30, -1e20, 0.0], &mut found), None);
+        }
+    }
 }

@@ -266,10 +266,13 @@ fn invalid(format: Format, codes: &[Block]) -> Option<(usize, &'static str)> {
         });
     }
     let (what, bad): (_, fn(&Block) -> bool) = match format {
-        Format::B1 | Format::I4 | Format::B1G | Format::TLG | Format::I4G => return None,
+        Format::B1 | Format::I4 => return None,
         Format::T2 | Format::T2R => ("code 3", |block| any(block, |b| b & b >> 1 & 0x55 != 0)),
         Format::TL => ("nibble 14 or 15", |block| any(block, |b| b & 0x0e == 0x0e || b & 0xe0 == 0xe0)),
         Format::I8 => ("-128", |block| any(block, |b| b == 0x80)),
+        Format::B1G | Format::TLG | Format::I4G | Format::I2G | Format::I3G => {
+            unreachable!("its panels were looked at")
+        }
         Format::F16 => ("a value that is not finite", |block| {
             block.0.chunks_exact(2).fold(false, |found, b| found | (b[1] & 0x7c == 0x7c))
         }),

@@ -254,6 +254,16 @@ fn the_formats() {
     let i8 = step(Format::I8, &[(0, -2)])[0].0[0];
     assert_eq!(i8, 0xfe);
     say(format!("I8   column 0 = -2                              byte 0 of block 0 = {i8:02x}"));
+    let i2g = step(Format::I2G, &[(0, -3), (1, -1), (2, 1), (3, 3)]);
+    assert_eq!([i2g[0].0[0] & 15, i2g[16].0[0] & 15], [0b1010, 0b1100]);
+    say(format!(
+        "I2G  columns 0 to 3 = -3 -1 1 3: codes 0 to 3   low nibble of byte 0 of block 0 = {:x}",
+        i2g[0].0[0] & 15
+    ));
+    say(format!(
+        "                                                low nibble of byte 0 of block 16 = {:x}",
+        i2g[16].0[0] & 15
+    ));
     let mut f16 = [Block::ZERO; 4];
     encode_step_f16(&mut f16, |r, c| if (r, c) == (0, 0) { 0xc000 } else { 0 });
     let [low, high, ..] = f16[0].0;

@@ -293,9 +293,14 @@ fn dense_and_ternary_in_one_file() {
     (up.tag, up.data) = (Q8_0, q8_0(&dense));
     let value = gguf.tensor("blk.0.attn_v.weight");
     (value.tag, value.data) = (Q8_0, q8_0(&scaled));
-    for (dense, name, least, most) in
-        [(Format::I8, "i8", 0.001, 0.01), (Format::I4, "i4", 0.02, 0.15), (Format::I4G, "i4g128", 0.02, 0.15)]
-    {
+    // The weights are spread evenly, so the error of `n` levels is about `1 / n`.
+    for (dense, name, least, most) in [
+        (Format::I8, "i8", 0.001, 0.01),
+        (Format::I4, "i4", 0.02, 0.15),
+        (Format::I4G, "i4g128", 0.02, 0.15),
+        (Format::I3G, "i3g128", 0.11, 0.14),
+        (Format::I2G, "i2g128", 0.23, 0.26),
+    ] {
         let (report, image) = pack_gguf(&gguf, &Options { dense, ..named() });
         let of = |kind| report.sections.iter().find(|s| s.kind == kind).unwrap();
         assert_eq!(of(Kind::Up).format_name(), name);
