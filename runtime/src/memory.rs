@@ -84,6 +84,7 @@ impl Plan {
                 + blocks::<f32>(batch * widest)
                 + if c.linear_norm_eps.is_some() { blocks::<f32>(widest) } else { 0 }
                 + blocks::<i8>(batch * scratch.quantized)
+                + if c.sparse { blocks::<i8>(batch * scratch.quantized) } else { 0 }
                 + batch * scratch.tables
                 + 2 * blocks::<f32>(batch * scratch.projected)
                 + blocks::<f32>(batch * c.head_dim as usize)

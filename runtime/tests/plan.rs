@@ -21,6 +21,7 @@ const CONFIG: Config = Config {
     qk_norms: false,
     linear_norm_eps: None,
     live_ffn: false,
+    sparse: false,
     tied: true,
     split_head: false,
     formats: 1 << Format::TL as u8,

@@ -58,6 +58,9 @@ pub struct Tensor {
     pub bytes: Vec<u8>,
 }
 
+/// Whether a row and column of a matrix is one of those that are meant.
+pub type Place = fn(usize, usize) -> bool;
+
 /// How the ternary matrices are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Weights {
@@ -78,6 +81,7 @@ pub struct Tiny {
     varied_norms: bool,
     shards: usize,
     tokenizer: bool,
+    zeros: Vec<(&'static str, Place)>,
 }
 
 impl Tiny {
@@ -144,6 +148,7 @@ impl Tiny {
             varied_norms: false,
             shards: 1,
             tokenizer: false,
+            zeros: Vec::new(),
         }
     }
 
@@ -230,6 +235,12 @@ impl Tiny {
         self
     }
 
+    /// Zeros in a matrix of every layer, where `at(row, column)` says so: a model that was pruned.
+    pub fn zeros(mut self, matrix: &'static str, at: Place) -> Self {
+        self.zeros.push((matrix, at));
+        self
+    }
+
     /// Sets one entry of the configuration's `quantization_config`.
     pub fn quantization(mut self, name: &str, value: impl Into<Value>) -> Self {
         let quantization = self.config.entry("quantization_config").or_insert_with(|| json!({}));
@@ -243,7 +254,14 @@ impl Tiny {
         let mut tensors = BTreeMap::new();
         for layer in 0..self.layers {
             for (name, rows, cols) in MATRICES {
-                let codes: Vec<u8> = (0..rows * cols).map(|_| random.code()).collect();
+                let mut codes: Vec<u8> = (0..rows * cols).map(|_| random.code()).collect();
+                for (_, at) in self.zeros.iter().filter(|(matrix, _)| *matrix == name) {
+                    codes
+                        .iter_mut()
+                        .enumerate()
+                        .filter(|(i, _)| at(i / cols, i % cols))
+                        .for_each(|(_, code)| *code = 1);
+                }
                 self.matrix(&mut tensors, &format!("model.layers.{layer}.{name}"), &codes, cols);
             }
         }

@@ -415,6 +415,7 @@ fn odd_shapes_give_one_result_in_every_way() {
         qk_norms: false,
         linear_norm_eps: Some(1e-6),
         live_ffn: false,
+        sparse: false,
         tied: false,
         split_head: false,
         formats: 0,

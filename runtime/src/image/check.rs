@@ -103,12 +103,16 @@ impl<'a> Image<'a> {
 
         let (mut found, mut formats) = (0, 0);
         let mut records = weights.iter();
+        // Whether the linear to come is compacted, as its index said.
+        let mut compact = false;
         for expected in expected_sections(config) {
             let index = index_of_first + found;
             let Some(record) = records.next() else {
                 let expected = expected_sections(config).count() as u32;
                 return Err(ImageError::SectionCount { expected, found });
             };
+            let expected = if compact { kept_section(index, record, &expected)? } else { expected };
+            compact = expected.kind.is_index() && record.encoding == Encoding::Kept.tag();
             check_record(index, record, &expected, &mut end)?;
             if config.split_head && expected.kind == Kind::Head && record.encoding != Format::I4 as u8 {
                 return Err(ImageError::Section { index, expected: Kind::Head, field: "encoding" });
@@ -168,6 +172,16 @@ impl<'a> Image<'a> {
         let record = self.sections.0.first().filter(|r| r.kind == Kind::Tokenizer as u8)?;
         Some((record.extent(), record.cols.get() as usize))
     }
+}
+
+/// What a compacted linear has of the shape `whole`: some rows and some columns, by its own entry. Whether the masks keep as
+/// many is not looked at here; who reads them must stay inside both.
+fn kept_section(index: u32, record: &Record, whole: &Section) -> Result<Section, ImageError> {
+    let (rows, cols) = (record.rows.get(), record.cols.get());
+    if (1..=whole.rows).contains(&rows) && (1..=whole.cols).contains(&cols) {
+        return Ok(Section { rows, cols, ..*whole });
+    }
+    Err(ImageError::Section { index, expected: whole.kind, field: "shape" })
 }
 
 /// Checks one entry of the table, and moves `end` to the end of its section.

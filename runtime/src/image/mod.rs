@@ -5,6 +5,7 @@
 //! bytes. [`Image::check`] is the one validator: the packer, the runtime and `verify` all call it.
 mod check;
 mod header;
+pub mod kept;
 mod section;
 pub mod split;
 

@@ -1,4 +1,5 @@
 //! Sections: which there are, what they hold, and where.
+use super::kept::mask_blocks;
 use crate::model::Config;
 use crate::source::Extent;
 use bitnet_kernel::{Block, Format};
@@ -84,6 +85,15 @@ pub enum Kind {
     HeadLow = 68,
     /// The norms of its rows.
     HeadNorms = 69,
+    /// How the linear after it in name is laid out, if [`Config::sparse`]: the shape it stands for, and what its encoding
+    /// says of the matrix.
+    QueryIndex = 81,
+    KeyIndex = 82,
+    ValueIndex = 83,
+    OutputIndex = 85,
+    GateIndex = 87,
+    UpIndex = 88,
+    DownIndex = 90,
 }
 
 impl Kind {
@@ -121,6 +131,13 @@ impl Kind {
             Self::HeadApart => "head_apart",
             Self::HeadLow => "head_low",
             Self::HeadNorms => "head_norms",
+            Self::QueryIndex => "query_index",
+            Self::KeyIndex => "key_index",
+            Self::ValueIndex => "value_index",
+            Self::OutputIndex => "output_index",
+            Self::GateIndex => "gate_index",
+            Self::UpIndex => "up_index",
+            Self::DownIndex => "down_index",
         }
     }
     /// The kind of the norm that this linear applies to its input.
@@ -134,6 +151,31 @@ impl Kind {
             Self::Up => Self::UpInputNorm,
             _ => Self::DownInputNorm,
         }
+    }
+    /// The kind of the index of this linear, in models that have such.
+    pub const fn index(self) -> Self {
+        match self.linear_kind() {
+            Self::Query => Self::QueryIndex,
+            Self::Key => Self::KeyIndex,
+            Self::Value => Self::ValueIndex,
+            Self::Output => Self::OutputIndex,
+            Self::Gate => Self::GateIndex,
+            Self::Up => Self::UpIndex,
+            _ => Self::DownIndex,
+        }
+    }
+    /// Whether it says how a linear is laid out.
+    pub const fn is_index(self) -> bool {
+        matches!(
+            self,
+            Self::QueryIndex
+                | Self::KeyIndex
+                | Self::ValueIndex
+                | Self::OutputIndex
+                | Self::GateIndex
+                | Self::UpIndex
+                | Self::DownIndex
+        )
     }
     /// Whether it is a matrix of a layer.
     pub const fn is_linear(self) -> bool {
@@ -160,6 +202,7 @@ impl Kind {
                 matches!(encoding, Encoding::Matrix(f) if f.is_grouped() || matches!(f, Format::I4 | Format::I8 | Format::F16))
             }
             Self::UpRows | Self::DownColumns => matches!(encoding, Encoding::Matrix(Format::T2R)),
+            _ if self.is_index() => matches!(encoding, Encoding::Whole | Encoding::Kept),
             _ if self.is_linear() => {
                 matches!(encoding, Encoding::Matrix(f) if f.is_integer() && !matches!(f, Format::T2R))
             }
@@ -177,11 +220,17 @@ pub enum Encoding {
     Vector,
     /// Bytes.
     Bytes,
+    /// An index without any bytes: the linear is whole.
+    Whole,
+    /// An index with masks of rows and columns: the linear is compacted (see [`super::kept`]).
+    Kept,
 }
 
 impl Encoding {
     const VECTOR: u8 = 32;
     const BYTES: u8 = 33;
+    const WHOLE: u8 = 16;
+    const KEPT: u8 = 17;
 
     /// What the table records.
     pub const fn tag(self) -> u8 {
@@ -189,6 +238,8 @@ impl Encoding {
             Self::Matrix(format) => format as u8,
             Self::Vector => Self::VECTOR,
             Self::Bytes => Self::BYTES,
+            Self::Whole => Self::WHOLE,
+            Self::Kept => Self::KEPT,
         }
     }
     /// The encoding with this tag.
@@ -196,6 +247,8 @@ impl Encoding {
         match tag {
             Self::VECTOR => Some(Self::Vector),
             Self::BYTES => Some(Self::Bytes),
+            Self::WHOLE => Some(Self::Whole),
+            Self::KEPT => Some(Self::Kept),
             _ => match Format::from_tag(tag) {
                 Some(format) => Some(Self::Matrix(format)),
                 None => None,
@@ -212,6 +265,8 @@ impl Encoding {
             }
             Self::Vector => (cols as u64 * 4).div_ceil(Block::BYTES as u64),
             Self::Bytes => (cols as u64).div_ceil(Block::BYTES as u64),
+            Self::Whole => 0,
+            Self::Kept => (mask_blocks(rows) + mask_blocks(cols)) as u64,
         }
     }
 }
@@ -233,9 +288,9 @@ pub struct Section {
     pub kind: Kind,
     /// Its layer.
     pub layer: Option<u32>,
-    /// Rows of a matrix; 1 of a vector.
+    /// Rows of a matrix or of that which an index is about; 1 of a vector.
     pub rows: u32,
-    /// Columns of a matrix, elements of a vector.
+    /// Columns of such, elements of a vector.
     pub cols: u32,
 }
 
@@ -266,27 +321,36 @@ fn layer_sections(c: &Config, layer: u32) -> impl Iterator<Item = Section> + use
     let head_norm = |kind| (c.qk_norms, kind, 1, c.head_dim);
     let input_norm = |linear: Kind, cols| (c.linear_norm_eps.is_some(), linear.input_norm(), 1, cols);
     let linear = |kind, rows, cols| (true, kind, rows, cols);
+    let index = |linear: Kind, rows, cols| (c.sparse, linear.index(), rows, cols);
+    let ffn_index = |linear: Kind, rows, cols| (c.sparse && !c.live_ffn, linear.index(), rows, cols);
     [
         norm(Kind::AttentionNorm, hidden),
         input_norm(Kind::Query, hidden),
+        index(Kind::Query, query, hidden),
         linear(Kind::Query, query, hidden),
         input_norm(Kind::Key, hidden),
+        index(Kind::Key, kv, hidden),
         linear(Kind::Key, kv, hidden),
         input_norm(Kind::Value, hidden),
+        index(Kind::Value, kv, hidden),
         linear(Kind::Value, kv, hidden),
         head_norm(Kind::QueryNorm),
         head_norm(Kind::KeyNorm),
         sub_norm(Kind::AttentionSubNorm, query),
         input_norm(Kind::Output, query),
+        index(Kind::Output, hidden, query),
         linear(Kind::Output, hidden, query),
         norm(Kind::FfnNorm, hidden),
         input_norm(Kind::Gate, hidden),
+        index(Kind::Gate, ffn, hidden),
         linear(Kind::Gate, ffn, hidden),
         input_norm(Kind::Up, hidden),
+        ffn_index(Kind::Up, ffn, hidden),
         (!c.live_ffn, Kind::Up, ffn, hidden),
         (c.live_ffn, Kind::UpRows, ffn, hidden),
         sub_norm(Kind::FfnSubNorm, ffn),
         input_norm(Kind::Down, ffn),
+        ffn_index(Kind::Down, hidden, ffn),
         (!c.live_ffn, Kind::Down, hidden, ffn),
         (c.live_ffn, Kind::DownColumns, ffn, hidden),
     ]

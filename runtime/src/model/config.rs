@@ -36,6 +36,9 @@ pub struct Config {
     pub linear_norm_eps: Option<f32>,
     /// Whether up is stored with every row by itself and down by its columns, so that only their live part is read.
     pub live_ffn: bool,
+    /// Whether every linear has an index, which says whether its rows and columns of zeros are left out (see
+    /// [`crate::image::kept`]).
+    pub sparse: bool,
     /// Whether the head's matrix is the embedding too.
     pub tied: bool,
     /// Whether the head is in two planes, of which the second is read for some rows only (see [`crate::image::split`]).

@@ -364,16 +364,12 @@ impl Model<'_> {
         for linears in linears.chunks(apart) {
             let mut scales = [0.0; Limits::BATCH_MAX as usize];
             self.quantize(layer, linears[0].input_norm, cols, &mut scales[..n])?;
-            let mut tensors = [linears[0].tensor; 3];
-            for (tensor, linear) in tensors.iter_mut().zip(linears) {
-                *tensor = linear.tensor;
-            }
             let stride = self.quantized_stride();
             let s = &mut self.scratch;
             let x = Quantized { values: s.quantized, stride, scales: &scales[..n], tables: s.tables };
             let mut out = Output { rows: s.projected, stride: width, first, units: s.units };
-            self.machine.linear(&tensors[..linears.len()], x, &mut out)?;
-            first += linears.iter().map(|l| padded_rows(l.tensor.rows as usize)).sum::<usize>();
+            self.machine.linears(linears, x, s.gathered, &mut out)?;
+            first += linears.iter().map(|l| padded_rows(l.rows())).sum::<usize>();
         }
         Ok(())
     }

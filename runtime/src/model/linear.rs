@@ -42,37 +42,19 @@ impl Machine<'_> {
     pub(super) fn linear(
         &mut self,
         tensors: &[Tensor],
-        x: Quantized<'_>,
+        mut x: Quantized<'_>,
         out: &mut Output<'_>,
     ) -> Result<(), SourceError> {
-        let (tokens, kernels) = (x.scales.len(), self.kernels);
-        let (stride, scales) = (x.stride, x.scales);
-        let mut first = out.first;
+        let (tokens, mut first) = (x.scales.len(), out.first);
         // Tensors of one format are one job: they share what the backend prepares, and threads share all their units.
         for tensors in tensors.chunk_by(|a, b| a.format == b.format) {
-            let (format, cols) = (tensors[0].format, tensors[0].cols as usize);
-            let table_blocks = format.table_blocks(cols);
-            let mut rows = x.values.chunks_exact(stride);
-            let mut tables = x.tables[..tokens * table_blocks].chunks_exact_mut(table_blocks.max(1));
-            let prepared: [Option<Activations<'_>>; BATCH_MAX] = core::array::from_fn(|t| {
-                let values = rows.next().filter(|_| t < tokens)?;
-                Some(kernels.prepare_any(format, cols, values, tables.next().unwrap_or_default()))
-            });
-            let inert = prepared[0].expect("a pass has at least one token");
-            let prepared = prepared.map(|x| x.unwrap_or(inert));
-            let x = &prepared[..tokens];
-
             let width: usize = tensors.iter().map(|t| padded_rows(t.rows as usize)).sum();
-            let task: UnitTask<'_> = &|tensor, u, blocks, y| match x {
-                [_] => unit::<1>(kernels, tensor, u, blocks, x, scales, y),
-                _ => unit::<BATCH_MAX>(kernels, tensor, u, blocks, x, scales, y),
-            };
             if tokens == 1 {
                 // The order of units is the order of rows.
-                self.run(tensors, 1, &mut out.rows[first..first + width], task)?;
+                self.products(tensors, &mut x, &mut out.rows[first..first + width])?;
             } else {
                 let units = &mut out.units[..tokens * width];
-                self.run(tensors, tokens, units, task)?;
+                self.products(tensors, &mut x, units)?;
                 for (i, y) in units.chunks_exact(UNIT_ROWS).enumerate() {
                     let (unit, t) = (i / tokens, i % tokens);
                     out.rows[t * out.stride + first + unit * UNIT_ROWS..][..UNIT_ROWS].copy_from_slice(y);
@@ -81,6 +63,32 @@ impl Machine<'_> {
             first += width;
         }
         Ok(())
+    }
+
+    /// Multiplies `tensors`, which all have the same format and columns, with int8 activations. `y` has
+    /// `[units][tokens][UNIT_ROWS]`.
+    pub(super) fn products(
+        &mut self,
+        tensors: &[Tensor],
+        x: &mut Quantized<'_>,
+        y: &mut [f32],
+    ) -> Result<(), SourceError> {
+        let (tokens, kernels, scales) = (x.scales.len(), self.kernels, x.scales);
+        let (format, cols) = (tensors[0].format, tensors[0].cols as usize);
+        let table_blocks = format.table_blocks(cols);
+        let mut rows = x.values.chunks_exact(x.stride);
+        let mut tables = x.tables[..tokens * table_blocks].chunks_exact_mut(table_blocks.max(1));
+        let prepared: [Option<Activations<'_>>; BATCH_MAX] = core::array::from_fn(|t| {
+            let values = rows.next().filter(|_| t < tokens)?;
+            Some(kernels.prepare_any(format, cols, values, tables.next().unwrap_or_default()))
+        });
+        let inert = prepared[0].expect("a pass has at least one token");
+        let prepared = prepared.map(|x| x.unwrap_or(inert));
+        let x = &prepared[..tokens];
+        self.run(tensors, tokens, y, &|tensor, u, blocks, y| match x {
+            [_] => unit::<1>(kernels, tensor, u, blocks, x, scales, y),
+            _ => unit::<BATCH_MAX>(kernels, tensor, u, blocks, x, scales, y),
+        })
     }
 
     /// Multiplies a [`Format::F16`] tensor with one token's floats. `out` is padded to whole units.

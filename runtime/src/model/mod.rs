@@ -1,7 +1,8 @@
 //! The model: fixed configuration, fixed memory, one pass for each batch of tokens.
 //!
 //! [`config`](Config) says what the model is, [`state`](State) is one conversation, `weights` finds the matrices of a
-//! layer, `linear` multiplies them, `head` does so in two stages where the head is in two planes, `forward` is the whole pass,
+//! layer, `linear` multiplies them, `sparse` those
+//! without their zeros, `head` does so in two stages where the head is in two planes, `forward` is the whole pass,
 //! and `ops` are the floats between the matrices.
 mod config;
 mod forward;
@@ -9,6 +10,7 @@ mod head;
 mod linear;
 mod live;
 mod ops;
+mod sparse;
 mod state;
 mod weights;
 
@@ -56,6 +58,8 @@ struct Scratch<'m> {
     input: &'m mut [f32],
     /// Activations in int8, padded.
     quantized: &'m mut [i8],
+    /// Those of the columns that a compacted linear keeps; empty in models without an index.
+    gathered: &'m mut [i8],
     /// What the backend prepared for it.
     tables: &'m mut [Block],
     /// Results of the linears that share an input, each padded to whole units.
@@ -93,6 +97,7 @@ impl<'m> Model<'m> {
             norm: arena.take(batch * config.widest() as usize),
             input: arena.take(if config.linear_norm_eps.is_some() { config.widest() as usize } else { 0 }),
             quantized: arena.take(batch * sizes.quantized),
+            gathered: arena.take(if config.sparse { batch * sizes.quantized } else { 0 }),
             tables: arena.take_blocks(batch * sizes.tables),
             projected: arena.take(batch * sizes.projected),
             units: arena.take(batch * sizes.projected),

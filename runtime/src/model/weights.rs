@@ -1,7 +1,8 @@
 //! Finds the sections of a layer in a checked image.
 use super::Config;
 use super::head::SplitHead;
-use crate::image::{Image, Kind, Record, Tensor};
+use crate::image::kept::mask_blocks;
+use crate::image::{Encoding, Image, Kind, Record, Tensor};
 use crate::source::Extent;
 
 /// The sections of one model.
@@ -21,6 +22,24 @@ pub(super) struct Weights<'m> {
 pub(super) struct Linear {
     pub tensor: Tensor,
     pub input_norm: Option<Extent>,
+    /// What it is a part of, if it is compacted.
+    pub kept: Option<Kept>,
+}
+
+/// The shape of a whole linear, and the masks of what a compacted one keeps of it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Kept {
+    pub rows: u32,
+    pub cols: u32,
+    pub row_mask: Extent,
+    pub col_mask: Extent,
+}
+
+impl Linear {
+    /// Rows of the whole linear, those of zeros included.
+    pub(super) fn rows(&self) -> usize {
+        self.kept.map_or(self.tensor.rows, |kept| kept.rows) as usize
+    }
 }
 
 impl<'m> Weights<'m> {
@@ -79,12 +98,23 @@ impl Layer<'_> {
     pub(super) fn norm(&self, kind: Kind) -> Option<Extent> {
         self.0.iter().find(|r| r.kind == kind as u8).map(Record::extent)
     }
-    /// A linear of this layer. The record before it is its input's norm, if linears have one.
+    /// A linear of this layer, with what the sections before it say of it.
     pub(super) fn linear(&self, kind: Kind) -> Linear {
-        let at = self.0.iter().position(|r| r.kind == kind as u8).expect("a checked layer has all its linears");
-        let before = self.0[..at].last().filter(|r| r.kind == kind.input_norm() as u8);
-        Linear { tensor: tensor(&self.0[at]), input_norm: before.map(Record::extent) }
+        let find = |kind: Kind| self.0.iter().find(|r| r.kind == kind as u8);
+        let index = find(kind.index()).filter(|r| r.encoding == Encoding::Kept.tag());
+        Linear {
+            tensor: tensor(find(kind).expect("a checked layer has all its linears")),
+            input_norm: self.norm(kind.input_norm()),
+            kept: index.map(kept),
+        }
     }
+}
+
+/// The masks of an index.
+fn kept(record: &Record) -> Kept {
+    let (rows, cols, Extent { start, .. }) = (record.rows.get(), record.cols.get(), record.extent());
+    let row_mask = Extent { start, blocks: mask_blocks(rows) };
+    Kept { rows, cols, row_mask, col_mask: Extent { start: row_mask.end(), blocks: mask_blocks(cols) } }
 }
 
 fn tensor(record: &Record) -> Tensor {

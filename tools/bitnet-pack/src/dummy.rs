@@ -68,6 +68,7 @@ impl Preset {
             qk_norms: false,
             linear_norm_eps: None,
             live_ffn: false,
+            sparse: false,
             tied: true,
             split_head: false,
             formats: 1 << Format::TL as u8,

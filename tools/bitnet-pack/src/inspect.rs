@@ -136,6 +136,7 @@ impl Summary {
                 "qk_norms": c.qk_norms,
                 "linear_norm_eps": c.linear_norm_eps.map(decimal),
                 "live_ffn": c.live_ffn,
+                "sparse": c.sparse,
                 "tied": c.tied,
             },
             "text": {

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 use bitnet_kernel::Format;
 use bitnet_pack::checkpoint::Dtype;
-use bitnet_pack::{Error, Options, Preset, Progress, Report};
+use bitnet_pack::{Error, Layouts, Options, Preset, Progress, Report};
 use bitnet_runtime::memory::KvFormat;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
@@ -99,6 +99,10 @@ struct Formats {
     /// the activation is a squared ReLU.
     #[arg(long)]
     live_ffn: bool,
+    /// Layout of linears that have rows or columns of zeros, in models that were pruned: auto leaves zeros out of what is stored
+    /// and read where that saves a sixteenth or more, and results are the same; whole stores every linear with its zeros.
+    #[arg(long, default_value = "auto", value_parser = PossibleValuesParser::new(["auto", "whole"]).map(|l| layouts(&l)))]
+    layout: Layouts,
     /// The model's name in the image [default: the directory's].
     #[arg(long)]
     name: Option<String>,
@@ -191,6 +195,10 @@ fn preset() -> impl TypedValueParser<Value = Preset> {
     PossibleValuesParser::new(Preset::ALL.map(|(name, _)| name)).map(named)
 }
 
+fn layouts(name: &str) -> Layouts {
+    if name == "whole" { Layouts::Whole } else { Layouts::Auto }
+}
+
 fn kv_format(name: &str) -> KvFormat {
     match name {
         "f32" => KvFormat::F32,
@@ -200,12 +208,12 @@ fn kv_format(name: &str) -> KvFormat {
 }
 
 fn options(formats: Formats, plan: PlanOptions) -> Options {
-    let Formats { format, dense, head, embedding, live_ffn, name } = formats;
+    let Formats { format, dense, head, embedding, live_ffn, layout, name } = formats;
     let PlanOptions { context, batch, kv } = plan;
     let split_head = head == TWO_STAGE;
     let head = Format::ALL.into_iter().find(|f| f.name() == head).unwrap_or(Format::I8);
     let rest = Options::default();
-    Options { format, dense, head, split_head, embedding, live_ffn, name, context, batch, kv, ..rest }
+    Options { format, dense, head, split_head, embedding, live_ffn, layout, name, context, batch, kv, ..rest }
 }
 
 /// A bar on a terminal; elsewhere only the lines.

@@ -2,6 +2,7 @@
 use crate::checkpoint::sections::{self, Bound, Source};
 use crate::checkpoint::{Checkpoint, Dtype, Naming, TensorInfo};
 use crate::encode::{encode, encode_f16, encode_grouped};
+use crate::kept::Kept;
 use crate::quantize::{self, Absmean, Distance, MagnitudeSum};
 use crate::report::{LayerBits, Progress, Report, SectionReport, planned_bits};
 use crate::split::{self, Energy, Plane};
@@ -10,7 +11,7 @@ use crate::write::{BUFFER_BYTES, Finished, ImageWriter, Layout, Parts};
 use crate::{Error, tokenizer};
 use bitnet_kernel::{Block, Format};
 use bitnet_runtime::image::split::{COLUMNS, Columns};
-use bitnet_runtime::image::{Encoding, Kind, Section, UNIT_ROWS};
+use bitnet_runtime::image::{Encoding, Kind, UNIT_ROWS};
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::{Config, Limits};
 use half::f16;
@@ -44,6 +45,17 @@ pub struct Options {
     pub kv: Option<KvFormat>,
     /// Whether the feed-forward layer is stored so that only its live part is read ([`Config::live_ffn`]).
     pub live_ffn: bool,
+    /// How linears with rows and columns of zeros are laid out.
+    pub layout: Layouts,
+}
+
+/// Which layouts of linears the packer may choose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layouts {
+    /// Rows and columns of zeros are left out where that saves something: [`crate::kept`].
+    Auto,
+    /// All linears are whole.
+    Whole,
 }
 
 impl Default for Options {
@@ -61,6 +73,7 @@ impl Default for Options {
             batch: None,
             kv: None,
             live_ffn: false,
+            layout: Layouts::Auto,
         }
     }
 }
@@ -173,7 +186,7 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
         stop: text.stop,
         chat_template: text.chat_template,
     };
-    let sections = bound.iter().map(|b| (b.section, b.encoding));
+    let sections = bound.iter().map(|b| (b.stored(), b.encoding));
     let layout = Layout::new(&parts, text.tokenizer.as_ref().map(Vec::len), sections)?;
     let mut reports: Vec<SectionReport> = layout.records().iter().filter_map(SectionReport::of).collect();
     progress.start(layout.file_bytes());
@@ -216,8 +229,9 @@ fn check_written(finished: &Finished, bound: &[Bound], progress: &mut dyn Progre
     let opened = Opened::open(finished.path())?;
     let image = opened.image()?;
     let found = LayerBits::of(&image);
-    let planned = bound.iter().filter_map(|Bound { section, encoding, .. }| match *encoding {
+    let planned = bound.iter().filter_map(|b| match b.encoding {
         Encoding::Matrix(format) => {
+            let section = b.stored();
             let (rows, cols) = (section.rows.into(), section.cols.into());
             let weights = if matches!(section.kind, Kind::HeadApart | Kind::HeadLow) { 0 } else { rows * cols };
             Some((section.layer, weights, planned_bits(format, rows, cols)))
@@ -275,10 +289,11 @@ struct Sizes {
     halves: usize,
     blocks: usize,
     columns: usize,
+    kept: usize,
 }
 
 impl Sizes {
-    fn of(Bound { section, source, encoding }: &Bound) -> Self {
+    fn of(Bound { section, source, encoding, kept }: &Bound) -> Self {
         let transposed = section.kind == Kind::DownColumns;
         let stored = section;
         let section = sections::in_checkpoint(section);
@@ -314,6 +329,7 @@ impl Sizes {
                 format.matrix_blocks(rows, cols)
             },
             columns: if transposed { cols * format.padded_cols(stored.cols as usize) } else { 0 },
+            kept: if kept.is_some() { UNIT_ROWS * format.padded_cols(cols) } else { 0 },
         }
     }
     fn max(self, other: Self) -> Self {
@@ -324,10 +340,11 @@ impl Sizes {
             halves: self.halves.max(other.halves),
             blocks: self.blocks.max(other.blocks),
             columns: self.columns.max(other.columns),
+            kept: self.kept.max(other.kept),
         }
     }
     const fn bytes(self) -> u64 {
-        (self.raw + 4 * self.floats + self.codes + self.columns + 2 * self.halves + 64 * self.blocks) as u64
+        (self.raw + 4 * self.floats + self.codes + self.columns + self.kept + 2 * self.halves + 64 * self.blocks) as u64
     }
 }
 
@@ -341,6 +358,9 @@ struct Buffers {
     blocks: Vec<Block>,
     /// A whole matrix by its columns, where it is stored so.
     columns: Vec<i8>,
+    /// Rows of a compacted matrix that have not made a unit yet, and their scales.
+    kept: Vec<i8>,
+    kept_scales: Vec<f32>,
 }
 
 /// Gives a buffer a length without ever reserving more than that.
@@ -362,16 +382,19 @@ struct Unit<'a> {
     rows: usize,
     /// Whether the image has its columns for rows.
     transposed: bool,
+    /// What the image keeps of it, if that is not all.
+    kept: Option<&'a Kept>,
 }
 
 /// The units of a matrix as the checkpoint has it.
-fn units<'a>(tensor: &'a TensorInfo, format: Format, section: &Section) -> impl Iterator<Item = Unit<'a>> + use<'a> {
-    let transposed = section.kind == Kind::DownColumns;
-    let section = sections::in_checkpoint(section);
+fn units<'a>(tensor: &'a TensorInfo, format: Format, bound: &'a Bound) -> impl Iterator<Item = Unit<'a>> + use<'a> {
+    let transposed = bound.section.kind == Kind::DownColumns;
+    let kept = bound.kept.as_ref();
+    let section = sections::in_checkpoint(&bound.section);
     let shape = (section.rows as usize, section.cols as usize);
     (0..shape.0).step_by(UNIT_ROWS).map(move |first| {
         let rows = UNIT_ROWS.min(shape.0 - first);
-        Unit { tensor, format, shape, first, rows, transposed }
+        Unit { tensor, format, shape, first, rows, transposed, kept }
     })
 }
 
@@ -380,7 +403,7 @@ fn rows_of(tensor: &TensorInfo) -> impl Iterator<Item = Unit<'_>> {
     let shape = (tensor.shape[0] as usize, tensor.shape[1] as usize);
     (0..shape.0).step_by(UNIT_ROWS).map(move |first| {
         let rows = UNIT_ROWS.min(shape.0 - first);
-        Unit { tensor, format: split::FORMAT, shape, first, rows, transposed: false }
+        Unit { tensor, format: split::FORMAT, shape, first, rows, transposed: false, kept: None }
     })
 }
 
@@ -394,16 +417,17 @@ struct Packer<'a> {
 }
 
 impl Packer<'_> {
-    fn section(
-        &mut self,
-        Bound { section, source, encoding }: &Bound,
-        report: &mut SectionReport,
-    ) -> Result<(), Error> {
+    fn section(&mut self, bound: &Bound, report: &mut SectionReport) -> Result<(), Error> {
+        let Bound { section, source, encoding, kept } = bound;
         match section.layer {
             Some(layer) => self.progress.section(&format!("layer {layer}: {}", section.kind.name())),
             None => self.progress.section(section.kind.name()),
         }
         match (source, *encoding) {
+            (Source::Index, _) => {
+                self.writer.begin(1.0)?;
+                self.put(kept.as_ref().map(Kept::masks).unwrap_or_default().as_bytes())?;
+            }
             (Source::Values(values), Encoding::Vector) => self.vector(values)?,
             (Source::Vector(tensor), Encoding::Vector) => {
                 let mut values = vec![0.0; section.cols as usize];
@@ -412,12 +436,12 @@ impl Packer<'_> {
             }
             (Source::Packed(tensor, multiplier), Encoding::Matrix(format)) => {
                 self.begin_ternary(format, *multiplier, report)?;
-                for unit in units(tensor, format, section) {
+                for unit in units(tensor, format, bound) {
                     self.read_packed(&unit)?;
                     self.put_ternary(&unit, *multiplier)?;
                 }
             }
-            (Source::Masters(tensor), Encoding::Matrix(format)) => self.masters(tensor, format, section, report)?,
+            (Source::Masters(tensor), Encoding::Matrix(format)) => self.masters(tensor, format, bound, report)?,
             (Source::Rows(tensor), Encoding::Vector) => self.columns(tensor)?,
             (Source::Rows(tensor), _) if matches!(section.kind, Kind::HeadApart | Kind::HeadNorms | Kind::HeadLow) => {
                 self.split_head(tensor, section.kind)?;
@@ -428,21 +452,21 @@ impl Packer<'_> {
             (Source::Ternary(tensor, magnitude, beside), Encoding::Matrix(format)) => {
                 let multiplier = magnitude * beside;
                 self.begin_ternary(format, multiplier, report)?;
-                for unit in units(tensor, format, section) {
+                for unit in units(tensor, format, bound) {
                     self.read_signs(&unit)?;
                     self.put_ternary(&unit, multiplier)?;
                 }
             }
             (Source::Grouped(tensor, _), Encoding::Matrix(format)) => {
                 self.writer.begin(1.0)?;
-                for unit in units(tensor, format, section) {
+                for unit in units(tensor, format, bound) {
                     self.grouped(&unit)?;
                 }
             }
             (Source::Rows(tensor), Encoding::Matrix(format)) => {
                 self.writer.begin(1.0)?;
                 let mut distance = Distance::default();
-                for unit in units(tensor, format, section) {
+                for unit in units(tensor, format, bound) {
                     self.dense(&unit, &mut distance)?;
                 }
                 report.error = (format != Format::F16).then(|| distance.relative());
@@ -530,12 +554,12 @@ impl Packer<'_> {
         &mut self,
         tensor: &TensorInfo,
         format: Format,
-        section: &Section,
+        bound: &Bound,
         report: &mut SectionReport,
     ) -> Result<(), Error> {
         let mut floats = core::mem::take(&mut self.buffers.floats);
         let mut sum = MagnitudeSum::default();
-        for unit in units(tensor, format, section) {
+        for unit in units(tensor, format, bound) {
             let values = fit(&mut floats, unit.rows * unit.shape.1, 0.0);
             self.read_floats(&unit, values)?;
             sum.add(values);
@@ -543,7 +567,7 @@ impl Packer<'_> {
         let rule = Absmean::new(sum.mean());
         self.begin_ternary(format, rule.multiplier, report)?;
         let mut distance = Distance::default();
-        for unit in units(tensor, format, section) {
+        for unit in units(tensor, format, bound) {
             let (cols, stride) = (unit.shape.1, format.padded_cols(unit.shape.1));
             let values = fit(&mut floats, unit.rows * cols, 0.0);
             self.read_floats(&unit, values)?;
@@ -619,15 +643,51 @@ impl Packer<'_> {
         if unit.format == Format::B1 {
             self.refuse_zeros(unit)?;
         }
-        self.put_codes(unit)?;
         let scales = [multiplier; UNIT_ROWS];
-        self.put_scales(unit, &scales[..unit.rows])
+        self.put_unit(unit, &scales[..unit.rows])
+    }
+
+    /// Writes the codes of a unit and its row scales.
+    fn put_unit(&mut self, unit: &Unit<'_>, scales: &[f32]) -> Result<(), Error> {
+        let Some(kept) = unit.kept else {
+            self.put_codes(unit)?;
+            return self.put_scales(unit, scales);
+        };
+        let (whole, cols) = (unit.format.padded_cols(unit.shape.1), kept.shape().1 as usize);
+        let stride = unit.format.padded_cols(cols);
+        for (r, scale) in scales.iter().enumerate().filter(|(r, _)| kept.rows[unit.first + r]) {
+            let Buffers { codes, kept: rows, kept_scales, .. } = &mut self.buffers;
+            rows.reserve_exact((UNIT_ROWS * stride).saturating_sub(rows.len()));
+            let end = rows.len() + stride;
+            rows.extend(codes[r * whole..].iter().zip(&kept.cols).filter(|(_, kept)| **kept).map(|(code, _)| *code));
+            rows.resize(end, 0);
+            kept_scales.push(*scale);
+            if kept_scales.len() == UNIT_ROWS {
+                self.put_kept(unit, cols)?;
+            }
+        }
+        let last = unit.first + unit.rows == unit.shape.0;
+        if last && !self.buffers.kept_scales.is_empty() { self.put_kept(unit, cols) } else { Ok(()) }
+    }
+
+    /// Writes a unit of the rows that were kept.
+    fn put_kept(&mut self, unit: &Unit<'_>, cols: usize) -> Result<(), Error> {
+        let (codes, scales) = (core::mem::take(&mut self.buffers.kept), core::mem::take(&mut self.buffers.kept_scales));
+        let whole = core::mem::replace(&mut self.buffers.codes, codes);
+        let unit = Unit { shape: (unit.shape.0, cols), rows: scales.len(), kept: None, ..*unit };
+        self.put_codes(&unit)?;
+        self.put_scales(&unit, &scales)?;
+        (self.buffers.kept, self.buffers.kept_scales) = (core::mem::replace(&mut self.buffers.codes, whole), scales);
+        self.buffers.kept.clear();
+        self.buffers.kept_scales.clear();
+        Ok(())
     }
 
     fn refuse_zeros(&self, unit: &Unit<'_>) -> Result<(), Error> {
         let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
+        let is_kept = |r: usize, c: usize| unit.kept.is_none_or(|kept| kept.rows[unit.first + r] && kept.cols[c]);
         for (r, row) in self.buffers.codes.chunks_exact(stride).enumerate() {
-            if let Some(column) = row[..cols].iter().position(|&w| w == 0) {
+            if let Some(column) = (0..cols).find(|&c| row[c] == 0 && is_kept(r, c)) {
                 let what = format!("row {}, column {column} is zero, which b1 cannot hold; use tl", unit.first + r);
                 return Err(Error::tensor(self.checkpoint.path_of(unit.tensor), &unit.tensor.name, what));
             }
@@ -707,8 +767,7 @@ impl Packer<'_> {
                 };
                 distance.add(values, codes, *scale);
             }
-            self.put_codes(unit)?;
-            self.put_scales(unit, &scales[..unit.rows])?;
+            self.put_unit(unit, &scales[..unit.rows])?;
         }
         self.buffers.floats = floats;
         Ok(())

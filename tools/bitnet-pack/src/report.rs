@@ -85,13 +85,15 @@ impl SectionReport {
             Encoding::Matrix(format) => format.name(),
             Encoding::Vector => "f32",
             Encoding::Bytes => "bytes",
+            Encoding::Whole => "whole",
+            Encoding::Kept => "kept",
         }
     }
 }
 
 /// The kind with this tag.
 pub(crate) fn kind(tag: u8) -> Option<Kind> {
-    const ALL: [Kind; 31] = [
+    const ALL: [Kind; 38] = [
         Kind::Tokenizer,
         Kind::RopeFrequencies,
         Kind::Embedding,
@@ -123,6 +125,13 @@ pub(crate) fn kind(tag: u8) -> Option<Kind> {
         Kind::HeadApart,
         Kind::HeadLow,
         Kind::HeadNorms,
+        Kind::QueryIndex,
+        Kind::KeyIndex,
+        Kind::ValueIndex,
+        Kind::OutputIndex,
+        Kind::GateIndex,
+        Kind::UpIndex,
+        Kind::DownIndex,
     ];
     ALL.into_iter().find(|&k| k as u8 == tag)
 }

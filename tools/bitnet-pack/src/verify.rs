@@ -5,6 +5,7 @@ use crate::report::{Progress, SectionReport};
 use bitnet_kernel::{Block, Format, Matrix};
 use bitnet_runtime::Image;
 use bitnet_runtime::error::ImageError;
+use bitnet_runtime::image::kept::{kept, mask_blocks};
 use bitnet_runtime::image::split::{self, Columns, norm};
 use bitnet_runtime::image::{Encoding, HEADER_BYTES_MAX, Kind, PREFIX_BYTES, Record, UNIT_ROWS};
 use kitoken::Kitoken;
@@ -141,6 +142,8 @@ impl Verifier<'_> {
         match report.encoding {
             Encoding::Matrix(_) => self.matrix(record, &report),
             Encoding::Vector => self.vector(record, &report),
+            Encoding::Kept => self.masks(image, index, record, &report),
+            Encoding::Whole => Ok(()),
             Encoding::Bytes if report.kind == Kind::HeadNorms => self.split_head(image, record),
             Encoding::Bytes => self.tokenizer(image),
         }
@@ -161,6 +164,21 @@ impl Verifier<'_> {
             }
             None => Ok(()),
         }
+    }
+
+    /// The masks of a compacted linear keep as many rows and columns as the matrix after them has, and none past the end.
+    fn masks(&mut self, image: &Image<'_>, index: usize, record: &Record, report: &SectionReport) -> Result<(), Error> {
+        let offset = u64::from(record.start.get()) * Block::BYTES as u64;
+        let linear = &image.sections().records()[index + 1];
+        let blocks = self.read(offset, record.blocks.get() as usize)?;
+        let (rows, cols) = blocks.split_at(mask_blocks(report.rows) as usize);
+        let masks = [("rows", rows, report.rows, linear.rows.get()), ("columns", cols, report.cols, linear.cols.get())];
+        let wrong = masks.into_iter().find_map(|(what, mask, whole, expected)| {
+            let (found, last) = (kept(mask).count(), kept(mask).last());
+            (found != expected as usize || last.is_some_and(|last| last >= whole as usize))
+                .then(|| format!("{}: the mask of {what} keeps {found} of {whole}, not {expected}", name(report)))
+        });
+        wrong.map_or(Ok(()), |what| Err(self.opened.damaged(offset, what)))
     }
 
     fn matrix(&mut self, record: &Record, report: &SectionReport) -> Result<(), Error> {

@@ -147,6 +147,7 @@ fn the_worked_example() {
         ("qk_norms", 0),
         ("linear_norm_eps: option", 0),
         ("live_ffn", 0),
+        ("sparse", 0),
         ("tied", 1),
         ("split_head", 0),
     ] {

@@ -2,7 +2,7 @@
 use crate::checkpoint::sections::{self, Bound, Source};
 use crate::checkpoint::{Checkpoint, Table, TensorInfo};
 use crate::quantize::{Absmean, MagnitudeSum};
-use crate::{Error, Options, Progress};
+use crate::{Error, Layouts, Options, Progress};
 use bitnet_runtime::Config;
 use bitnet_runtime::image::Kind;
 use core::fmt;
@@ -91,7 +91,9 @@ impl<'a> Reference<'a> {
     /// As [`sections::bind`], and if linears have norms of their own, which only ternary models have.
     pub fn new(checkpoint: &'a Checkpoint, progress: &dyn Progress) -> Result<Self, Error> {
         let mut table = checkpoint.table()?;
-        let bound = sections::bind(checkpoint, &mut table, &Options::default(), progress)?;
+        // The whole linears are looked at, whatever zeros they have.
+        let options = Options { layout: Layouts::Whole, ..Options::default() };
+        let bound = sections::bind(checkpoint, &mut table, &options, progress)?;
         Self::of(checkpoint, &table, bound)
     }
 
@@ -186,7 +188,7 @@ impl<'a> Reference<'a> {
                 out.iter_mut().zip(codes).for_each(|(v, code)| *v = f32::from(code) * rule.multiplier);
             }
             Source::Packed(tensor, multiplier) => self.packed(tensor, *multiplier, (first, rows), &mut out)?,
-            Source::Values(_) | Source::Vector(_) => unreachable!("{linear} is a matrix"),
+            Source::Index | Source::Values(_) | Source::Vector(_) => unreachable!("{linear} is a matrix"),
         }
         Ok(out)
     }

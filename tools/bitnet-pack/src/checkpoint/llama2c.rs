@@ -49,6 +49,7 @@ pub(super) fn recognise(input: &Input) -> Result<Option<(Header, Vec<TensorInfo>
         qk_norms: false,
         linear_norm_eps: None,
         live_ffn: false,
+        sparse: false,
         tied,
         split_head: false,
         formats: 1 << Format::TL as u8,

@@ -1,14 +1,18 @@
 //! Which tensor each section of the image is made from. All names, types and shapes are checked here, before anything is
 //! written, and no tensor may be left over.
 use super::{Checkpoint, Dtype, Naming, Storage, Table, TensorInfo, llama2c};
+use crate::kept::{self, Kept};
 use crate::quantize::Evidence;
-use crate::{Error, Options, Progress};
+use crate::{Error, Layouts, Options, Progress};
+use bitnet_runtime::Config;
 use bitnet_runtime::image::{Encoding, Kind, Section, UNIT_ROWS, expected_sections};
 use std::collections::BTreeSet;
 
 /// Where a section's numbers come from.
 #[derive(Clone, Debug)]
 pub enum Source {
+    /// What is kept of the linear after it.
+    Index,
     /// Computed.
     Values(Vec<f32>),
     /// A float vector.
@@ -35,13 +39,28 @@ pub struct Bound {
     pub source: Source,
     /// How it will be encoded.
     pub encoding: Encoding,
+    /// What is kept of a linear that is compacted, and of which its index has the masks.
+    pub kept: Option<Kept>,
+}
+
+impl Bound {
+    /// The section as the image has it.
+    pub fn stored(&self) -> Section {
+        match &self.kept {
+            Some(kept) if self.section.kind.is_linear() => {
+                let (rows, cols) = kept.shape();
+                Section { rows, cols, ..self.section }
+            }
+            _ => self.section,
+        }
+    }
 }
 
 impl Source {
     /// The tensor that is read, if one is.
     pub const fn tensor(&self) -> Option<&TensorInfo> {
         match self {
-            Self::Values(_) => None,
+            Self::Index | Self::Values(_) => None,
             Self::Vector(t)
             | Self::Packed(t, _)
             | Self::Ternary(t, ..)
@@ -77,12 +96,28 @@ pub fn bind(
     for section in expected_sections(&table.config) {
         let source = binder.source(&section, table)?;
         let encoding = options.encoding_of(section.kind, &source);
-        bound.push(Bound { section, source, encoding });
+        let kept = match encoding {
+            Encoding::Matrix(format)
+                if options.layout == Layouts::Auto
+                    && section.kind.is_linear()
+                    && section.kind.linear_kind() == section.kind =>
+            {
+                kept::find(checkpoint, &source, &section, format, progress)?
+            }
+            _ => None,
+        };
+        bound.push(Bound { section, source, encoding, kept });
     }
     let left = |t: &&TensorInfo| !binder.used.contains(t.name.as_str()) && !is_computed(naming, &t.name);
     if let Some(tensor) = checkpoint.tensors().find(left) {
         let what = "unknown to this class of model; leaving it out would change what the model computes";
         return Err(Error::tensor(checkpoint.path_of(tensor), &tensor.name, what));
+    }
+    let compacted = bound.iter().filter(|b| b.kept.is_some()).count();
+    if compacted > 0 {
+        table.config.sparse = true;
+        bound = indexed(&table.config, bound);
+        binder.notes.push(format!("{compacted} linears have rows or columns of zeros, which are left out"));
     }
     table.config.formats = bound.iter().filter(|b| b.section.kind.is_linear()).fold(0, |set, b| match b.encoding {
         Encoding::Matrix(format) => set | 1 << format as u8,
@@ -94,6 +129,23 @@ pub fn bind(
     }
     table.notes.append(&mut binder.notes);
     Ok(bound)
+}
+
+/// The sections of a model with an index before every linear.
+fn indexed(config: &Config, bound: Vec<Bound>) -> Vec<Bound> {
+    let mut sections = expected_sections(config);
+    let mut indexed = Vec::new();
+    for bound in bound {
+        let mut section = sections.next().expect("no fewer sections with an index");
+        if section.kind.is_index() {
+            let encoding = if bound.kept.is_some() { Encoding::Kept } else { Encoding::Whole };
+            indexed.push(Bound { section, source: Source::Index, encoding, kept: bound.kept.clone() });
+            section = sections.next().expect("the linear comes after its index");
+        }
+        assert_eq!(section, bound.section, "an index is all that is new");
+        indexed.push(bound);
+    }
+    indexed
 }
 
 /// A section as the checkpoint has it: an image may store a matrix by its columns.

@@ -361,6 +361,7 @@ fn shape(reader: &Reader<'_>, class: Class, linear_norm_eps: Option<f32>) -> Res
         qk_norms: class == Class::Qwen3,
         linear_norm_eps,
         live_ffn: false,
+        sparse: false,
         tied: false,
         split_head: false,
         formats: 1 << bitnet_kernel::Format::TL as u8,

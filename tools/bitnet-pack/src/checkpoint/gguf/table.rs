@@ -223,6 +223,7 @@ fn config(keys: &Keys<'_>, architecture: Architecture) -> Result<Config, Error> 
         qk_norms: architecture.qk_norms,
         linear_norm_eps: None,
         live_ffn: false,
+        sparse: false,
         tied: false,
         split_head: false,
         formats: 1 << Format::TL as u8,

@@ -1,0 +1,109 @@
+//! Linears with rows and columns of zeros: left out, and the logits stay what they are, bit for bit.
+use bitnet_kernel::Format;
+use bitnet_kernel::portable::Portable;
+use bitnet_pack::{Layouts, Options};
+use bitnet_runtime::backend;
+use bitnet_runtime::image::{Encoding, Kind};
+use bitnet_tests::images::{Packed, Way, fingerprint};
+use bitnet_tests::tiny::Tiny;
+
+/// Neurons of the feed-forward layer that are left of 512, and heads' elements left of each value head.
+fn pruned() -> Tiny {
+    const fn neuron(i: usize) -> bool {
+        i % 20 < 7
+    }
+    Tiny::n()
+        .zeros("mlp.gate_proj", |row, _| !neuron(row))
+        .zeros("mlp.up_proj", |row, _| !neuron(row))
+        .zeros("mlp.down_proj", |_, col| !neuron(col))
+        .zeros("self_attn.v_proj", |row, col| row % 2 == 1 || col % 3 == 0)
+        .zeros("self_attn.q_proj", |_, col| col >= 64)
+}
+
+/// Packs it with and without its zeros.
+fn both(tiny: &Tiny, options: &Options) -> (Packed, Packed) {
+    let dir = tempfile::tempdir().unwrap();
+    tiny.write(dir.path());
+    let whole = Packed::pack(dir.path(), &Options { layout: Layouts::Whole, ..options.clone() });
+    (whole, Packed::pack(dir.path(), options))
+}
+
+#[test]
+fn zeros_are_left_out_and_nothing_changes() {
+    let ids: Vec<u32> = (0..21).map(|i| i * 7 % 256).collect();
+    for (format, tiny) in [
+        (Format::TL, pruned()),
+        (Format::T2, pruned().linear_norms().varied_norms()),
+        (Format::I4, pruned().masters()),
+        (Format::I8, pruned()),
+    ] {
+        let (whole, compact) = both(&tiny, &Options { format, ..Options::default() });
+        assert!(!whole.image().header().config.sparse);
+        assert!(compact.bytes().len() < whole.bytes().len());
+        let expected = fingerprint(&Way::plain(&Portable).logits(&whole, &ids));
+        for kernels in backend::available() {
+            for (batch, threads, streamed) in [(1, 1, false), (1, 3, true), (5, 2, false), (16, 1, true)] {
+                let way = Way { batch, threads, streamed, ..Way::plain(kernels) };
+                assert_eq!(fingerprint(&way.logits(&compact, &ids)), expected, "{format:?} {way:?}");
+            }
+        }
+    }
+}
+
+/// What is kept is what is not zero, in the shapes that save something.
+#[test]
+fn shapes_are_those_of_what_is_left() {
+    let (_, compact) = both(&pruned(), &Options { format: Format::I8, ..Options::default() });
+    let image = compact.image();
+    let shape = |kind| {
+        let linear = image.sections().find(kind, Some(1)).unwrap();
+        (linear.rows.get(), linear.cols.get())
+    };
+    assert_eq!(shape(Kind::Gate), (182, 256));
+    assert_eq!(shape(Kind::Up), (182, 256));
+    assert_eq!(shape(Kind::Down), (256, 182));
+    assert_eq!(shape(Kind::Value), (64, 170));
+    assert_eq!(shape(Kind::Query), (256, 64));
+    assert_eq!(shape(Kind::Output), (256, 256));
+    let index = image.sections().find(Kind::OutputIndex, Some(1)).unwrap();
+    assert_eq!((index.encoding, index.blocks.get()), (Encoding::Whole.tag(), 0));
+}
+
+/// Masks are input: whatever they keep, a pass ends, and `verify` says what is wrong with them.
+#[test]
+fn masks_that_lie_are_found_and_harmless() {
+    let (_, compact) = both(&pruned(), &Options { format: Format::I8, ..Options::default() });
+    let index = *compact.image().sections().find(Kind::DownIndex, Some(0)).unwrap();
+    let start = index.start.get() as usize;
+    // A row more, a column less, a column past the end.
+    for (block, bit) in [(start, 0), (start + 1, 0), (start + 1, 511)] {
+        let mut blocks = compact.blocks().to_vec();
+        if block == start {
+            blocks[block].0[0] &= !1;
+        } else {
+            blocks[block].0[bit / 8] ^= 1 << (bit % 8);
+        }
+        let broken = Packed::from_blocks(blocks);
+        let logits = Way { batch: 3, ..Way::plain(&Portable) }.logits(&broken, &[1, 2, 3]);
+        assert!(logits.iter().flatten().all(|v| v.is_finite()));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, broken.bytes()).unwrap();
+        let refused = bitnet_pack::verify(&path).unwrap_err().to_string();
+        assert!(refused.contains("checksum"), "{refused}");
+        // With the checksum made right, the masks themselves are looked at.
+        let mut bytes = broken.bytes().to_vec();
+        let section = &bytes[start * 64..][..index.blocks.get() as usize * 64];
+        let sum = bitnet_runtime::image::checksum(section).to_le_bytes();
+        let place = bytes.windows(8).position(|w| w == index.checksum.get().to_le_bytes()).unwrap();
+        bytes[place..place + 8].copy_from_slice(&sum);
+        let header = 64 + u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
+        bytes[24..32].fill(0);
+        let sums = [&bytes[..64], &bytes[64..header]].map(|part| bitnet_runtime::image::checksum(part).to_le_bytes());
+        let sum = bitnet_runtime::image::checksum(sums.as_flattened());
+        bytes[24..32].copy_from_slice(&sum.to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+        let refused = bitnet_pack::verify(&path).unwrap_err().to_string();
+        assert!(refused.contains("mask of"), "{refused}");
+    }
+}
