@@ -18,11 +18,12 @@
 
 use crate::cpu::Features;
 use crate::float;
+use crate::grouped;
 use crate::rows;
 use crate::tiles::{self, Lanes, Planes};
 use bitnet_kernel::float::Cache;
 use bitnet_kernel::tables::{B1_BASE, TL_BASE, TL_WEIGHTS};
-use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
+use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix, kernels};
 use core::arch::x86_64::*;
 
 /// Invariant: a value exists only where the CPU has AVX2 and F16C. [`detect`] makes the only one.
@@ -62,6 +63,13 @@ impl Kernels for Avx2 {
         x.assert_fit(&w);
         // SAFETY: `self` exists, so the CPU has AVX2.
         unsafe { products(w, x.tokens(), y) }
+    }
+    fn matmat_grouped(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
+        match w.format().base() {
+            // SAFETY: `self` exists, so the CPU has AVX2 and F16C.
+            Format::B1 => unsafe { grouped::products(w, x, y) },
+            _ => kernels::matmat_grouped(self, w, x, y),
+        }
     }
     fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
         // SAFETY: `self` exists, so the CPU has AVX2.
@@ -393,7 +401,7 @@ fn dots_of_codes_avx2<const COLS: usize, const BITS: i32, const FLUSH: usize>(
 /// a step in magnitude for TL, 7 steps 28672, and `32·128 + 128 = 4224` for B1, 7 steps 29568.
 const LANES_FLUSH: usize = 7;
 const TL_PREFETCH: usize = 8192;
-const B1_PREFETCH: usize = 8192;
+pub(crate) const B1_PREFETCH: usize = 8192;
 
 #[target_feature(enable = "avx2")]
 #[inline(never)]
@@ -430,67 +438,78 @@ fn matmat_tl_avx2(steps: Lanes<'_, 5>, x: [Activations<'_>; TOKENS]) -> [[i32; 6
 }
 
 /// `Σ base · hi + lo` over the groups of 64 rows.
-///
-/// For 32 rows and one group: 1.5 operations to part nibbles, 2 for the signs, 2 shuffles, 2 xors, 2 additions, 1 to widen:
-/// 10.5 for 96 weights (TL), 6.5 for 128 (B1). Groups are written out by macro: in a loop, the `asm!` of [`opaque`] keeps
-/// arrays of sums in memory.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn sums_of_lanes_avx2<const BLOCKS: usize, const BASE: i16, const PREFETCH: usize>(
     steps: Lanes<'_, BLOCKS>,
     x: Activations<'_>,
 ) -> [i32; 64] {
-    let (nibble, zero) = (_mm256_set1_epi8(15), _mm256_setzero_si256());
     let (tables, _) = x.tables().as_chunks::<4>();
-    let mut total = [[zero; 4]; 2];
+    let mut total = [[_mm256_setzero_si256(); 4]; 2];
     for (steps, tables) in steps.chunks(LANES_FLUSH).zip(tables.chunks(LANES_FLUSH)) {
-        let mut wide = [[zero; 2]; 2];
-        for (step, tables) in steps.iter().zip(tables) {
-            for block in step {
-                prefetch(block, PREFETCH);
-            }
-            let (mut lo, mut hi) = ([zero; 2], [zero; 2]);
-            let mut sign = [load(&step[0].0, 0), load(&step[0].0, 32)];
-            macro_rules! group {
-                ($v:expr, $i:expr, $odd:expr) => {
-                    let table = &tables[$i].0;
-                    let (t_lo, t_hi) = (load_twice(table, 32 * $odd), load_twice(table, 32 * $odd + 16));
-                    for half in 0..2 {
-                        let n = _mm256_and_si256($v[half], nibble);
-                        let (mut l, mut h) = (_mm256_shuffle_epi8(t_lo, n), _mm256_shuffle_epi8(t_hi, n));
-                        if BLOCKS == 5 {
-                            let negative = _mm256_cmpgt_epi8(zero, sign[half]);
-                            sign[half] = opaque(_mm256_add_epi8(sign[half], sign[half]));
-                            (l, h) = (_mm256_xor_si256(l, negative), _mm256_xor_si256(h, negative));
-                        }
-                        lo[half] = _mm256_add_epi8(lo[half], l);
-                        hi[half] = _mm256_add_epi8(hi[half], h);
-                    }
-                };
-            }
-            macro_rules! block {
-                ($i:expr) => {
-                    let block = &step[$i + BLOCKS - 4].0;
-                    let v = [load(block, 0), load(block, 32)];
-                    group!(v, $i, 0);
-                    let v = [_mm256_srli_epi16::<4>(v[0]), _mm256_srli_epi16::<4>(v[1])];
-                    group!(v, $i, 1);
-                };
-            }
-            block!(0);
-            block!(1);
-            block!(2);
-            block!(3);
-            for half in 0..2 {
-                wide[half] = widen::<BASE>(wide[half], lo[half], hi[half]);
-            }
-        }
+        let wide = narrow_sums_of_lanes::<BLOCKS, BASE, PREFETCH>(steps, tables);
         for half in 0..2 {
             total[half] = add_wide(total[half], wide[half]);
         }
     }
     let [low, high] = total.map(|total| in_order(total));
     core::array::from_fn(|r| if r < 32 { low[r] } else { high[r - 32] })
+}
+
+/// The same in 16 bits, of at most [`LANES_FLUSH`] steps: for each 32 rows, what [`add_wide`] adds up.
+///
+/// For 32 rows and one group: 1.5 operations to part nibbles, 2 for the signs, 2 shuffles, 2 xors, 2 additions, 1 to widen:
+/// 10.5 for 96 weights (TL), 6.5 for 128 (B1). Groups are written out by macro: in a loop, the `asm!` of [`opaque`] keeps
+/// arrays of sums in memory.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(crate) fn narrow_sums_of_lanes<const BLOCKS: usize, const BASE: i16, const PREFETCH: usize>(
+    steps: Lanes<'_, BLOCKS>,
+    tables: &[[Block; 4]],
+) -> [[__m256i; 2]; 2] {
+    let (nibble, zero) = (_mm256_set1_epi8(15), _mm256_setzero_si256());
+    let mut wide = [[zero; 2]; 2];
+    for (step, tables) in steps.iter().zip(tables) {
+        for block in step {
+            prefetch(block, PREFETCH);
+        }
+        let (mut lo, mut hi) = ([zero; 2], [zero; 2]);
+        let mut sign = [load(&step[0].0, 0), load(&step[0].0, 32)];
+        macro_rules! group {
+            ($v:expr, $i:expr, $odd:expr) => {
+                let table = &tables[$i].0;
+                let (t_lo, t_hi) = (load_twice(table, 32 * $odd), load_twice(table, 32 * $odd + 16));
+                for half in 0..2 {
+                    let n = _mm256_and_si256($v[half], nibble);
+                    let (mut l, mut h) = (_mm256_shuffle_epi8(t_lo, n), _mm256_shuffle_epi8(t_hi, n));
+                    if BLOCKS == 5 {
+                        let negative = _mm256_cmpgt_epi8(zero, sign[half]);
+                        sign[half] = opaque(_mm256_add_epi8(sign[half], sign[half]));
+                        (l, h) = (_mm256_xor_si256(l, negative), _mm256_xor_si256(h, negative));
+                    }
+                    lo[half] = _mm256_add_epi8(lo[half], l);
+                    hi[half] = _mm256_add_epi8(hi[half], h);
+                }
+            };
+        }
+        macro_rules! block {
+            ($i:expr) => {
+                let block = &step[$i + BLOCKS - 4].0;
+                let v = [load(block, 0), load(block, 32)];
+                group!(v, $i, 0);
+                let v = [_mm256_srli_epi16::<4>(v[0]), _mm256_srli_epi16::<4>(v[1])];
+                group!(v, $i, 1);
+            };
+        }
+        block!(0);
+        block!(1);
+        block!(2);
+        block!(3);
+        for half in 0..2 {
+            wide[half] = widen::<BASE>(wide[half], lo[half], hi[half]);
+        }
+    }
+    wide
 }
 
 /// [`sums_of_lanes_avx2`] for 4 tokens: nibbles and signs are taken apart once.
@@ -593,7 +612,7 @@ fn widen<const BASE: i16>(wide: [__m256i; 2], lo: __m256i, hi: __m256i) -> [__m2
 /// Empties the sums of [`widen`] into 32-bit ones: even rows, 0 to 14 and 16 to 30, then the odd ones.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn add_wide(total: [__m256i; 4], wide: [__m256i; 2]) -> [__m256i; 4] {
+pub(crate) fn add_wide(total: [__m256i; 4], wide: [__m256i; 2]) -> [__m256i; 4] {
     let low = |v| _mm256_cvtepi16_epi32(_mm256_castsi256_si128(v));
     let high = |v| _mm256_cvtepi16_epi32(_mm256_extracti128_si256::<1>(v));
     let parts = [low(wide[0]), high(wide[0]), low(wide[1]), high(wide[1])];

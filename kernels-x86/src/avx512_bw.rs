@@ -5,11 +5,12 @@ use crate::avx2::{prepare_b1_avx2, prepare_tl_balanced_avx2};
 use crate::avx512::{by_tokens, lanes, load, load_four_times, opaque, prefetch, sums_less};
 use crate::cpu::Features;
 use crate::float;
+use crate::grouped;
 use crate::rows;
 use crate::tiles::{self, Lanes, Planes};
 use bitnet_kernel::float::Cache;
 use bitnet_kernel::tables::{B1_BASE, TL_BASE};
-use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
+use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix, kernels};
 use core::arch::x86_64::*;
 
 /// Invariant: a value exists only where the CPU has AVX-512 F, BW, DQ and VL. [`detect`] makes the only one.
@@ -49,6 +50,13 @@ impl Kernels for Bw {
         x.assert_fit(&w);
         // SAFETY: `self` exists, so the CPU has these features.
         unsafe { products(w, x.tokens(), y) }
+    }
+    fn matmat_grouped(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
+        match w.format().base() {
+            // SAFETY: `self` exists, so the CPU has AVX2 and F16C.
+            Format::B1 => unsafe { grouped::products(w, x, y) },
+            _ => kernels::matmat_grouped(self, w, x, y),
+        }
     }
     fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
         // SAFETY: `self` exists, so the CPU has AVX2.

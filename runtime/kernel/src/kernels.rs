@@ -93,39 +93,7 @@ pub trait Kernels: Sync + core::fmt::Debug {
     /// # Panics
     /// If `y.len() != w.rows() · tokens`, or as [`Kernels::matvec_grouped`].
     fn matmat_grouped(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
-        const TOKENS: usize = 16;
-        const PLANE_ROWS: usize = Format::I3G.plane_rows();
-        assert_eq!(y.len(), w.rows() * x.tokens().len());
-        x.assert_fit(&w);
-        if w.rows() == 0 {
-            return;
-        }
-        y.fill(0.0);
-        let plane_rows = w.format().plane_rows();
-        let mut sums = [0; TOKENS * PLANE_ROWS];
-        for (x, y) in x.tokens().chunks(TOKENS).zip(y.chunks_mut(TOKENS * w.rows())) {
-            let sums = &mut sums[..x.len() * plane_rows];
-            for (tile, first) in (0..w.rows()).step_by(Format::PANEL_ROWS).enumerate() {
-                let rows = Format::PANEL_ROWS.min(w.rows() - first);
-                for (g, (panel, scales)) in w.panels(tile).enumerate() {
-                    match x {
-                        [x] => self.matvec(panel, x.group(g), sums),
-                        _ => {
-                            let mut groups = [x[0]; TOKENS];
-                            groups.iter_mut().zip(x).for_each(|(group, x)| *group = x.group(g));
-                            self.matmat(panel, Batch::new(&groups[..x.len()]), sums);
-                        }
-                    }
-                    let each = sums.chunks_exact_mut(plane_rows).zip(y.chunks_exact_mut(w.rows()));
-                    for ((sums, y), x) in each.zip(x) {
-                        if plane_rows > Format::PANEL_ROWS {
-                            format::join_planes(w.format(), sums, x.group(g).sum());
-                        }
-                        float::add_scaled(&mut y[first..first + rows], sums, scales);
-                    }
-                }
-            }
-        }
+        matmat_grouped(self, w, x, y);
     }
 
     /// `y[i] = Σ_c w[rows[i]][c] · x[c]`, exact, for [`Format::T2R`]: the products of some rows, of which alone any is read.
@@ -184,5 +152,45 @@ pub trait Kernels: Sync + core::fmt::Debug {
     /// If the lengths of `q`, `out` and the cache's rows disagree.
     fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
         float::attend(Arrays, q, keys, values, scale, out);
+    }
+}
+
+/// [`Kernels::matmat_grouped`] by a backend's own integer products, for all formats for which it has nothing better.
+///
+/// # Panics
+/// As [`Kernels::matmat_grouped`].
+pub fn matmat_grouped<K: Kernels + ?Sized>(k: &K, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
+    const TOKENS: usize = 16;
+    const PLANE_ROWS: usize = Format::I3G.plane_rows();
+    assert_eq!(y.len(), w.rows() * x.tokens().len());
+    x.assert_fit(&w);
+    if w.rows() == 0 {
+        return;
+    }
+    y.fill(0.0);
+    let plane_rows = w.format().plane_rows();
+    let mut sums = [0; TOKENS * PLANE_ROWS];
+    for (x, y) in x.tokens().chunks(TOKENS).zip(y.chunks_mut(TOKENS * w.rows())) {
+        let sums = &mut sums[..x.len() * plane_rows];
+        for (tile, first) in (0..w.rows()).step_by(Format::PANEL_ROWS).enumerate() {
+            let rows = Format::PANEL_ROWS.min(w.rows() - first);
+            for (g, (panel, scales)) in w.panels(tile).enumerate() {
+                match x {
+                    [x] => k.matvec(panel, x.group(g), sums),
+                    _ => {
+                        let mut groups = [x[0]; TOKENS];
+                        groups.iter_mut().zip(x).for_each(|(group, x)| *group = x.group(g));
+                        k.matmat(panel, Batch::new(&groups[..x.len()]), sums);
+                    }
+                }
+                let each = sums.chunks_exact_mut(plane_rows).zip(y.chunks_exact_mut(w.rows()));
+                for ((sums, y), x) in each.zip(x) {
+                    if plane_rows > Format::PANEL_ROWS {
+                        format::join_planes(w.format(), sums, x.group(g).sum());
+                    }
+                    float::add_scaled(&mut y[first..first + rows], sums, scales);
+                }
+            }
+        }
     }
 }
