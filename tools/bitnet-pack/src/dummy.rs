@@ -156,7 +156,7 @@ pub fn dummy(
     finished.publish()?;
     let notes = vec![format!("random weights from seed {seed}: true in speed and memory; the tokens are noise")];
     let architecture = ARCHITECTURE.into();
-    Ok(Report { name, architecture, config, limits, image_bytes, peak_bytes, sections, layers, notes })
+    Ok(Report { name, architecture, config, limits, image_bytes, peak_bytes, sections, layers, notes, adapted: None })
 }
 
 /// In place of a checkpoint's class.

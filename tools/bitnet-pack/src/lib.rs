@@ -1,5 +1,7 @@
 //! checkpoint → [`checkpoint`] → [`quantize`] → [`encode`] → [`write`](mod@write) → image; then [`verify`](mod@verify) and [`inspect`](mod@inspect)
 //!
+//! Where linears that are not ternary get formats of their own, [`calibrate`] stands between the checkpoint and quantizing.
+//!
 //! Reads a checkpoint (safetensors, GGUF, llama2.c), checks it, and writes one image that `bitnet-runtime` runs. The
 //! whole passes through in units of 64 rows, so the memory it takes is known before it starts and does not depend on the
 //! size of the model.

@@ -1,6 +1,7 @@
 //! `bitnet-pack`: the command a person types to make an image, and to know what is in one.
 #![forbid(unsafe_code)]
 use bitnet_kernel::Format;
+use bitnet_pack::calibrate::{Adaptive, Rule};
 use bitnet_pack::checkpoint::Dtype;
 use bitnet_pack::{Error, Layouts, Options, Preset, Progress, Report};
 use bitnet_runtime::memory::KvFormat;
@@ -35,7 +36,7 @@ Exit codes: 0 done, 1 something failed (the reason is on standard error), 2 wron
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Pack(Pack),
+    Pack(Box<Pack>),
     Verify(Verify),
     Inspect(Inspect),
     Dummy(Dummy),
@@ -55,7 +56,8 @@ Examples:
   bitnet-pack pack ./Falcon3-1B-Instruct-1.58bit -o falcon3.bitnet --head i4
   bitnet-pack pack ./model/model.safetensors -o model.bitnet --context 2048 --kv i8
   bitnet-pack pack ggml-model-i2_s.gguf -o 2b4t.bitnet
-  bitnet-pack pack SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2.bitnet --dense i4")]
+  bitnet-pack pack SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2.bitnet --dense i4
+  bitnet-pack pack model.gguf -o model.bitnet --bits auto --calibration text.txt --average-bits 4.2 --report report.html")]
 struct Pack {
     /// The checkpoint: a directory with config.json and model.safetensors (or shards with their index), or that file; or a
     /// GGUF file (the first, if the model is in several); or a file of llama2.c.
@@ -73,7 +75,116 @@ struct Pack {
     #[command(flatten)]
     formats: Formats,
     #[command(flatten)]
+    widths: Widths,
+    #[command(flatten)]
     plan: PlanOptions,
+}
+
+/// Formats of linears that are not ternary, one by one instead of --dense. With --calibration they are quantized so that each
+/// column makes up for the errors of those before it (GPTQ).
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Linears that are not ternary, one by one")]
+struct Widths {
+    /// One format for all, or auto: the formats that are predicted to lose least within a budget, by default the bytes of
+    /// i4 for all. The prediction is half the diagonal of the Kronecker-factored Fisher information times the
+    /// squared error (Martens and Grosse 2015). It costs a forward pass over 8,192 tokens with the products of inputs, the work
+    /// of three over 3,072 for gradients with labels drawn from the model, quantizing in six formats, and three passes
+    /// over 4,096 tokens of the end of the text, which decide whether the plan is better than one format for
+    /// all. Without --calibration, auto is a fixed rule.
+    #[arg(long, conflicts_with = "dense", value_parser = PossibleValuesParser::new(["auto", "i2", "i3", "i4", "i8"]))]
+    bits: Option<String>,
+    /// Budget of auto: bits a weight in these linears, scales and padding included.
+    #[arg(long, value_name = "BITS", conflicts_with = "max_size", requires = "calibration", value_parser = average)]
+    average_bits: Option<f64>,
+    /// Budget of auto: length of the image, as 600M (of 1,000,000 bytes), 80K, 2G or in bytes.
+    #[arg(long, value_name = "SIZE", requires = "calibration", value_parser = size)]
+    max_size: Option<u64>,
+    /// Instead of a budget, with --low: 8 bits for linears that are predicted to lose more nats a token than this as i4.
+    #[arg(long, value_name = "NATS", requires_all = ["low", "calibration"], conflicts_with_all = ["average_bits", "max_size"])]
+    high: Option<f64>,
+    /// With --high: 3 bits for linears that are predicted to lose less than this as i3; the others have 4.
+    #[arg(long, value_name = "NATS", requires = "high")]
+    low: Option<f64>,
+    /// Take formats from a plan, as --write-plan writes it.
+    #[arg(long = "plan", value_name = "FILE", conflicts_with_all = ["bits", "dense", "average_bits", "max_size", "high", "low"])]
+    plan_file: Option<PathBuf>,
+    /// A text of the kind that the model will read, UTF-8, of some 16,000 tokens; the image depends on it.
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+    /// Write the plan: one line a linear, with what each format is predicted to lose. Edit it, and pack with --plan.
+    #[arg(long, value_name = "FILE")]
+    write_plan: Option<PathBuf>,
+    /// Write what was chosen, as JSON or as a page with charts (.json, .html); can be given twice.
+    #[arg(long, value_name = "FILE", value_parser = report_path)]
+    report: Vec<PathBuf>,
+}
+
+impl Widths {
+    /// What the options ask for, if they ask for anything.
+    fn adaptive(&self) -> Result<Option<Adaptive>, Error> {
+        let budget = self.average_bits.is_some() || self.max_size.is_some() || self.high.is_some();
+        let rule = match (&self.plan_file, self.bits.as_deref()) {
+            (Some(path), _) => Rule::Plan(path.clone()),
+            (None, None)
+                if budget || self.calibration.is_some() || self.write_plan.is_some() || !self.report.is_empty() =>
+            {
+                return Err(Error::Options("calibration, budgets, plans and reports go with --bits or --plan".into()));
+            }
+            (None, None) => return Ok(None),
+            (None, Some("auto")) => match (self.average_bits, self.max_size, self.high.zip(self.low)) {
+                (Some(bits), ..) => Rule::Average(bits),
+                (_, Some(size), _) => Rule::Size(size),
+                (.., Some((high, low))) => Rule::Thresholds { high, low },
+                _ if self.calibration.is_some() => Rule::AsMuch(Format::I4G),
+                _ => Rule::Fixed,
+            },
+            (None, Some(_)) if budget => {
+                return Err(Error::Options("a budget or thresholds go with --bits auto".into()));
+            }
+            (None, Some("i2")) => Rule::Uniform(Format::I2G),
+            (None, Some("i3")) => Rule::Uniform(Format::I3G),
+            (None, Some("i4")) => Rule::Uniform(Format::I4G),
+            (None, Some(_)) => Rule::Uniform(Format::I8),
+        };
+        Ok(Some(Adaptive { rule, text: self.calibration.clone() }))
+    }
+
+    /// Writes plan and reports.
+    fn write(&self, report: &Report) -> Result<(), Error> {
+        let Some(adapted) = &report.adapted else { return Ok(()) };
+        let write = |path: &Path, text: String| {
+            std::fs::write(path, text).map_err(|error| Error::Io { path: path.into(), doing: "write", error })
+        };
+        if let Some(path) = &self.write_plan {
+            write(path, adapted.plan())?;
+        }
+        self.report.iter().try_for_each(|path| {
+            let html = path.extension().is_some_and(|e| e == "html");
+            write(path, if html { adapted.to_html(&report.name) } else { format!("{:#}\n", adapted.to_json()) })
+        })
+    }
+}
+
+fn average(text: &str) -> Result<f64, String> {
+    let bits: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.5..=16.0).contains(&bits) { Ok(bits) } else { Err("between 0.5 and 16".into()) }
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 1_000),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 1_000_000),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 1_000_000_000),
+        _ => (text, 1),
+    };
+    let number: u64 = digits.parse().map_err(|_| "a number, with K, M or G behind it if need be".to_owned())?;
+    number.checked_mul(unit).ok_or_else(|| "too large".to_owned())
+}
+
+fn report_path(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    let known = path.extension().is_some_and(|e| e == "json" || e == "html");
+    if known { Ok(path) } else { Err("a name that ends in .json or .html".into()) }
 }
 
 #[derive(Args, Debug)]
@@ -274,9 +385,12 @@ impl Drop for Bar {
 
 fn run(command: Command) -> Result<String, Error> {
     match command {
-        Command::Pack(Pack { source, output, tokenizer, i2s_group, formats, plan }) => {
-            let options = Options { tokenizer, i2s: i2s_group, ..options(formats, plan) };
+        Command::Pack(pack) => {
+            let Pack { source, output, tokenizer, i2s_group, formats, widths, plan } = *pack;
+            let adaptive = widths.adaptive()?;
+            let options = Options { tokenizer, i2s: i2s_group, adaptive, ..options(formats, plan) };
             let report = bitnet_pack::pack(&source, &output, &options, &mut Bar::new().listen())?;
+            widths.write(&report)?;
             Ok(written(&report, &output))
         }
         Command::Verify(Verify { image }) => {

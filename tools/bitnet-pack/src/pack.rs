@@ -1,4 +1,5 @@
 //! A checkpoint becomes an image, one unit of 64 rows after another.
+use crate::calibrate::{Adaptive, Linear, Places, Prepared, adapt};
 use crate::checkpoint::sections::{self, Bound, Source};
 use crate::checkpoint::{Checkpoint, Dtype, Naming, TensorInfo};
 use crate::encode::{encode, encode_f16, encode_grouped};
@@ -47,6 +48,8 @@ pub struct Options {
     pub live_ffn: bool,
     /// How linears with rows and columns of zeros are laid out.
     pub layout: Layouts,
+    /// How linears that are not ternary get formats of their own, in place of `dense`.
+    pub adaptive: Option<Adaptive>,
 }
 
 /// Which layouts of linears the packer may choose.
@@ -74,6 +77,7 @@ impl Default for Options {
             kv: None,
             live_ffn: false,
             layout: Layouts::Auto,
+            adaptive: None,
         }
     }
 }
@@ -114,6 +118,9 @@ impl Options {
         }
         if !matches!(self.dense, Format::I4 | Format::I8 | Format::I4G | Format::I3G | Format::I2G) {
             return Err(Error::Options(format!("--dense cannot be {}", self.dense.name())));
+        }
+        if self.adaptive.is_some() && self.live_ffn {
+            return Err(Error::Options("--live-ffn is for ternary linears, whose formats are not chosen".into()));
         }
         if !matches!(self.i2s, Dtype::I2_S | Dtype::I2_S_64) {
             return Err(Error::Options(format!("I2_S is not read as {}", self.i2s.name())));
@@ -168,8 +175,9 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
     table.config.split_head = options.split_head;
     table.config.live_ffn = options.live_ffn;
     let limits = options.limits(&table.config)?;
-    let bound = sections::bind(&checkpoint, &mut table, options, progress)?;
-    let peak_bytes = peak(&checkpoint, &bound, options)?;
+    let mut bound = sections::bind(&checkpoint, &mut table, options, progress)?;
+    let calibration = options.adaptive.as_ref().map_or(0, |adaptive| adaptive.peak(&table.config));
+    let peak_bytes = peak(&checkpoint, &bound, options)? + calibration;
     progress.say(&format!("peak memory: {} MiB", peak_bytes.div_ceil(1 << 20)));
 
     let text = tokenizer::read(&checkpoint, &mut table, options.tokenizer.as_deref())?;
@@ -177,7 +185,7 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
         Some(name) => name.clone(),
         None => name_of(source, &checkpoint),
     };
-    let parts = Parts {
+    let mut parts = Parts {
         config: table.config,
         limits,
         name: name.clone(),
@@ -186,8 +194,30 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
         stop: text.stop,
         chat_template: text.chat_template,
     };
-    let sections = bound.iter().map(|b| (b.stored(), b.encoding));
-    let layout = Layout::new(&parts, text.tokenizer.as_ref().map(Vec::len), sections)?;
+    let sections = |bound: &[Bound]| bound.iter().map(|b| (b.stored(), b.encoding)).collect::<Vec<_>>();
+    let tokenizer = text.tokenizer.as_ref().map(Vec::len);
+    let mut layout = Layout::new(&parts, tokenizer, sections(&bound).into_iter())?;
+    let prepared = match &options.adaptive {
+        Some(adaptive) => {
+            let places = Places {
+                checkpoint: &checkpoint,
+                tokenizer: options.tokenizer.as_deref(),
+                directory: output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")),
+                rest: layout.file_bytes() - bound.iter().filter(|b| chosen(b).is_some()).map(linear_bytes).sum::<u64>(),
+            };
+            let prepared = adapt(adaptive, places, progress)?;
+            for bound in &mut bound {
+                if let Some(format) = chosen(bound).and_then(|linear| prepared.plan.format(linear)) {
+                    bound.encoding = Encoding::Matrix(format);
+                }
+            }
+            table.config.formats = sections::formats(&bound);
+            parts.config = table.config;
+            layout = Layout::new(&parts, tokenizer, sections(&bound).into_iter())?;
+            Some(prepared)
+        }
+        None => None,
+    };
     let mut reports: Vec<SectionReport> = layout.records().iter().filter_map(SectionReport::of).collect();
     progress.start(layout.file_bytes());
     let mut writer = ImageWriter::create(output, parts, layout)?;
@@ -198,8 +228,9 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
         writer.end()?;
         written = 1;
     }
-    let (buffers, columns) = (Buffers::default(), None);
-    let mut packer = Packer { checkpoint: &checkpoint, writer: &mut writer, progress, buffers, columns };
+    let (buffers, columns, prepared_ref) = (Buffers::default(), None, prepared.as_ref());
+    let mut packer =
+        Packer { checkpoint: &checkpoint, writer: &mut writer, progress, buffers, columns, prepared: prepared_ref };
     for (bound, report) in bound.iter().zip(&mut reports[written..]) {
         packer.section(bound, report)?;
     }
@@ -216,7 +247,19 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
         sections: reports,
         layers,
         notes: table.notes,
+        adapted: prepared.map(|prepared| prepared.adapted),
     })
+}
+
+/// The linear that a section is, if it gets a format of its own where formats are chosen.
+fn chosen(bound: &Bound) -> Option<Linear> {
+    let dense = bound.section.kind.is_linear() && matches!(bound.source, Source::Rows(_));
+    dense.then_some(Linear { layer: bound.section.layer, kind: bound.section.kind })
+}
+
+/// Bytes of a section.
+fn linear_bytes(bound: &Bound) -> u64 {
+    bound.encoding.blocks(bound.section.rows, bound.section.cols) * 64
 }
 
 fn reports_end(output: &Path) -> Result<u64, Error> {
@@ -414,6 +457,8 @@ struct Packer<'a> {
     buffers: Buffers,
     /// The columns apart of a head in two planes, once they are chosen.
     columns: Option<Columns>,
+    /// Linears that are quantized already.
+    prepared: Option<&'a Prepared>,
 }
 
 impl Packer<'_> {
@@ -463,6 +508,9 @@ impl Packer<'_> {
                     self.grouped(&unit)?;
                 }
             }
+            (Source::Rows(tensor), Encoding::Matrix(format)) if self.is_prepared(bound, format) => {
+                self.prepared(tensor, format, bound, report)?;
+            }
             (Source::Rows(tensor), Encoding::Matrix(format)) => {
                 self.writer.begin(1.0)?;
                 let mut distance = Distance::default();
@@ -482,6 +530,53 @@ impl Packer<'_> {
         }
         self.writer.put(bytes)?;
         self.progress.advance(bytes.len() as u64);
+        Ok(())
+    }
+
+    fn is_prepared(&self, bound: &Bound, format: Format) -> bool {
+        let has = |linear| self.prepared.is_some_and(|prepared| prepared.spool.has(linear, format));
+        chosen(bound).is_some_and(has)
+    }
+
+    /// A linear that is quantized already.
+    fn prepared(
+        &mut self,
+        tensor: &TensorInfo,
+        format: Format,
+        bound: &Bound,
+        report: &mut SectionReport,
+    ) -> Result<(), Error> {
+        let spool = &self.prepared.expect("it was looked up").spool;
+        let linear = chosen(bound).expect("it was looked up");
+        self.writer.begin(1.0)?;
+        let mut distance = Distance::default();
+        for unit in units(tensor, format, bound) {
+            let (cols, stride) = (unit.shape.1, format.padded_cols(unit.shape.1));
+            let quantized = spool.rows(linear, format, unit.first..unit.first + unit.rows)?;
+            let mut floats = core::mem::take(&mut self.buffers.floats);
+            self.read_floats(&unit, fit(&mut floats, unit.rows * cols, 0.0))?;
+            let groups = floats
+                .chunks_exact(cols)
+                .zip(quantized.codes.chunks_exact(cols))
+                .flat_map(|(values, codes)| values.chunks(Format::GROUP_COLS).zip(codes.chunks(Format::GROUP_COLS)));
+            for ((values, codes), scale) in groups.zip(&quantized.scales) {
+                distance.add(values, codes, f16::from_bits(*scale).to_f32());
+            }
+            self.buffers.floats = floats;
+            let Buffers { codes, blocks, .. } = &mut self.buffers;
+            let codes = fit(codes, unit.rows * stride, 0);
+            for (codes, from) in codes.chunks_exact_mut(stride).zip(quantized.codes.chunks_exact(cols)) {
+                let (codes, padding) = codes.split_at_mut(cols);
+                padding.fill(0);
+                codes.copy_from_slice(from);
+            }
+            let mut out = core::mem::take(blocks);
+            let filled = fit(&mut out, format.matrix_blocks(unit.rows, cols), Block::ZERO);
+            encode_grouped(format, unit.rows, cols, &self.buffers.codes, &quantized.scales, filled);
+            self.put(filled.as_bytes())?;
+            self.buffers.blocks = out;
+        }
+        report.error = Some(distance.relative());
         Ok(())
     }
 

@@ -233,7 +233,12 @@ impl Levels {
         let ((low, high), distance) = (format.range(), f32::from(format.distance()));
         Self { low: low.into(), distance, last: (f32::from(high) - f32::from(low)) / distance }
     }
+    /// The smallest.
+    pub const fn low(&self) -> f32 {
+        self.low
+    }
     /// The weight nearest to `x`, whose magnitude is below 2^22.
+    #[inline]
     pub fn nearest(&self, x: f32) -> f32 {
         self.low + self.distance * round((x - self.low) * (1.0 / self.distance)).clamp(0.0, self.last)
     }

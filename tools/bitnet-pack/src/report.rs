@@ -1,4 +1,5 @@
 //! What a person is told: while it runs, and at the end.
+use crate::calibrate::Adapted;
 use bitnet_kernel::Format;
 use bitnet_runtime::image::{Encoding, Image, Kind, Record, UNIT_ROWS};
 use bitnet_runtime::{Config, Limits, Plan};
@@ -205,6 +206,8 @@ pub struct Report {
     pub layers: Vec<LayerBits>,
     /// What a person should know.
     pub notes: Vec<String>,
+    /// The formats of linears, where they were chosen one by one.
+    pub adapted: Option<Adapted>,
 }
 
 /// `"731.5 MiB"`, and `"4096 B"` where that would show as next to nothing.
@@ -289,6 +292,9 @@ impl fmt::Display for Report {
         writeln!(f, "{} ({})", printable(&self.name), printable(&self.architecture))?;
         self.notes.iter().try_for_each(|note| writeln!(f, "  {}", printable(note)))?;
         table(f, &self.sections)?;
+        if let Some(adapted) = &self.adapted {
+            write!(f, "{adapted}")?;
+        }
         totals(f, self.image_bytes, &self.layers, &self.config, &self.limits)?;
         writeln!(
             f,

@@ -204,7 +204,7 @@ impl Layer {
     fn heads<T: Send>(
         &self,
         tokens: usize,
-        each: impl Fn(usize, usize) -> T + Sync,
+        each: impl Fn(usize, usize) -> T + Sync + Send,
         mut then: impl FnMut(usize, usize, T),
     ) {
         let kv_heads = self.config.kv_heads as usize;

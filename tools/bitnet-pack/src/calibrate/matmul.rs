@@ -3,9 +3,8 @@
 //! An element is the sum of its products in the order of the columns, in runs of [`RUN`] that are added one after another.
 //! Tiles and registers decide only which elements are computed together. The loops are written so that the compiler makes
 //! vectors of them, once for each width of register; nothing is contracted into fused multiply-adds.
-use core::sync::atomic::{AtomicUsize, Ordering};
 use pulp::Arch;
-use std::sync::mpsc;
+use rayon::iter::{IntoParallelIterator as _, ParallelIterator as _};
 
 /// Products that are summed in registers before they are added to the result.
 const RUN: usize = 256;
@@ -50,38 +49,10 @@ impl<'a> View<'a> {
     }
 }
 
-/// Threads that there are.
-fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// Calls `each` for `0..count` on all threads, and `then` with the results, in any order, on this one.
-pub(crate) fn parallel<T: Send>(count: usize, each: impl Fn(usize) -> T + Sync, then: impl FnMut(usize, T)) {
-    on_threads(threads(), count, each, then);
-}
-
-fn on_threads<T: Send>(threads: usize, count: usize, each: impl Fn(usize) -> T + Sync, mut then: impl FnMut(usize, T)) {
-    if threads.min(count) <= 1 {
-        (0..count).for_each(|i| then(i, each(i)));
-        return;
-    }
-    let next = AtomicUsize::new(0);
-    let (sender, receiver) = mpsc::channel();
-    std::thread::scope(|scope| {
-        for _ in 0..threads.min(count) {
-            let (sender, next, each) = (sender.clone(), &next, &each);
-            scope.spawn(move || {
-                loop {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    if i >= count || sender.send((i, each(i))).is_err() {
-                        break;
-                    }
-                }
-            });
-        }
-        drop(sender);
-        receiver.iter().for_each(|(i, result)| then(i, result));
-    });
+/// Calls `each` for `0..count` on all threads, then `then` with the results, in order, on this one.
+pub(crate) fn parallel<T: Send>(count: usize, each: impl Fn(usize) -> T + Sync + Send, mut then: impl FnMut(usize, T)) {
+    let results: Vec<T> = (0..count).into_par_iter().map(each).collect();
+    results.into_iter().enumerate().for_each(|(i, result)| then(i, result));
 }
 
 /// `a · b`, rows one after another, on all threads.
@@ -89,33 +60,53 @@ fn on_threads<T: Send>(threads: usize, count: usize, each: impl Fn(usize) -> T +
 /// # Panics
 /// If the shapes do not fit.
 pub fn product(a: View<'_>, b: View<'_>) -> Vec<f32> {
-    product_on(threads(), a, b)
+    let tiles = Tiles::new(a, b);
+    let mut c = vec![0.0; tiles.m * tiles.n];
+    parallel(tiles.count(), |i| tiles.compute(i), |i, tile| tiles.put(i, &tile, &mut c));
+    c
 }
 
 /// [`product`] on this thread.
 pub(crate) fn product_here(a: View<'_>, b: View<'_>) -> Vec<f32> {
-    product_on(1, a, b)
+    let tiles = Tiles::new(a, b);
+    let mut c = vec![0.0; tiles.m * tiles.n];
+    (0..tiles.count()).for_each(|i| tiles.put(i, &tiles.compute(i), &mut c));
+    c
 }
 
-fn product_on(threads: usize, a: View<'_>, b: View<'_>) -> Vec<f32> {
-    assert_eq!(a.cols, b.rows, "a product of {:?} and {:?}", a.shape(), b.shape());
-    let (m, n) = (a.rows, b.cols);
-    let mut c = vec![0.0; m * n];
-    let across = n.div_ceil(TILE.1);
-    let place = |i: usize| (i / across * TILE.0, i % across * TILE.1);
-    let arch = Arch::new();
-    let each = |i: usize| {
-        let (row, col) = place(i);
-        tile(arch, a, b, (row, TILE.0.min(m - row)), (col, TILE.1.min(n - col)))
-    };
-    on_threads(threads, m.div_ceil(TILE.0) * across, each, |i, tile: Vec<f32>| {
-        let (row, col) = place(i);
-        let width = TILE.1.min(n - col);
-        for (into, from) in c[row * n..].chunks_mut(n).zip(tile.chunks_exact(width)) {
+/// A product in pieces.
+struct Tiles<'a> {
+    arch: Arch,
+    a: View<'a>,
+    b: View<'a>,
+    m: usize,
+    n: usize,
+}
+
+impl<'a> Tiles<'a> {
+    fn new(a: View<'a>, b: View<'a>) -> Self {
+        assert_eq!(a.cols, b.rows, "a product of {:?} and {:?}", a.shape(), b.shape());
+        Self { arch: Arch::new(), a, b, m: a.rows, n: b.cols }
+    }
+    const fn count(&self) -> usize {
+        self.m.div_ceil(TILE.0) * self.n.div_ceil(TILE.1)
+    }
+    /// First row and column of a tile, and their numbers.
+    fn place(&self, i: usize) -> [(usize, usize); 2] {
+        let across = self.n.div_ceil(TILE.1);
+        let (row, col) = (i / across * TILE.0, i % across * TILE.1);
+        [(row, TILE.0.min(self.m - row)), (col, TILE.1.min(self.n - col))]
+    }
+    fn compute(&self, i: usize) -> Vec<f32> {
+        let [rows, cols] = self.place(i);
+        tile(self.arch, self.a, self.b, rows, cols)
+    }
+    fn put(&self, i: usize, tile: &[f32], c: &mut [f32]) {
+        let [(row, _), (col, width)] = self.place(i);
+        for (into, from) in c[row * self.n..].chunks_mut(self.n).zip(tile.chunks_exact(width)) {
             into[col..col + width].copy_from_slice(from);
         }
-    });
-    c
+    }
 }
 
 /// Rows `r.0..r.0 + r.1` and columns `c.0..c.0 + c.1` of the product.
@@ -217,9 +208,9 @@ mod tests {
             let (xt, yt) = (View::new(&x, m).t(), View::new(&y, k).t());
             for (a, b) in [(View::new(&x, k), View::new(&y, n)), (xt, yt), (View::new(&x, k), yt)] {
                 let expected = plain(a, b);
-                for threads in [1, 3] {
-                    assert_eq!(product_on(threads, a, b), expected, "{m}x{n}x{k} on {threads}");
-                }
+                assert_eq!(product_here(a, b), expected, "{m}x{n}x{k} on one thread");
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+                assert_eq!(pool.install(|| product(a, b)), expected, "{m}x{n}x{k} on three");
                 assert_eq!(tile_of::<6, 16>(a, b, (0, m), (0, n)), expected, "{m}x{n}x{k} in other registers");
             }
         }

@@ -188,7 +188,9 @@ impl<'a> Reference<'a> {
                 out.iter_mut().zip(codes).for_each(|(v, code)| *v = f32::from(code) * rule.multiplier);
             }
             Source::Packed(tensor, multiplier) => self.packed(tensor, *multiplier, (first, rows), &mut out)?,
-            Source::Index | Source::Values(_) | Source::Vector(_) => unreachable!("{linear} is a matrix"),
+            Source::Index | Source::Values(_) | Source::Vector(_) => {
+                unreachable!("{linear} is a matrix")
+            }
         }
         Ok(out)
     }

@@ -99,6 +99,7 @@ pub fn bind(
         let kept = match encoding {
             Encoding::Matrix(format)
                 if options.layout == Layouts::Auto
+                    && !(options.adaptive.is_some() && matches!(source, Source::Rows(_)))
                     && section.kind.is_linear()
                     && section.kind.linear_kind() == section.kind =>
             {
@@ -119,12 +120,9 @@ pub fn bind(
         bound = indexed(&table.config, bound);
         binder.notes.push(format!("{compacted} linears have rows or columns of zeros, which are left out"));
     }
-    table.config.formats = bound.iter().filter(|b| b.section.kind.is_linear()).fold(0, |set, b| match b.encoding {
-        Encoding::Matrix(format) => set | 1 << format as u8,
-        _ => set,
-    });
+    table.config.formats = formats(&bound);
     let dense = bound.iter().filter(|b| b.section.kind.is_linear() && matches!(b.source, Source::Rows(_))).count();
-    if dense > 0 {
+    if dense > 0 && options.adaptive.is_none() {
         binder.notes.push(format!("{dense} linears are not ternary and become {}", options.dense.name()));
     }
     table.notes.append(&mut binder.notes);
@@ -146,6 +144,14 @@ fn indexed(config: &Config, bound: Vec<Bound>) -> Vec<Bound> {
         indexed.push(bound);
     }
     indexed
+}
+
+/// The union of the linears' formats ([`bitnet_runtime::Config::formats`]).
+pub(crate) fn formats(bound: &[Bound]) -> u16 {
+    bound.iter().filter(|b| b.section.kind.is_linear()).fold(0, |set, b| match b.encoding {
+        Encoding::Matrix(format) => set | 1 << format as u8,
+        _ => set,
+    })
 }
 
 /// A section as the checkpoint has it: an image may store a matrix by its columns.
