@@ -86,6 +86,14 @@ impl Kernels for Bw {
         // SAFETY: as above.
         unsafe { float::squared_relu(gate, up, out) }
     }
+    fn convolve(&self, past: &mut [f32], taps: &[f32], x: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { float::convolve(past, taps, x) }
+    }
+    fn delta_rule(&self, state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, beta: f32, value: f32) -> f32 {
+        // SAFETY: as above.
+        unsafe { float::delta_rule(state, key, query, alpha, beta, value) }
+    }
     fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
         // SAFETY: `self` exists, so the CPU has these features.
         unsafe { float::attend(q, keys, values, scale, out) }

@@ -119,6 +119,18 @@ pub(crate) fn squared_relu(gate: &[f32], up: &[f32], out: &mut [f32]) {
     float::squared_relu(gate, up, out);
 }
 
+/// See [`bitnet_kernel::Kernels::convolve`].
+#[target_feature(enable = "avx2,f16c")]
+pub(crate) fn convolve(past: &mut [f32], taps: &[f32], x: &mut [f32]) {
+    float::convolve(past, taps, x);
+}
+
+/// See [`bitnet_kernel::Kernels::delta_rule`].
+#[target_feature(enable = "avx2,f16c")]
+pub(crate) fn delta_rule(state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, beta: f32, value: f32) -> f32 {
+    float::delta_rule(state, key, query, alpha, beta, value)
+}
+
 /// See [`bitnet_kernel::Kernels::attend`].
 #[target_feature(enable = "avx2,f16c")]
 pub(crate) fn attend(q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {

@@ -44,8 +44,10 @@ pub struct Session<'m> {
     model: Model<'m>,
     state: State<'m>,
     sampler: Sampler<'m>,
-    /// The tokens whose keys and values the state holds.
+    /// The tokens that the state has read, but for the first `dropped` of them.
     history: Vec<u32>,
+    /// Where conversations have no end, the oldest tokens are not kept for ever.
+    dropped: usize,
     /// The last token given out, if the model has not read it yet.
     pending: Option<u32>,
     /// Guesses, if wanted. The state then holds those of the last pass too, after the history's.
@@ -60,13 +62,16 @@ impl<'m> Session<'m> {
     pub fn new(model: Model<'m>, state: State<'m>, sampler: Sampler<'m>) -> Self {
         assert_eq!(state.position(), 0, "a session starts with an empty conversation");
         let history = Vec::with_capacity(model.limits().context as usize);
-        Self { model, state, sampler, history, pending: None, lookup: None }
+        Self { model, state, sampler, history, dropped: 0, pending: None, lookup: None }
     }
     /// Has generations guess tokens from what followed the same tokens before, and read several in one pass: the same tokens and
     /// the same end, in less time where a text repeats itself. Passes have at most 8 tokens and no more than the model's batch.
+    ///
+    /// A model with a memory gains nothing and goes on as without: a guess that was wrong cannot be taken out of a memory.
     #[must_use]
     pub fn with_lookup(self) -> Self {
-        Self { lookup: Some(Lookup::new()), ..self }
+        let lookup = self.model.config().memory.is_none().then(Lookup::new);
+        Self { lookup, ..self }
     }
     /// What look-up has done, if it is in use.
     pub fn lookup(&self) -> Option<Stats> {
@@ -76,32 +81,38 @@ impl<'m> Session<'m> {
     pub const fn model(&self) -> &Model<'m> {
         &self.model
     }
-    /// The tokens read so far.
+    /// The tokens read so far: where conversations have no end the last of them, at most the model's context.
     pub fn history(&self) -> &[u32] {
         &self.history
     }
 
-    /// Makes the conversation be `tokens`: what it has in common with the one before is kept, the rest is read. Returns how
-    /// many tokens were read.
+    /// Makes the conversation be `tokens`: what it has in common with the one before is kept as far as [`State::rewind`] can, the
+    /// rest is read. Returns how many tokens were read.
     ///
     /// # Errors
-    /// As [`Model::prefill`]; the conversation is then the part in common.
+    /// As [`Model::prefill`]; the conversation is then the part that was kept, or empty if it cannot be that.
     ///
     /// # Panics
     /// If there is no token.
     pub fn prompt(&mut self, tokens: &[u32]) -> Result<usize, Error> {
         assert!(!tokens.is_empty(), "a prompt has at least one token");
-        let common = self.history.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        let known = if self.dropped == 0 { &self.history[..] } else { &[] };
+        let common = known.iter().zip(tokens).take_while(|(a, b)| a == b).count();
         // The last token is always read: its logits choose the next.
         let common = common.min(tokens.len() - 1);
         self.pending = None;
         if let Some(lookup) = &mut self.lookup {
             lookup.forget();
         }
-        self.state.truncate(common);
+        let common = self.state.rewind(common);
         self.history.truncate(common);
-        self.model.prefill_for(&mut self.state, &tokens[common..], self.sampler.need())?;
-        self.history.extend_from_slice(&tokens[common..]);
+        self.dropped = 0;
+        let read = self.model.prefill_for(&mut self.state, &tokens[common..], self.sampler.need()).map(drop);
+        self.history.truncate(self.state.position());
+        read?;
+        for &token in &tokens[common..] {
+            self.remember(token);
+        }
         Ok(tokens.len() - common)
     }
 
@@ -129,11 +140,12 @@ impl<'m> Session<'m> {
                 break Finish::Length;
             }
             if let Some(token) = self.pending {
-                if self.history.len() == self.model.limits().context as usize {
+                let read = self.dropped + self.history.len();
+                if self.state.remaining() + self.state.position() == read {
                     break Finish::Context;
                 }
                 self.read(token, until.max_tokens - produced, until.stop_ids)?;
-                self.history.push(token);
+                self.remember(token);
                 self.pending = None;
             }
             let token = self.sampler.sample(self.model.logits(), &self.history);
@@ -167,16 +179,27 @@ impl<'m> Session<'m> {
         Ok(finish)
     }
 
+    /// Adds a token that was read. A conversation longer than the model's context has no end, and then the older half goes.
+    fn remember(&mut self, token: u32) {
+        let most = self.model.limits().context as usize;
+        if self.history.len() == most {
+            let half = most.div_ceil(2);
+            self.history.drain(..half);
+            self.dropped += half;
+        }
+        self.history.push(token);
+    }
+
     /// Reads the next token of the conversation: the model's logits are then those after it. `left` tokens, at least one, and
     /// none of `stops` will be asked for.
     fn read(&mut self, token: u32, left: usize, stops: &[u32]) -> Result<(), Error> {
-        let (read, need) = (self.history.len(), self.sampler.need());
+        let (read, need) = (self.dropped + self.history.len(), self.sampler.need());
         if let Some(lookup) = &mut self.lookup {
             let place = match lookup.accept(token) {
                 Some(place) => Ok(place),
                 None => {
-                    self.state.truncate(read);
-                    let most = Lookup::most(self.model.limits(), read).min(left);
+                    self.state.rewind(read);
+                    let most = Lookup::most(self.model.limits(), self.state.remaining()).min(left);
                     let pass = lookup.propose(&self.history, token, most, stops);
                     self.model.read(&mut self.state, pass).map(|()| 0)
                 }
@@ -186,7 +209,7 @@ impl<'m> Session<'m> {
             }
             // A guess can fail where the token does not: what counts is the token alone.
             lookup.forget();
-            self.state.truncate(read);
+            self.state.rewind(read);
         }
         self.model.step_for(&mut self.state, token, need).map(drop)
     }

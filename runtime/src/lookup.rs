@@ -115,9 +115,9 @@ impl Lookup {
         &self.pass[..self.len]
     }
 
-    /// Most tokens of a pass within the limits of a model and a conversation that has `history` tokens.
-    pub(crate) fn most(limits: &Limits, history: usize) -> usize {
-        PASS_MAX.min(limits.batch as usize).min(limits.context as usize - history)
+    /// Most tokens of a pass within the limits of a model, of which the conversation has room for `remaining`.
+    pub(crate) fn most(limits: &Limits, remaining: usize) -> usize {
+        PASS_MAX.min(limits.batch as usize).min(remaining)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The memory plan: every size follows from [`Config`] and [`Limits`], before anything runs.
 use crate::error::Error;
-use crate::model::Config;
+use crate::model::{Config, Memory};
 use bitnet_kernel::{Block, Format};
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, IntoBytes};
@@ -79,15 +79,21 @@ impl Plan {
         let (batch, hidden, widest) = (limits.batch as usize, c.hidden as usize, c.widest() as usize);
         let scratch = Sizes::new(c);
         Self {
-            state: 2 * (kv_blocks(c, limits) + blocks::<f32>(kv_scales(c, limits))),
+            state: 2 * (kv_blocks(c, limits) + blocks::<f32>(kv_scales(c, limits))) + 2 * memory_blocks(c),
             scratch: blocks::<f32>(batch * hidden)
                 + blocks::<f32>(batch * widest)
                 + if c.linear_norm_eps.is_some() { blocks::<f32>(widest) } else { 0 }
                 + blocks::<i8>(batch * scratch.quantized)
                 + if c.sparse { blocks::<i8>(batch * scratch.quantized) } else { 0 }
                 + batch * scratch.tables
-                + 2 * blocks::<f32>(batch * scratch.projected)
-                + blocks::<f32>(batch * c.head_dim as usize)
+                + blocks::<f32>(batch * scratch.projected)
+                + blocks::<f32>(scratch.units(batch))
+                + blocks::<f32>(scratch.rotations(batch) * c.head_dim as usize)
+                + blocks::<f32>(scratch.seen)
+                + match c.memory {
+                    Some(memory) => blocks::<f32>(memory.value as usize),
+                    None => 0,
+                }
                 + blocks::<f32>(coarse_len(c))
                 + blocks::<f32>(padded_rows(c.vocab as usize)),
             sampler: sampler_blocks(c.vocab),
@@ -110,8 +116,13 @@ pub(crate) struct Sizes {
     pub quantized: usize,
     /// Blocks of tables of one token.
     pub tables: usize,
-    /// Results of one token of the linears that share an input.
+    /// Results of one token of the linears that share an input, and beside attention's of the memory.
     pub projected: usize,
+    /// What one query sees through a window, of all heads.
+    pub seen: usize,
+    /// Positions in the window, or 0.
+    span: usize,
+    memory: Option<Memory>,
 }
 
 impl Sizes {
@@ -126,9 +137,66 @@ impl Sizes {
             }
             i += 1;
         }
-        let attention = padded_rows(c.query_width() as usize) + 2 * padded_rows(c.kv_width() as usize);
+        let attention = attention_width(c) + memory_width(c);
         let projected = max(attention, max(2 * padded_rows(c.ffn as usize), padded_rows(c.hidden as usize)));
-        Self { quantized: quantized.next_multiple_of(Block::BYTES), tables, projected }
+        let (span, group) = match c.window {
+            Some(window) => (window.span() as usize, (c.heads / c.kv_heads) as usize),
+            None => (0, 0),
+        };
+        let seen = c.kv_heads as usize * seen_len(span, group, c.head_dim as usize);
+        let quantized = quantized.next_multiple_of(Block::BYTES);
+        Self { quantized, tables, projected, seen, span, memory: c.memory }
+    }
+    /// Results in the order in which threads write them: those of linears of a batch, or the rows of a memory's state, each
+    /// with a result a token.
+    pub(crate) const fn units(&self, batch: usize) -> usize {
+        let linears = batch * self.projected;
+        match self.memory {
+            Some(memory) => max(linears, memory.values() as usize * (memory.key as usize + batch)),
+            None => linears,
+        }
+    }
+    /// Positions whose angles are kept.
+    pub(crate) const fn rotations(&self, batch: usize) -> usize {
+        if self.span > 0 { self.span } else { batch }
+    }
+}
+
+/// Keys and values that one key head's queries see, `span` of either, and what `group` queries make of them.
+pub(crate) const fn seen_len(span: usize, group: usize, head_dim: usize) -> usize {
+    (2 * span + group) * head_dim
+}
+
+/// Results of one token of query, key and value, each padded to whole units.
+pub(crate) const fn attention_width(c: &Config) -> usize {
+    padded_rows(c.query_width() as usize) + 2 * padded_rows(c.kv_width() as usize)
+}
+
+/// What the memory has beside them: what its first linears made and then, in the same place, its results.
+pub(crate) const fn memory_width(c: &Config) -> usize {
+    match c.memory {
+        Some(m) => {
+            let taken = padded_rows((m.channels() + m.values()) as usize) + padded_rows(2 * m.heads as usize);
+            max(taken, padded_rows(c.query_width() as usize))
+        }
+        None => 0,
+    }
+}
+
+/// Blocks of one copy of what the memory keeps.
+pub(crate) const fn memory_blocks(c: &Config) -> usize {
+    match c.memory {
+        Some(memory) => blocks::<f32>(c.layers as usize * (memory.matrices_len() + memory.past_len())),
+        None => 0,
+    }
+}
+
+/// Positions whose keys and values are kept. Those of a window lie in a ring after the sinks, which has a batch less one more than
+/// the window: what a batch's first token sees its last one must not overwrite.
+pub(crate) const fn kv_positions(c: &Config, limits: &Limits) -> usize {
+    match c.window {
+        Some(window) => (window.span() + limits.batch - 1) as usize,
+        None => limits.context as usize,
     }
 }
 
@@ -152,7 +220,7 @@ pub(crate) const fn padded_rows(rows: usize) -> usize {
 
 /// Blocks of one layer's keys (or values) of one head.
 pub(crate) const fn kv_head_blocks(c: &Config, limits: &Limits) -> usize {
-    (limits.context as usize * c.head_dim as usize * limits.kv.bytes()).div_ceil(Block::BYTES)
+    (kv_positions(c, limits) * c.head_dim as usize * limits.kv.bytes()).div_ceil(Block::BYTES)
 }
 
 /// Blocks of all keys (or values).
@@ -163,7 +231,7 @@ pub(crate) const fn kv_blocks(c: &Config, limits: &Limits) -> usize {
 /// Scales of all keys (or values).
 pub(crate) const fn kv_scales(c: &Config, limits: &Limits) -> usize {
     match limits.kv {
-        KvFormat::I8 => c.layers as usize * c.kv_heads as usize * limits.context as usize,
+        KvFormat::I8 => c.layers as usize * c.kv_heads as usize * kv_positions(c, limits),
         KvFormat::F32 | KvFormat::F16 => 0,
     }
 }

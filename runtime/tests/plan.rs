@@ -2,7 +2,7 @@
 use bitnet_kernel::{Block, Format};
 use bitnet_runtime::error::ImageError;
 use bitnet_runtime::memory::KvFormat;
-use bitnet_runtime::model::{Activation, Rope};
+use bitnet_runtime::model::{Activation, Quantizers, Rope};
 use bitnet_runtime::{Config, Limits, Plan};
 
 const CONFIG: Config = Config {
@@ -22,6 +22,9 @@ const CONFIG: Config = Config {
     linear_norm_eps: None,
     live_ffn: false,
     sparse: false,
+    window: None,
+    memory: None,
+    quantizers: Quantizers::INT8,
     tied: true,
     split_head: false,
     formats: 1 << Format::TL as u8,

@@ -6,7 +6,7 @@ use bitnet_runtime::error::SourceError;
 use bitnet_runtime::generate::{Event, Finish, Session, Until};
 use bitnet_runtime::image::Kind;
 use bitnet_runtime::memory::KvFormat;
-use bitnet_runtime::model::{Activation, Rope};
+use bitnet_runtime::model::{Activation, Quantizers, Rope};
 use bitnet_runtime::parallel::Serial;
 use bitnet_runtime::sampler::Sampling;
 use bitnet_runtime::source::{BlockDevice, Mapped, Streamed};
@@ -224,7 +224,7 @@ fn an_error_leaves_the_state_as_it_was() {
         let error = model.prefill(state, &[3, 4, 512]).unwrap_err();
         assert_eq!(error, Error::Token { token: 512, vocab: 512 });
         assert_eq!(state.position(), position);
-        state.truncate(position - 1);
+        state.rewind(position - 1);
         let again = model.step(state, tokens[position - 1]).unwrap();
         assert_eq!(again, before);
     });
@@ -264,7 +264,7 @@ fn a_failing_device_leaves_the_state_as_it_was() {
         assert_eq!(pass(Some(left), &mut state).unwrap_err(), Error::Source(SourceError::Device), "{left}");
         assert_eq!(state.position(), 0);
         assert_eq!(pass(None, &mut state).unwrap(), expected, "{left}");
-        state.truncate(0);
+        state.rewind(0);
     }
 }
 
@@ -416,6 +416,9 @@ fn odd_shapes_give_one_result_in_every_way() {
         linear_norm_eps: Some(1e-6),
         live_ffn: false,
         sparse: false,
+        window: None,
+        memory: None,
+        quantizers: Quantizers::INT8,
         tied: false,
         split_head: false,
         formats: 0,

@@ -148,6 +148,7 @@ pub fn check_up_to(k: &dyn Kernels, memory: &mut Workspace, weights: usize) -> R
         check_matvec_f16(k, rows, cols, memory)?;
         check_quantize(k, cols, memory)?;
         check_elementwise(k, cols.min(ELEMENTS_MAX), memory)?;
+        check_recurrence(k, cols.min(RECURRENCE_MAX), memory)?;
     }
     check_attend(k, memory)
 }
@@ -418,6 +419,39 @@ fn check_elementwise(k: &dyn Kernels, n: usize, memory: &mut Workspace) -> Resul
     k.rmsnorm(work, up, 1e-5);
     compare(k, "rmsnorm", None, n, &want[..n], work)
 }
+
+/// What a memory does with a token, `n` channels or keys wide. Twice, so that what is kept counts.
+fn check_recurrence(k: &dyn Kernels, n: usize, memory: &mut Workspace) -> Result<(), Difference> {
+    let mut rng = Rng(n as u32 | 1);
+    memory.floats[..8 * n].fill_with(|| rng.float());
+    let (taps, x) = memory.floats[..8 * n].split_at(4 * n);
+    let mut past = [[0.0; 3 * RECURRENCE_MAX]; 2];
+    let mut state = [[0.0; RECURRENCE_MAX]; 2];
+    for x in x.chunks_exact(2 * n) {
+        let mut out = [[0.0; RECURRENCE_MAX]; 2];
+        out.iter_mut().for_each(|out| out[..n].copy_from_slice(&x[..n]));
+        let [(want, past_want), (got, past_got)] = {
+            let [a, b] = &mut out;
+            let [c, d] = &mut past;
+            [(&mut a[..n], &mut c[..3 * n]), (&mut b[..n], &mut d[..3 * n])]
+        };
+        float::convolve(past_want, taps, want);
+        k.convolve(past_got, taps, got);
+        compare(k, "convolve", None, n, want, got)?;
+        compare(k, "convolve", None, n, past_want, past_got)?;
+        let [want, got] = &mut state;
+        let recalled = [
+            float::delta_rule(&mut want[..n], &x[..n], &x[n..], 0.9, 0.4, 0.7),
+            k.delta_rule(&mut got[..n], &x[..n], &x[n..], 0.9, 0.4, 0.7),
+        ];
+        compare(k, "delta_rule", None, n, &want[..n], &got[..n])?;
+        compare(k, "delta_rule", None, n, &recalled[..1], &recalled[1..])?;
+    }
+    Ok(())
+}
+
+/// Channels of the widest [`check_recurrence`].
+const RECURRENCE_MAX: usize = 100;
 
 fn check_attend(k: &dyn Kernels, memory: &mut Workspace) -> Result<(), Difference> {
     let mut rng = Rng(77);

@@ -8,11 +8,13 @@
 mod attend;
 mod elementwise;
 mod exp;
+mod recurrence;
 mod vectors;
 
 pub use attend::{Cache, attend};
 pub use elementwise::{rmsnorm, silu, squared_relu};
 pub use exp::exp;
+pub use recurrence::{TAPS, convolve, delta_rule};
 pub use vectors::{Arrays, Vectors};
 
 use crate::{Block, Format, Matrix};
@@ -163,4 +165,52 @@ pub fn quantize(x: &[f32], q: &mut [i8]) -> Option<f32> {
     }
     padding.fill(0);
     Some(s)
+}
+
+/// [`quantize`] to four bits by the mean magnitude: `q = clamp(round_half_even(x · s), -8, 7)`, `s = √7 / max(mean|x|, 1e-5)`
+/// (BitNet a4.8, arXiv:2411.04965, eq. 3). That the largest values are cut off is intended.
+///
+/// # Panics
+/// If `q` is shorter than `x`.
+#[inline(always)]
+pub fn quantize_int4(x: &[f32], q: &mut [i8]) -> Option<f32> {
+    const SQRT_7: f32 = 2.645_751_3;
+    let (q, padding) = q.split_at_mut(x.len());
+    let mean = sum_of(x.len(), |i| x[i].abs()) / x.len() as f32;
+    if !mean.is_finite() {
+        return None;
+    }
+    let s = SQRT_7 / mean.max(1e-5);
+    for (q, x) in q.iter_mut().zip(x) {
+        *q = libm::rintf((x * s).clamp(-8.0, 7.0)) as i8;
+    }
+    padding.fill(0);
+    Some(s)
+}
+
+/// Zeros all but the half of `q` that is largest by magnitude in `x`, of equal magnitudes the first (BitNet a4.8, eq. 4).
+///
+/// The magnitude that the half ends with is found by its bits, from the highest down: 31 times through `x`, and no memory.
+#[inline(always)]
+pub fn keep_largest_half(x: &[f32], q: &mut [i8]) {
+    let magnitude = |x: &f32| x.to_bits() & !0x8000_0000;
+    let keep = x.len().div_ceil(2);
+    // The largest bits that at least `keep` magnitudes reach.
+    let mut least = 0_u32;
+    for bit in (0..31).rev() {
+        let higher = least | 1 << bit;
+        if x.iter().filter(|x| magnitude(x) >= higher).count() >= keep {
+            least = higher;
+        }
+    }
+    let above = x.iter().filter(|x| magnitude(x) > least).count();
+    let mut equal = keep - above;
+    for (x, q) in x.iter().zip(q) {
+        let magnitude = magnitude(x);
+        if magnitude < least || (magnitude == least && equal == 0) {
+            *q = 0;
+        } else if magnitude == least {
+            equal -= 1;
+        }
+    }
 }

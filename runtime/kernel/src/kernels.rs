@@ -146,6 +146,16 @@ pub trait Kernels: Sync + core::fmt::Debug {
         float::squared_relu(gate, up, out);
     }
 
+    /// The short convolution before a memory, of one token. See [`float::convolve`].
+    fn convolve(&self, past: &mut [f32], taps: &[f32], x: &mut [f32]) {
+        float::convolve(past, taps, x);
+    }
+
+    /// One row of a memory's state. See [`float::delta_rule`].
+    fn delta_rule(&self, state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, beta: f32, value: f32) -> f32 {
+        float::delta_rule(state, key, query, alpha, beta, value)
+    }
+
     /// One head's attention over a cache: `out = softmax(scale · K q)ᵀ V`. See [`float::attend`].
     ///
     /// # Panics

@@ -429,3 +429,85 @@ fn attention_survives_large_scores() {
 fn attention_over_nothing_is_refused() {
     float::attend(Arrays, &[1.0], Cache::F32(&[]), Cache::F32(&[]), 1.0, &mut [0.0]);
 }
+
+/// Four steps of a short convolution, against the sum over what was put in.
+#[test]
+fn a_convolution_remembers_three_inputs() {
+    let mut lcg = Lcg(31);
+    for n in [1, 7, 16, 40] {
+        let taps = vector(4 * n, &mut lcg);
+        let inputs: Vec<Vec<f32>> = (0..6).map(|_| vector(n, &mut lcg)).collect();
+        let mut past = vec![0.0; 3 * n];
+        for t in 0..inputs.len() {
+            let mut x = inputs[t].clone();
+            float::convolve(&mut past, &taps, &mut x);
+            for (i, got) in x.iter().enumerate() {
+                let y: f64 =
+                    (0..4.min(t + 1)).map(|j| f64::from(taps[(3 - j) * n + i]) * f64::from(inputs[t - j][i])).sum();
+                let want = y / (1.0 + (-y).exp());
+                assert!((f64::from(*got) - want).abs() <= 1e-6, "{got} is not {want}");
+            }
+        }
+    }
+}
+
+/// Rows of a state, against the matrix equation in f64: `S = alpha (I - beta k kᵀ) S + beta k vᵀ`, `o = Sᵀ q`.
+#[test]
+fn the_delta_rule_is_its_matrix_equation() {
+    let mut lcg = Lcg(41);
+    for (keys, values) in [(5, 3), (16, 8), (64, 4)] {
+        let mut rows = vec![vec![0.0f32; keys]; values];
+        let mut matrix = vec![vec![0.0f64; values]; keys];
+        for _ in 0..20 {
+            let (key, query, value) = (vector(keys, &mut lcg), vector(keys, &mut lcg), vector(values, &mut lcg));
+            let scale = 1.0 / key.iter().map(|k| k * k).sum::<f32>().sqrt();
+            let key: Vec<f32> = key.iter().map(|k| k * scale).collect();
+            let (alpha, beta) = (0.5 + 0.5 * uniform(&mut lcg).abs(), uniform(&mut lcg).abs());
+            let [a, b] = [alpha, beta].map(f64::from);
+            for j in 0..values {
+                let recalled: f64 = (0..keys).map(|i| f64::from(key[i]) * matrix[i][j]).sum();
+                for i in 0..keys {
+                    let k = f64::from(key[i]);
+                    matrix[i][j] = a * (matrix[i][j] - b * k * recalled) + b * k * f64::from(value[j]);
+                }
+                let got = float::delta_rule(&mut rows[j], &key, &query, alpha, beta, value[j]);
+                let want: f64 = (0..keys).map(|i| matrix[i][j] * f64::from(query[i])).sum();
+                assert!((f64::from(got) - want).abs() <= 1e-5, "{got} is not {want}");
+            }
+        }
+    }
+}
+
+proptest! {
+    /// Four bits: each code is the nearest of -8 to 7, and the mean magnitude becomes the square root of seven.
+    #[test]
+    fn four_bits_are_nearest(x in prop::collection::vec(-1e3f32..1e3, 1..200)) {
+        let mut q = vec![1; x.len() + 3];
+        let s = float::quantize_int4(&x, &mut q).unwrap();
+        let mean = x.iter().map(|x| f64::from(x.abs())).sum::<f64>() / x.len() as f64;
+        prop_assert!((f64::from(s) * mean.max(1e-5) - 7f64.sqrt()).abs() < 1e-4);
+        for (x, q) in x.iter().zip(&q) {
+            prop_assert_eq!(f32::from(*q), (x * s).round_ties_even().clamp(-8.0, 7.0));
+        }
+        prop_assert_eq!(&q[x.len()..], &[0; 3]);
+    }
+
+    /// The half that is kept is that of a stable sort by magnitude. Few values, so that many are equal.
+    #[test]
+    fn the_largest_half_is_that_of_a_stable_sort(x in prop::collection::vec(-6i8..6, 1..120)) {
+        let floats: Vec<f32> = x.iter().map(|&x| f32::from(x) / 4.0).collect();
+        let mut order: Vec<usize> = (0..x.len()).collect();
+        order.sort_by_key(|&i| core::cmp::Reverse(x[i].abs()));
+        let mut want = vec![0; x.len()];
+        order[..x.len().div_ceil(2)].iter().for_each(|&i| want[i] = x[i]);
+        let mut got = x.clone();
+        float::keep_largest_half(&floats, &mut got);
+        prop_assert_eq!(got, want);
+    }
+}
+
+#[test]
+fn four_bits_need_finite_numbers() {
+    assert_eq!(float::quantize_int4(&[1.0, f32::NAN], &mut [0; 2]), None);
+    assert_eq!(float::quantize_int4(&[f32::MAX, f32::MAX], &mut [0; 2]), None, "a mean beyond the range of f32");
+}

@@ -1,6 +1,6 @@
 //! Sections: which there are, what they hold, and where.
 use super::kept::mask_blocks;
-use crate::model::Config;
+use crate::model::{Config, Memory};
 use crate::source::Extent;
 use bitnet_kernel::{Block, Format};
 use zerocopy::little_endian::{F32, U16, U32, U64};
@@ -74,6 +74,19 @@ pub enum Kind {
     QueryNorm = 48,
     /// `[head_dim]`, one for all key heads.
     KeyNorm = 49,
+    /// The rows of all queries, keys, values and output gates of [`Config::memory`].
+    MemoryInput = 56,
+    /// Its rows of what decides how much is kept, one a head, then of what decides how much is written.
+    MemoryGates = 57,
+    /// `[4][channels]`: the short convolution of queries, keys and values.
+    MemoryTaps = 58,
+    /// For each head: the logarithm of a rate, what is added to the first gate, what is added to the second; `[3][heads]`.
+    MemoryDecay = 59,
+    /// `[value]`, one for all heads.
+    MemoryNorm = 60,
+    MemoryOutput = 61,
+    /// `[query width]`: how much of it is added to each of attention's results.
+    MemoryShare = 62,
     FinalNorm = 64,
     /// `[vocab, hidden]`; the high plane if [`Config::split_head`].
     Head = 65,
@@ -125,6 +138,13 @@ impl Kind {
             Self::DownInputNorm => "down_input_norm",
             Self::QueryNorm => "query_norm",
             Self::KeyNorm => "key_norm",
+            Self::MemoryInput => "memory_input",
+            Self::MemoryGates => "memory_gates",
+            Self::MemoryTaps => "memory_taps",
+            Self::MemoryDecay => "memory_decay",
+            Self::MemoryNorm => "memory_norm",
+            Self::MemoryOutput => "memory_output",
+            Self::MemoryShare => "memory_share",
             Self::FinalNorm => "final_norm",
             Self::Head => "head",
             Self::HeadColumns => "head_columns",
@@ -140,7 +160,7 @@ impl Kind {
             Self::DownIndex => "down_index",
         }
     }
-    /// The kind of the norm that this linear applies to its input.
+    /// The kind of the norm that this linear may apply to its input; any other kind is itself.
     pub const fn input_norm(self) -> Self {
         match self.linear_kind() {
             Self::Query => Self::QueryInputNorm,
@@ -149,10 +169,11 @@ impl Kind {
             Self::Output => Self::OutputInputNorm,
             Self::Gate => Self::GateInputNorm,
             Self::Up => Self::UpInputNorm,
-            _ => Self::DownInputNorm,
+            Self::Down => Self::DownInputNorm,
+            kind => kind,
         }
     }
-    /// The kind of the index of this linear, in models that have such.
+    /// The kind of the index of this linear, in models that have such; any other kind is itself, those of a memory included.
     pub const fn index(self) -> Self {
         match self.linear_kind() {
             Self::Query => Self::QueryIndex,
@@ -161,7 +182,8 @@ impl Kind {
             Self::Output => Self::OutputIndex,
             Self::Gate => Self::GateIndex,
             Self::Up => Self::UpIndex,
-            _ => Self::DownIndex,
+            Self::Down => Self::DownIndex,
+            kind => kind,
         }
     }
     /// Whether it says how a linear is laid out.
@@ -181,7 +203,16 @@ impl Kind {
     pub const fn is_linear(self) -> bool {
         matches!(
             self.linear_kind(),
-            Self::Query | Self::Key | Self::Value | Self::Output | Self::Gate | Self::Up | Self::Down
+            Self::Query
+                | Self::Key
+                | Self::Value
+                | Self::Output
+                | Self::Gate
+                | Self::Up
+                | Self::Down
+                | Self::MemoryInput
+                | Self::MemoryGates
+                | Self::MemoryOutput
         )
     }
     /// Which linear this is, however it is stored; any other kind is itself.
@@ -323,6 +354,8 @@ fn layer_sections(c: &Config, layer: u32) -> impl Iterator<Item = Section> + use
     let linear = |kind, rows, cols| (true, kind, rows, cols);
     let index = |linear: Kind, rows, cols| (c.sparse, linear.index(), rows, cols);
     let ffn_index = |linear: Kind, rows, cols| (c.sparse && !c.live_ffn, linear.index(), rows, cols);
+    let m = c.memory.unwrap_or(Memory { heads: 0, key: 0, value: 0 });
+    let memory = |kind, rows, cols| (c.memory.is_some(), kind, rows, cols);
     [
         norm(Kind::AttentionNorm, hidden),
         input_norm(Kind::Query, hidden),
@@ -334,8 +367,15 @@ fn layer_sections(c: &Config, layer: u32) -> impl Iterator<Item = Section> + use
         input_norm(Kind::Value, hidden),
         index(Kind::Value, kv, hidden),
         linear(Kind::Value, kv, hidden),
+        memory(Kind::MemoryInput, m.channels() + m.values(), hidden),
+        memory(Kind::MemoryGates, 2 * m.heads, hidden),
         head_norm(Kind::QueryNorm),
         head_norm(Kind::KeyNorm),
+        memory(Kind::MemoryTaps, 1, bitnet_kernel::float::TAPS as u32 * m.channels()),
+        memory(Kind::MemoryDecay, 1, 3 * m.heads),
+        memory(Kind::MemoryNorm, 1, m.value),
+        memory(Kind::MemoryOutput, query, m.values()),
+        memory(Kind::MemoryShare, 1, query),
         sub_norm(Kind::AttentionSubNorm, query),
         input_norm(Kind::Output, query),
         index(Kind::Output, hidden, query),

@@ -39,6 +39,12 @@ pub struct Config {
     /// Whether every linear has an index, which says whether its rows and columns of zeros are left out (see
     /// [`crate::image::kept`]).
     pub sparse: bool,
+    /// What attention sees, if not everything.
+    pub window: Option<Window>,
+    /// The memory beside attention, if there is one.
+    pub memory: Option<Memory>,
+    /// How the inputs of linears are quantized.
+    pub quantizers: Quantizers,
     /// Whether the head's matrix is the embedding too.
     pub tied: bool,
     /// Whether the head is in two planes, of which the second is read for some rows only (see [`crate::image::split`]).
@@ -65,6 +71,93 @@ pub enum Rope {
     Interleaved,
 }
 
+/// Attention to the first positions of a conversation and to the last ones (StreamingLLM, arXiv:2309.17453).
+///
+/// Keys are kept as they are before rotation, and positions count within what is seen: no distance grows with the length of a
+/// conversation, which has no end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    /// The last positions, a query's own included.
+    pub positions: u32,
+    /// The first positions, which are never forgotten.
+    pub sinks: u32,
+}
+
+impl Window {
+    /// The most positions that a query sees.
+    pub const fn span(&self) -> u32 {
+        self.positions + self.sinks
+    }
+}
+
+/// A state of fixed size that takes part in every token (BitRNN-M: the gated delta rule, arXiv:2412.06464).
+///
+/// `heads` matrices of `value` rows and `key` columns. See [`bitnet_kernel::float::delta_rule`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Matrices a layer.
+    pub heads: u32,
+    /// Width of a key and of a query.
+    pub key: u32,
+    /// Width of a value.
+    pub value: u32,
+}
+
+impl Memory {
+    /// Width of all keys (and of all queries).
+    pub const fn keys(&self) -> u32 {
+        self.heads * self.key
+    }
+    /// Width of all values.
+    pub const fn values(&self) -> u32 {
+        self.heads * self.value
+    }
+    /// What the short convolution runs over: queries, keys and values.
+    pub const fn channels(&self) -> u32 {
+        2 * self.keys() + self.values()
+    }
+    /// Floats of one layer's matrices.
+    pub(crate) const fn matrices_len(&self) -> usize {
+        self.values() as usize * self.key as usize
+    }
+    /// Floats of one layer's last inputs of the convolution.
+    pub(crate) const fn past_len(&self) -> usize {
+        (bitnet_kernel::float::TAPS - 1) * self.channels() as usize
+    }
+}
+
+/// How floats become the int8 vector that a linear multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Quantizer {
+    /// Eight bits by the largest magnitude (BitNet b1.58).
+    Int8,
+    /// Four bits by the mean magnitude (BitNet a4.8).
+    Int4,
+    /// As `Int8`, and zero but for the half that is largest by magnitude (BitNet a4.8).
+    Int8LargestHalf,
+}
+
+/// One quantizer for each input of linears.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quantizers {
+    /// Of query, key and value, and of what the memory takes.
+    pub attention: Quantizer,
+    /// Of output.
+    pub output: Quantizer,
+    /// Of gate and up.
+    pub ffn: Quantizer,
+    /// Of down.
+    pub down: Quantizer,
+}
+
+impl Quantizers {
+    /// Eight bits everywhere.
+    pub const INT8: Self = {
+        let int8 = Quantizer::Int8;
+        Self { attention: int8, output: int8, ffn: int8, down: int8 }
+    };
+}
+
 impl Config {
     /// Most layers.
     pub const LAYERS_MAX: u32 = 512;
@@ -74,6 +167,8 @@ impl Config {
     pub const CONTEXT_MAX: u32 = 1 << 20;
     /// Widest head.
     pub const HEAD_DIM_MAX: u32 = 512;
+    /// Most heads of a memory, and the widest key and value.
+    pub const MEMORY_MAX: u32 = 512;
     /// Widest vector: what every kernel multiplies exactly.
     pub const WIDTH_MAX: u32 = Format::COLS_MAX as u32;
 
@@ -88,7 +183,11 @@ impl Config {
     /// The widest vector that a linear reads.
     pub const fn widest(&self) -> u32 {
         let w = if self.hidden > self.ffn { self.hidden } else { self.ffn };
-        if w > self.query_width() { w } else { self.query_width() }
+        let w = if w > self.query_width() { w } else { self.query_width() };
+        match self.memory {
+            Some(memory) if memory.values() > w => memory.values(),
+            _ => w,
+        }
     }
     /// Checks every field against the limits, so that no size computed from them can overflow.
     ///
@@ -111,6 +210,17 @@ impl Config {
         field("head_dim", self.head_dim, even)?;
         width("heads * head_dim", self.heads.saturating_mul(self.head_dim))?;
         field("context", self.context, (1..=Self::CONTEXT_MAX).contains(&self.context))?;
+        if let Some(window) = self.window {
+            field("window", window.positions, (1..=Self::CONTEXT_MAX).contains(&window.positions))?;
+            field("sinks", window.sinks, window.sinks <= Self::CONTEXT_MAX - window.positions)?;
+        }
+        if let Some(memory) = self.memory {
+            field("memory heads", memory.heads, (1..=Self::MEMORY_MAX).contains(&memory.heads))?;
+            field("memory key", memory.key, (1..=Self::MEMORY_MAX).contains(&memory.key))?;
+            field("memory value", memory.value, (1..=Self::MEMORY_MAX).contains(&memory.value))?;
+            width("memory heads * key", memory.keys())?;
+            width("memory heads * value", memory.values())?;
+        }
         let eps = |name, v: f32| field(name, v as u32, (0.0..1.0).contains(&v));
         eps("norm_eps", self.norm_eps)?;
         eps("linear_norm_eps", self.linear_norm_eps.unwrap_or(0.0))?;

@@ -2,12 +2,13 @@
 use super::head::{HeadInput, Need};
 use super::linear::{Output, Quantized};
 use super::weights::Linear;
-use super::{Activation, Model, State, ops};
+use super::{Activation, Model, Quantizer, State, Window, ops};
 use crate::error::Error;
 use crate::image::Kind;
-use crate::memory::{Limits, padded_rows};
+use crate::memory::{Limits, attention_width, memory_width, padded_rows, seen_len};
 use crate::parallel::{Parallel, Serial};
 use crate::source::Extent;
+use bitnet_kernel::float::{self, Cache};
 use bitnet_kernel::{Format, format};
 use core::ops::Range;
 
@@ -33,7 +34,8 @@ impl Model<'_> {
 
     /// Advances the conversation by `tokens`, several in one pass over the weights, and returns the logits after the last.
     ///
-    /// The logits are those of one [`Model::step`] a token, bit for bit. After an error the state is as it was before.
+    /// The logits are those of one [`Model::step`] a token, bit for bit. After an error the state is as it was before, or as
+    /// near to it as [`State::rewind`] comes.
     ///
     /// # Errors
     /// If a token is outside the vocabulary, the context is full, the state is another model's, or weights cannot be read.
@@ -135,7 +137,7 @@ impl Model<'_> {
             let done = self.pass(state, batch).and_then(|()| then(self, batch.len(), batches.peek().is_none()));
             parallel.end();
             if let Err(e) = done {
-                state.truncate(before);
+                state.rewind(before);
                 return Err(e);
             }
         }
@@ -162,26 +164,34 @@ impl Model<'_> {
     /// `x += output(sub_norm(attend(rope(head_norm(query(norm(x)))), rope(head_norm(key(…))), value(…))))`
     fn attention(&mut self, state: &mut State<'_>, layer: u32, n: usize) -> Result<(), Error> {
         let (c, weights) = (self.config, self.weights.layer(layer));
-        let (hidden, head_dim, heads) = (c.hidden as usize, c.head_dim as usize, c.heads as usize);
+        let (hidden, head_dim) = (c.hidden as usize, c.head_dim as usize);
         let (query_width, kv_width) = (c.query_width() as usize, c.kv_width() as usize);
         let (key_at, value_at) = (padded_rows(query_width), padded_rows(query_width) + padded_rows(kv_width));
-        let width = value_at + padded_rows(kv_width);
+        let width = attention_width(&c) + memory_width(&c);
 
         self.norm(weights.norm(Kind::AttentionNorm), n)?;
-        let linears = [Kind::Query, Kind::Key, Kind::Value].map(|kind| weights.linear(kind));
-        self.linears(layer, &linears, hidden, n, width)?;
+        let linears = [Kind::Query, Kind::Key, Kind::Value, Kind::MemoryInput, Kind::MemoryGates];
+        let linears = if c.memory.is_some() { &linears[..] } else { &linears[..3] };
+        let mut found = [weights.linear(Kind::Query); 5];
+        found.iter_mut().zip(linears).for_each(|(found, kind)| *found = weights.linear(*kind));
+        self.linears(layer, &found[..linears.len()], c.quantizers.attention, hidden, n, width, 0)?;
+        self.remember(state, layer, n, width)?;
         self.head_norms(weights.norm(Kind::QueryNorm), width, 0..query_width, n)?;
         self.head_norms(weights.norm(Kind::KeyNorm), width, key_at..key_at + kv_width, n)?;
 
         let s = &mut self.scratch;
         let position = state.position();
         for (t, row) in s.projected.chunks_exact_mut(width).take(n).enumerate() {
-            let rotation = &s.rotation[t * head_dim..][..head_dim];
+            let at = c.window.map_or(t, |window| (position + t).min(window.span() as usize - 1));
+            let rotation = &s.rotation[at * head_dim..][..head_dim];
             for head in row[..query_width].chunks_exact_mut(head_dim) {
                 ops::rotate(c.rope, head, rotation);
             }
-            for head in row[key_at..][..kv_width].chunks_exact_mut(head_dim) {
-                ops::rotate(c.rope, head, rotation);
+            // Those of a window are turned when they are read, by their place in it.
+            if c.window.is_none() {
+                for head in row[key_at..][..kv_width].chunks_exact_mut(head_dim) {
+                    ops::rotate(c.rope, head, rotation);
+                }
             }
             // The cache's formats cannot hold these, and would make numbers of them.
             let (keys, values) = (&row[key_at..][..kv_width], &row[value_at..][..kv_width]);
@@ -190,10 +200,27 @@ impl Model<'_> {
             }
             state.put(layer as usize, position + t, keys, values);
         }
+        match c.window {
+            Some(window) => self.attend_window(state, window, layer, n, width),
+            None => self.attend_all(state, layer, n, width),
+        }
 
+        self.add_remembered(layer, n, width)?;
+        self.sub_norm(weights.norm(Kind::AttentionSubNorm), query_width, n)?;
+        let output = [weights.linear(Kind::Output)];
+        self.linears(layer, &output, c.quantizers.output, query_width, n, padded_rows(hidden), 0)?;
+        self.add_projected(n);
+        Ok(())
+    }
+
+    /// `norm[t] = attend(query)` over all positions up to that of token `t`.
+    fn attend_all(&mut self, state: &State<'_>, layer: u32, n: usize, width: usize) {
+        let (c, s) = (self.config, &mut self.scratch);
+        let (head_dim, heads, query_width) = (c.head_dim as usize, c.heads as usize, c.query_width() as usize);
+        let position = state.position();
         let scale = 1.0 / libm::sqrtf(head_dim as f32);
         let group = heads / c.kv_heads as usize;
-        let (kernels, projected, state) = (self.machine.kernels, &*s.projected, &*state);
+        let (kernels, projected) = (self.machine.kernels, &*s.projected);
         let work = n * (position + n) * query_width;
         let parallel: &dyn Parallel = if work < PARALLEL_WORK_MIN { &Serial } else { self.machine.parallel };
         parallel.for_each_chunk(&mut s.norm[..n * query_width], head_dim, &|i, out| {
@@ -202,11 +229,42 @@ impl Model<'_> {
             let query = &projected[t * width + head * head_dim..][..head_dim];
             kernels.attend(query, keys, values, scale, out);
         });
+    }
 
-        self.sub_norm(weights.norm(Kind::AttentionSubNorm), query_width, n)?;
-        self.linears(layer, &[weights.linear(Kind::Output)], query_width, n, padded_rows(hidden))?;
-        self.add_projected(n);
-        Ok(())
+    /// `norm[t] = attend(query)` over the sinks and then the window of token `t`, oldest first, turned by their places in what is
+    /// seen. Token by token: with each the window moves, and all in it turn.
+    fn attend_window(&mut self, state: &State<'_>, window: Window, layer: u32, n: usize, width: usize) {
+        let (c, s) = (self.config, &mut self.scratch);
+        let (head_dim, query_width) = (c.head_dim as usize, c.query_width() as usize);
+        let (span, sinks, group) = (window.span() as usize, window.sinks as usize, (c.heads / c.kv_heads) as usize);
+        let scale = 1.0 / libm::sqrtf(head_dim as f32);
+        let (kernels, projected, rotation) = (self.machine.kernels, &*s.projected, &*s.rotation);
+        for t in 0..n {
+            let last = state.position() + t;
+            let first = sinks.max((last + 1).saturating_sub(window.positions as usize)).min(last + 1);
+            let count = sinks.min(last + 1) + (last + 1).saturating_sub(first.max(sinks));
+            let work = count * query_width;
+            let parallel: &dyn Parallel = if work < PARALLEL_WORK_MIN { &Serial } else { self.machine.parallel };
+            parallel.for_each_chunk(s.seen, seen_len(span, group, head_dim), &|kv_head, seen| {
+                let (keys, rest) = seen.split_at_mut(span * head_dim);
+                let (values, out) = rest.split_at_mut(span * head_dim);
+                let (keys, values) = (&mut keys[..count * head_dim], &mut values[..count * head_dim]);
+                let rows = keys.chunks_exact_mut(head_dim).zip(values.chunks_exact_mut(head_dim));
+                for ((place, (key, value)), position) in
+                    rows.enumerate().zip((0..sinks.min(last + 1)).chain(first..=last))
+                {
+                    state.row(layer as usize, kv_head, position, key, value);
+                    ops::rotate(c.rope, key, &rotation[place * head_dim..][..head_dim]);
+                }
+                for (g, out) in out.chunks_exact_mut(head_dim).enumerate() {
+                    let query = &projected[t * width + (kv_head * group + g) * head_dim..][..head_dim];
+                    kernels.attend(query, Cache::F32(keys), Cache::F32(values), scale, out);
+                }
+            });
+            let heads = s.seen.chunks_exact(seen_len(span, group, head_dim)).map(|seen| &seen[2 * span * head_dim..]);
+            let out = s.norm[t * query_width..][..query_width].chunks_exact_mut(group * head_dim);
+            out.zip(heads).for_each(|(out, head)| out.copy_from_slice(head));
+        }
     }
 
     /// `x += down(sub_norm(activation(gate(norm(x))) · up(norm(x))))`
@@ -219,7 +277,8 @@ impl Model<'_> {
             return self.live_feed_forward(layer, n);
         }
         self.norm(weights.norm(Kind::FfnNorm), n)?;
-        self.linears(layer, &[weights.linear(Kind::Gate), weights.linear(Kind::Up)], hidden, n, width)?;
+        let linears = [weights.linear(Kind::Gate), weights.linear(Kind::Up)];
+        self.linears(layer, &linears, c.quantizers.ffn, hidden, n, width, 0)?;
 
         let (kernels, s) = (self.machine.kernels, &mut self.scratch);
         for (row, out) in s.projected.chunks_exact(width).zip(s.norm.chunks_exact_mut(ffn)).take(n) {
@@ -234,7 +293,7 @@ impl Model<'_> {
             }
         }
         self.sub_norm(weights.norm(Kind::FfnSubNorm), ffn, n)?;
-        self.linears(layer, &[weights.linear(Kind::Down)], ffn, n, padded_rows(hidden))?;
+        self.linears(layer, &[weights.linear(Kind::Down)], c.quantizers.down, ffn, n, padded_rows(hidden), 0)?;
         self.add_projected(n);
         Ok(())
     }
@@ -299,10 +358,16 @@ impl Model<'_> {
         Ok(())
     }
 
-    /// Cosines and sines of the angles of positions `first..first + n`.
+    /// Cosines and sines of the angles of positions `first..first + n`, or of all places in a window.
     fn angles(&mut self, first: usize, n: usize) -> Result<(), Error> {
+        let (first, n) = match self.config.window {
+            Some(_) if self.scratch.rotation_is_set => return Ok(()),
+            Some(window) => (0, window.span() as usize),
+            None => (first, n),
+        };
         let frequencies = ops::floats(self.machine.source.fetch(self.weights.rope_frequencies())?);
         let head_dim = self.config.head_dim as usize;
+        self.scratch.rotation_is_set = true;
         for (t, rotation) in self.scratch.rotation.chunks_exact_mut(head_dim).take(n).enumerate() {
             let (cos, sin) = rotation.split_at_mut(head_dim / 2);
             for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(frequencies) {
@@ -349,21 +414,24 @@ impl Model<'_> {
         Ok(())
     }
 
-    /// `projected = linears(norm)`, for `n` tokens of `cols`; all results of a token together are `width` wide.
+    /// `projected = linears(norm)`, for `n` tokens of `cols`, from `at` on in rows of `width`.
+    #[expect(clippy::too_many_arguments, reason = "shapes, which nothing else has in common")]
     pub(super) fn linears(
         &mut self,
         layer: u32,
         linears: &[Linear],
+        quantizer: Quantizer,
         cols: usize,
         n: usize,
         width: usize,
+        at: usize,
     ) -> Result<(), Error> {
         // Linears that normalize their own input have inputs of their own, the others share one.
         let apart = if self.config.linear_norm_eps.is_some() { 1 } else { linears.len() };
-        let mut first = 0;
+        let mut first = at;
         for linears in linears.chunks(apart) {
             let mut scales = [0.0; Limits::BATCH_MAX as usize];
-            self.quantize(layer, linears[0].input_norm, cols, &mut scales[..n])?;
+            self.quantize(layer, linears[0].input_norm, quantizer, cols, &mut scales[..n])?;
             let stride = self.quantized_stride();
             let s = &mut self.scratch;
             let x = Quantized { values: s.quantized, stride, scales: &scales[..n], tables: s.tables };
@@ -379,6 +447,7 @@ impl Model<'_> {
         &mut self,
         layer: u32,
         norm: Option<Extent>,
+        quantizer: Quantizer,
         cols: usize,
         scales: &mut [f32],
     ) -> Result<(), Error> {
@@ -400,7 +469,14 @@ impl Model<'_> {
                 _ => x,
             };
             let q = &mut s.quantized[t * stride..][..stride];
-            *scale = self.machine.kernels.quantize(x, q).ok_or(Error::NotFinite { layer })?;
+            let quantized = match quantizer {
+                Quantizer::Int8 | Quantizer::Int8LargestHalf => self.machine.kernels.quantize(x, q),
+                Quantizer::Int4 => float::quantize_int4(x, q),
+            };
+            *scale = quantized.ok_or(Error::NotFinite { layer })?;
+            if quantizer == Quantizer::Int8LargestHalf {
+                float::keep_largest_half(x, q);
+            }
         }
         Ok(())
     }

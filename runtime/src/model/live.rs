@@ -48,12 +48,12 @@ impl Model<'_> {
 
         self.norm(weights.norm(Kind::FfnNorm), n)?;
         let width = 2 * padded_rows(ffn);
-        self.linears(layer, &[weights.linear(Kind::Gate)], hidden, n, width)?;
+        self.linears(layer, &[weights.linear(Kind::Gate)], c.quantizers.ffn, hidden, n, width, 0)?;
         // A squared ReLU would make zero of minus infinity.
         if !self.scratch.projected.chunks_exact(width).take(n).all(|row| ops::finite(&row[..ffn])) {
             return Err(Error::NotFinite { layer });
         }
-        self.quantize(layer, up.input_norm, hidden, scales)?;
+        self.quantize(layer, up.input_norm, c.quantizers.ffn, hidden, scales)?;
         let s = &mut self.scratch;
         let x = Quantized { values: s.quantized, stride, scales, tables: s.tables };
         let units = &mut s.units[..n * padded_rows(ffn)];
@@ -76,7 +76,7 @@ impl Model<'_> {
         }
 
         self.sub_norm(weights.norm(Kind::FfnSubNorm), ffn, n)?;
-        self.quantize(layer, down.input_norm, ffn, scales)?;
+        self.quantize(layer, down.input_norm, c.quantizers.down, ffn, scales)?;
         let s = &mut self.scratch;
         let live = |x: &[i8]| x[..ffn].iter().filter(|&&v| v != 0).count() as u64;
         self.live.down += s.quantized.chunks_exact(stride).take(n).map(live).sum::<u64>();

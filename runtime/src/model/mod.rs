@@ -1,20 +1,21 @@
 //! The model: fixed configuration, fixed memory, one pass for each batch of tokens.
 //!
 //! [`config`](Config) says what the model is, [`state`](State) is one conversation, `weights` finds the matrices of a
-//! layer, `linear` multiplies them, `sparse` those
-//! without their zeros, `head` does so in two stages where the head is in two planes, `forward` is the whole pass,
-//! and `ops` are the floats between the matrices.
+//! layer, `linear` multiplies them, `sparse` those without their zeros, `head` does so in two stages where the head is in two
+//! planes, `forward` is the whole pass, `memory` the state of fixed size beside attention, and `ops` are the floats between the
+//! matrices.
 mod config;
 mod forward;
 mod head;
 mod linear;
 mod live;
+mod memory;
 mod ops;
 mod sparse;
 mod state;
 mod weights;
 
-pub use config::{Activation, Config, Rope};
+pub use config::{Activation, Config, Memory, Quantizer, Quantizers, Rope, Window};
 pub use head::{HeadStats, Need};
 pub use state::State;
 
@@ -66,8 +67,14 @@ struct Scratch<'m> {
     projected: &'m mut [f32],
     /// The same, ordered by unit and then by token, as the threads write them.
     units: &'m mut [f32],
-    /// Cosines and sines of a position's angles, `[head_dim / 2]` each.
+    /// Cosines and sines of a position's angles, `[head_dim / 2]` each; with a window of all positions in it.
     rotation: &'m mut [f32],
+    /// Whether they are there: those of a window never change.
+    rotation_is_set: bool,
+    /// What one query sees through a window: for each key head rotated keys, values, and the results of its queries.
+    seen: &'m mut [f32],
+    /// What one head of a memory recalls, `[value]`; empty without a memory.
+    recalled: &'m mut [f32],
     /// What the first stage of a head in two planes says of every row; empty for other heads.
     coarse: &'m mut [f32],
     /// `[vocab]`, of one token, padded to whole units.
@@ -100,8 +107,11 @@ impl<'m> Model<'m> {
             gathered: arena.take(if config.sparse { batch * sizes.quantized } else { 0 }),
             tables: arena.take_blocks(batch * sizes.tables),
             projected: arena.take(batch * sizes.projected),
-            units: arena.take(batch * sizes.projected),
-            rotation: arena.take(batch * config.head_dim as usize),
+            units: arena.take(sizes.units(batch)),
+            rotation: arena.take(sizes.rotations(batch) * config.head_dim as usize),
+            rotation_is_set: false,
+            seen: arena.take(sizes.seen),
+            recalled: arena.take(config.memory.map_or(0, |memory| memory.value as usize)),
             coarse: arena.take(coarse_len(&config)),
             logits: arena.take(padded_rows(config.vocab as usize)),
         };

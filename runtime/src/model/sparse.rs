@@ -22,7 +22,7 @@ impl Machine<'_> {
             match linears[0].kept {
                 Some(kept) => self.compact(&linears[0], &kept, &mut x, gathered, out)?,
                 None => {
-                    let mut tensors = [linears[0].tensor; 3];
+                    let mut tensors = [linears[0].tensor; 5];
                     tensors.iter_mut().zip(linears).for_each(|(tensor, linear)| *tensor = linear.tensor);
                     let Quantized { values, stride, scales, .. } = x;
                     let x = Quantized { values, stride, scales, tables: x.tables };

@@ -1,19 +1,25 @@
-//! One conversation: the keys and values of its past positions, in a fixed size.
+//! One conversation in a fixed size: the keys and values of its past positions, or of those in a window, and a memory of the others.
 use super::Config;
 use crate::error::Error;
-use crate::memory::{Arena, KvFormat, Limits, Plan, kv_blocks, kv_head_blocks, kv_scales};
+use crate::memory::{Arena, KvFormat, Limits, Plan, kv_blocks, kv_head_blocks, kv_positions, kv_scales};
 use bitnet_kernel::Block;
-use bitnet_kernel::float::{Cache, f32_to_f16};
+use bitnet_kernel::float::{Cache, f16_to_f32, f32_to_f16};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// One conversation in memory of [`Plan::state`] blocks.
 ///
 /// After an error in the middle of a pass the state is what it was before the pass: positions count from the end of a pass,
-/// and what was written past them is written again.
+/// and what was written past them is written again. Of a memory there are two copies for that: a pass reads one and writes the
+/// other.
 #[derive(Debug)]
 pub struct State<'m> {
     keys: Store<'m>,
     values: Store<'m>,
+    /// Two copies; that of the conversation is number `now`.
+    memory: [Recurrent<'m>; 2],
+    now: usize,
+    /// Where the last pass began, if the copy from before it is still there.
+    before: Option<usize>,
     config: Config,
     limits: Limits,
     position: usize,
@@ -33,36 +39,105 @@ impl<'m> State<'m> {
             shape: Shape::new(config, limits),
         };
         let (keys, values) = (store(), store());
+        let mut recurrent = || {
+            let (mut matrices, mut past) = (0, 0);
+            if let Some(memory) = config.memory {
+                (matrices, past) = (memory.matrices_len(), memory.past_len());
+            }
+            let all: &mut [f32] = arena.take(config.layers as usize * (matrices + past));
+            all.fill(0.0);
+            let (all_matrices, all_past) = all.split_at_mut(config.layers as usize * matrices);
+            Recurrent { matrices: all_matrices, past: all_past }
+        };
+        let memory = [recurrent(), recurrent()];
         arena.finish();
-        Ok(Self { keys, values, config: *config, limits: *limits, position: 0 })
+        Ok(Self { keys, values, memory, now: 0, before: None, config: *config, limits: *limits, position: 0 })
     }
     /// Tokens in the conversation so far.
     pub const fn position(&self) -> usize {
         self.position
     }
-    /// Positions that are left.
+    /// Positions that are left: with a window as many as can be counted.
     pub const fn remaining(&self) -> usize {
-        self.limits.context as usize - self.position
+        let end = if self.config.window.is_some() { usize::MAX } else { self.limits.context as usize };
+        end - self.position
     }
-    /// Forgets everything after the first `position` tokens.
+    /// Forgets everything after the first `position` tokens, and more where that cannot be undone alone: returns how many tokens
+    /// the conversation still has, at most `position`, and what follows them must be read again.
+    ///
+    /// Keys and values can be cut anywhere; those of a window until something has left it, and then by no more than a batch. A
+    /// memory goes back to where the last pass began, or to nothing.
     ///
     /// # Panics
     /// If there are not so many.
-    pub fn truncate(&mut self, position: usize) {
+    pub fn rewind(&mut self, position: usize) -> usize {
         assert!(position <= self.position, "a conversation of {} tokens cannot be cut to {position}", self.position);
-        self.position = position;
+        let kept = match self.config.window {
+            Some(window) => {
+                let whole = self.position <= kv_positions(&self.config, &self.limits);
+                let near = position + self.limits.batch as usize >= self.position || position <= window.sinks as usize;
+                whole || near
+            }
+            None => true,
+        };
+        let position = if kept { position } else { 0 };
+        if self.config.memory.is_none() || position == self.position {
+            self.position = position;
+        } else if self.before == Some(position) {
+            self.now ^= 1;
+            self.before = None;
+            self.position = position;
+        } else {
+            let now = &mut self.memory[self.now];
+            now.matrices.fill(0.0);
+            now.past.fill(0.0);
+            self.before = None;
+            self.position = 0;
+        }
+        self.position
     }
     /// Whether the state was made for this model and these limits.
     pub(super) fn fits(&self, config: &Config, limits: &Limits) -> bool {
-        self.config == *config && self.limits.kv == limits.kv
+        let ring = config.window.is_none() || limits.batch <= self.limits.batch;
+        self.config == *config && self.limits.kv == limits.kv && ring
     }
     pub(super) const fn context(&self) -> u32 {
         self.limits.context
     }
+    /// Where the keys and values of a position lie.
+    pub(super) const fn slot(&self, position: usize) -> usize {
+        match self.config.window {
+            Some(window) => {
+                let sinks = window.sinks as usize;
+                let ring = (window.positions + self.limits.batch - 1) as usize;
+                if position < sinks { position } else { sinks + (position - sinks) % ring }
+            }
+            None => position,
+        }
+    }
+    /// One layer's matrices and last inputs: as they are, and where those after this pass go.
+    pub(super) fn recurrent(&mut self, layer: usize) -> (&[f32], &[f32], &mut [f32], &mut [f32]) {
+        let (matrices, past) = self.config.memory.map_or((0, 0), |memory| (memory.matrices_len(), memory.past_len()));
+        let [first, second] = &mut self.memory;
+        let (now, next) = if self.now == 0 { (first, second) } else { (second, first) };
+        (
+            &now.matrices[layer * matrices..][..matrices],
+            &now.past[layer * past..][..past],
+            &mut next.matrices[layer * matrices..][..matrices],
+            &mut next.past[layer * past..][..past],
+        )
+    }
+    /// One position's key and value of one head, as floats.
+    pub(super) fn row(&self, layer: usize, kv_head: usize, position: usize, key: &mut [f32], value: &mut [f32]) {
+        let slot = self.slot(position);
+        self.keys.row(layer, kv_head, slot, key);
+        self.values.row(layer, kv_head, slot, value);
+    }
     /// Keeps the keys and values, `[kv_heads · head_dim]`, of one layer and position.
     pub(super) fn put(&mut self, layer: usize, position: usize, keys: &[f32], values: &[f32]) {
-        self.keys.put(layer, position, keys);
-        self.values.put(layer, position, values);
+        let slot = self.slot(position);
+        self.keys.put(layer, slot, keys);
+        self.values.put(layer, slot, values);
     }
     /// One head's keys and values of the first `positions` positions.
     pub(super) fn head(&self, layer: usize, kv_head: usize, positions: usize) -> (Cache<'_>, Cache<'_>) {
@@ -70,8 +145,19 @@ impl<'m> State<'m> {
     }
     /// Counts `tokens` more positions, whose keys and values are all there.
     pub(super) fn advance(&mut self, tokens: usize) {
+        self.before = Some(self.position);
+        self.now ^= 1;
         self.position += tokens;
     }
+}
+
+/// What a memory keeps of all layers.
+#[derive(Debug)]
+struct Recurrent<'m> {
+    /// `[layer][head][value][key]`.
+    matrices: &'m mut [f32],
+    /// `[layer][3][channels]`.
+    past: &'m mut [f32],
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -89,7 +175,7 @@ impl Shape {
             kv: limits.kv,
             kv_heads: c.kv_heads as usize,
             head_dim: c.head_dim as usize,
-            context: limits.context as usize,
+            context: kv_positions(c, limits),
             head_blocks: kv_head_blocks(c, limits),
         }
     }
@@ -124,6 +210,25 @@ impl Store<'_> {
                     let scale = 1.0 / scale;
                     self.scales[head * context + position] = scale;
                 }
+            }
+        }
+    }
+    /// One row, in the numbers that [`Cache`] stands for.
+    fn row(&self, layer: usize, kv_head: usize, slot: usize, out: &mut [f32]) {
+        let Shape { kv, kv_heads, head_dim, context, head_blocks } = self.shape;
+        let head = layer * kv_heads + kv_head;
+        let bytes = self.blocks[head * head_blocks..][..head_blocks].as_bytes();
+        let row = &bytes[slot * head_dim * kv.bytes()..][..head_dim * kv.bytes()];
+        match kv {
+            KvFormat::F32 => out.copy_from_slice(<[f32]>::ref_from_bytes(row).expect("blocks are aligned")),
+            KvFormat::F16 => {
+                let halves = <[u16]>::ref_from_bytes(row).expect("blocks are aligned");
+                out.iter_mut().zip(halves).for_each(|(out, &half)| *out = f16_to_f32(half));
+            }
+            KvFormat::I8 => {
+                let scale = self.scales[head * context + slot];
+                let codes = <[i8]>::ref_from_bytes(row).expect("bytes");
+                out.iter_mut().zip(codes).for_each(|(out, &code)| *out = f32::from(code) * scale);
             }
         }
     }

@@ -98,13 +98,17 @@ impl Layer<'_> {
     pub(super) fn norm(&self, kind: Kind) -> Option<Extent> {
         self.0.iter().find(|r| r.kind == kind as u8).map(Record::extent)
     }
+    /// A vector that this layer has.
+    pub(super) fn vector(&self, kind: Kind) -> Extent {
+        self.norm(kind).expect("a checked layer has all that the configuration asks for")
+    }
     /// A linear of this layer, with what the sections before it say of it.
     pub(super) fn linear(&self, kind: Kind) -> Linear {
         let find = |kind: Kind| self.0.iter().find(|r| r.kind == kind as u8);
         let index = find(kind.index()).filter(|r| r.encoding == Encoding::Kept.tag());
         Linear {
             tensor: tensor(find(kind).expect("a checked layer has all its linears")),
-            input_norm: self.norm(kind.input_norm()),
+            input_norm: Some(kind.input_norm()).filter(|&norm| norm != kind).and_then(|norm| self.norm(norm)),
             kept: index.map(kept),
         }
     }

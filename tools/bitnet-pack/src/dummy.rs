@@ -13,7 +13,7 @@ use bitnet_kernel::{Block, Format, Matrix};
 use bitnet_runtime::Config;
 use bitnet_runtime::image::split::{COLUMNS, Columns, norm};
 use bitnet_runtime::image::{Encoding, Kind, Section, StopIds, UNIT_ROWS, expected_sections};
-use bitnet_runtime::model::{Activation, Rope};
+use bitnet_runtime::model::{Activation, Quantizers, Rope};
 use half::f16;
 use std::path::Path;
 use zerocopy::IntoBytes;
@@ -69,6 +69,9 @@ impl Preset {
             linear_norm_eps: None,
             live_ffn: false,
             sparse: false,
+            window: None,
+            memory: None,
+            quantizers: Quantizers::INT8,
             tied: true,
             split_head: false,
             formats: 1 << Format::TL as u8,

@@ -5,7 +5,7 @@ use crate::verify::Opened;
 use bitnet_kernel::Block;
 use bitnet_runtime::image::{Encoding, Header, Kind, VERSION};
 use bitnet_runtime::memory::KvFormat;
-use bitnet_runtime::model::{Activation, Rope};
+use bitnet_runtime::model::{Activation, Quantizer, Quantizers, Rope};
 use bitnet_runtime::{Config, Limits, Plan};
 use core::fmt;
 use serde_json::{Value, json};
@@ -82,6 +82,14 @@ const fn rope(rope: Rope) -> &'static str {
     }
 }
 
+const fn quantizer(quantizer: Quantizer) -> &'static str {
+    match quantizer {
+        Quantizer::Int8 => "int8",
+        Quantizer::Int4 => "int4",
+        Quantizer::Int8LargestHalf => "int8_largest_half",
+    }
+}
+
 pub(crate) const fn kv(kv: KvFormat) -> &'static str {
     match kv {
         KvFormat::F32 => "f32",
@@ -137,6 +145,14 @@ impl Summary {
                 "linear_norm_eps": c.linear_norm_eps.map(decimal),
                 "live_ffn": c.live_ffn,
                 "sparse": c.sparse,
+                "window": c.window.map(|w| json!({ "positions": w.positions, "sinks": w.sinks })),
+                "memory": c.memory.map(|m| json!({ "heads": m.heads, "key": m.key, "value": m.value })),
+                "quantizers": {
+                    "attention": quantizer(c.quantizers.attention),
+                    "output": quantizer(c.quantizers.output),
+                    "ffn": quantizer(c.quantizers.ffn),
+                    "down": quantizer(c.quantizers.down),
+                },
                 "tied": c.tied,
             },
             "text": {
@@ -200,6 +216,18 @@ impl fmt::Display for Summary {
         writeln!(f, "heads         {} of {}, sharing {} of keys and values", c.heads, c.head_dim, c.kv_heads)?;
         writeln!(f, "positions     {}, rotated {}", c.context, rope(c.rope).replace('_', "-"))?;
         writeln!(f, "vocabulary    {}, head is the embedding too: {}", c.vocab, yes(c.tied))?;
+        if let Some(window) = c.window {
+            writeln!(f, "window        the last {} positions and the first {}", window.positions, window.sinks)?;
+        }
+        if let Some(memory) = c.memory {
+            writeln!(f, "memory        {} heads of {} values by {} keys", memory.heads, memory.value, memory.key)?;
+        }
+        let quantizers =
+            [c.quantizers.attention, c.quantizers.output, c.quantizers.ffn, c.quantizers.down].map(quantizer);
+        if c.quantizers != Quantizers::INT8 {
+            let [attention, output, ffn, down] = quantizers;
+            writeln!(f, "activations   attention {attention}, output {output}, feed-forward {ffn}, down {down}")?;
+        }
         let (sub, heads) = (yes(c.sub_norms), yes(c.qk_norms));
         writeln!(
             f,

@@ -94,7 +94,7 @@ impl SectionReport {
 
 /// The kind with this tag.
 pub(crate) fn kind(tag: u8) -> Option<Kind> {
-    const ALL: [Kind; 38] = [
+    const ALL: [Kind; 45] = [
         Kind::Tokenizer,
         Kind::RopeFrequencies,
         Kind::Embedding,
@@ -118,6 +118,13 @@ pub(crate) fn kind(tag: u8) -> Option<Kind> {
         Kind::GateInputNorm,
         Kind::UpInputNorm,
         Kind::DownInputNorm,
+        Kind::MemoryInput,
+        Kind::MemoryGates,
+        Kind::MemoryTaps,
+        Kind::MemoryDecay,
+        Kind::MemoryNorm,
+        Kind::MemoryOutput,
+        Kind::MemoryShare,
         Kind::QueryNorm,
         Kind::KeyNorm,
         Kind::FinalNorm,

@@ -148,6 +148,12 @@ fn the_worked_example() {
         ("linear_norm_eps: option", 0),
         ("live_ffn", 0),
         ("sparse", 0),
+        ("window: option", 0),
+        ("memory: option", 0),
+        ("quantizers: attention", 0),
+        ("quantizers: output", 0),
+        ("quantizers: ffn", 0),
+        ("quantizers: down", 0),
         ("tied", 1),
         ("split_head", 0),
     ] {

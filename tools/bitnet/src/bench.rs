@@ -173,7 +173,7 @@ fn repetition(
     tokens: u32,
     need: Need,
 ) -> anyhow::Result<(f64, f64)> {
-    state.truncate(0);
+    state.rewind(0);
     let start = Instant::now();
     model.prefill_for(state, prompt, need)?;
     let prefill = prompt.len() as f64 / start.elapsed().as_secs_f64();

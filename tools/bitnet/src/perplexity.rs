@@ -72,7 +72,7 @@ fn score(args: &Args, text: &str, opened: Opened<'_>) -> anyhow::Result<Score> {
     let mut score = Score { nats: 0.0, tokens: 0, bytes: 0 };
     for part in tokens.chunks(window) {
         let input: Vec<u32> = bos.into_iter().chain(part.iter().copied()).collect();
-        state.truncate(0);
+        state.rewind(0);
         let (read, _) = input.split_at(input.len() - 1);
         if read.is_empty() {
             continue;

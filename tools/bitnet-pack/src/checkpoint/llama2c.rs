@@ -5,7 +5,7 @@ use super::{Dtype, Storage, Table, TensorInfo, rope};
 use crate::Error;
 use crate::files::Input;
 use bitnet_kernel::Format;
-use bitnet_runtime::model::{Activation, Config, Rope};
+use bitnet_runtime::model::{Activation, Config, Quantizers, Rope};
 use std::path::Path;
 
 /// The numbers at the start.
@@ -50,6 +50,9 @@ pub(super) fn recognise(input: &Input) -> Result<Option<(Header, Vec<TensorInfo>
         linear_norm_eps: None,
         live_ffn: false,
         sparse: false,
+        window: None,
+        memory: None,
+        quantizers: Quantizers::INT8,
         tied,
         split_head: false,
         formats: 1 << Format::TL as u8,

@@ -4,6 +4,7 @@ use super::{Checkpoint, Dtype, Naming, Storage, Table, TensorInfo, llama2c};
 use crate::kept::{self, Kept};
 use crate::quantize::Evidence;
 use crate::{Error, Layouts, Options, Progress};
+use bitnet_kernel::float::TAPS;
 use bitnet_runtime::Config;
 use bitnet_runtime::image::{Encoding, Kind, Section, UNIT_ROWS, expected_sections};
 use std::collections::BTreeSet;
@@ -303,6 +304,20 @@ impl<'a> Binder<'a> {
                 }
                 ternary => Ok(ternary),
             },
+            Kind::MemoryTaps => {
+                let channels = cols as usize / TAPS;
+                let taps = self.memory_floats(section, "taps", &[channels as u64, TAPS as u64])?;
+                // By taps, so that a vector of channels is loaded at once.
+                let values = (0..taps.len()).map(|i| taps[i % channels * TAPS + i / channels]).collect();
+                Ok(Source::Values(values))
+            }
+            Kind::MemoryDecay => {
+                let parts = ["log_rate", "decay_bias", "write_bias"];
+                let parts = parts.map(|part| self.memory_floats(section, part, &[cols / 3]));
+                Ok(Source::Values(parts.into_iter().collect::<Result<Vec<_>, _>>()?.concat()))
+            }
+            Kind::MemoryNorm => Ok(Source::Values(self.memory_floats(section, "norm", &[cols])?)),
+            Kind::MemoryShare => Ok(Source::Values(self.memory_floats(section, "rho", &[cols])?)),
             kind if kind.is_linear() => self.linear(&names, rows, cols),
             _ => {
                 let tensor = self.find(&names)?;
@@ -311,6 +326,17 @@ impl<'a> Binder<'a> {
                 Ok(Source::Vector(tensor.clone()))
             }
         }
+    }
+
+    /// A small tensor of a layer's memory.
+    fn memory_floats(&mut self, section: &Section, part: &str, shape: &[u64]) -> Result<Vec<f32>, Error> {
+        let layer = section.layer.unwrap_or_default();
+        let tensor = self.find(&either([format!("layers.{layer}.self_attn.memory.{part}")].into_iter()))?;
+        self.expect_plain(tensor)?;
+        self.expect_shape(tensor, shape)?;
+        let mut values = vec![0.0; shape.iter().product::<u64>() as usize];
+        self.checkpoint.read_floats(tensor, 0, &mut Vec::new(), &mut values)?;
+        Ok(values)
     }
 
     fn linear(&mut self, names: &[String], rows: u64, cols: u64) -> Result<Source, Error> {
@@ -471,6 +497,9 @@ fn hugging_face(kind: Kind) -> &'static [&'static str] {
         Kind::Gate => &["mlp.gate_proj"],
         Kind::Up => &["mlp.up_proj"],
         Kind::Down => &["mlp.down_proj"],
+        Kind::MemoryInput => &["self_attn.memory.in_proj"],
+        Kind::MemoryGates => &["self_attn.memory.gate_proj"],
+        Kind::MemoryOutput => &["self_attn.memory.o_proj"],
         Kind::QueryNorm => &["self_attn.q_norm"],
         Kind::KeyNorm => &["self_attn.k_norm"],
         Kind::QueryInputNorm => &["self_attn.q_proj.rms_norm", "self_attn.q_proj.norm"],

@@ -3,7 +3,7 @@
 //! A value that is not listed here is an error that names it. A wrong guess would pack a model that talks fluent nonsense.
 use super::rope::{self, Scaling};
 use crate::Error;
-use bitnet_runtime::model::{Activation, Config, Rope};
+use bitnet_runtime::model::{Activation, Config, Memory, Quantizer, Quantizers, Rope, Window};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
@@ -67,10 +67,9 @@ const CLASSES: [(&str, Class, f64); 5] = [
 ];
 
 /// Keys that would change the arithmetic, and the values under which they do not.
-const NEUTRAL: [(&str, &[&str]); 17] = [
+const NEUTRAL: [(&str, &[&str]); 16] = [
     ("attention_bias", &["false", "null"]),
     ("mlp_bias", &["false", "null"]),
-    ("sliding_window", &["null"]),
     ("use_sliding_window", &["false", "null"]),
     ("partial_rotary_factor", &["1", "1.0", "null"]),
     ("logit_scale", &["1", "1.0", "null"]),
@@ -87,9 +86,10 @@ const NEUTRAL: [(&str, &[&str]); 17] = [
     ("input_bits", &["8", "null"]),
 ];
 
-/// Keys that say nothing about inference.
-const IGNORED: [&str; 32] = [
+/// Keys that are looked at elsewhere, and keys that say nothing about inference.
+const KNOWN: [&str; 36] = [
     "_name_or_path",
+    "activation_quantization",
     "architectures",
     "attention_dropout",
     "auto_map",
@@ -105,6 +105,7 @@ const IGNORED: [&str; 32] = [
     "intermediate_size",
     "max_position_embeddings",
     "max_window_layers",
+    "memory",
     "model_type",
     "num_attention_heads",
     "num_hidden_layers",
@@ -116,6 +117,8 @@ const IGNORED: [&str; 32] = [
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
+    "sink_tokens",
+    "sliding_window",
     "tie_word_embeddings",
     "torch_dtype",
     "transformers_version",
@@ -219,8 +222,7 @@ impl Table {
                 return reader.refuse(key, format!("not supported; only {} is", neutral[0]));
             }
         }
-        let known =
-            |key: &str| IGNORED.contains(&key) || key == "weight_bits" || NEUTRAL.iter().any(|(k, _)| *k == key);
+        let known = |key: &str| KNOWN.contains(&key) || key == "weight_bits" || NEUTRAL.iter().any(|(k, _)| *k == key);
         let unused: Vec<&str> = object.keys().map(String::as_str).filter(|key| !known(key)).collect();
         if !unused.is_empty() {
             notes.push(format!("config.json: not looked at: {}", unused.join(", ")));
@@ -305,7 +307,9 @@ fn quantization(reader: &Reader<'_>, class: Class) -> Result<(Storage, Option<f3
         None => section.bool_or_null("offline_quantization")?.map(|offline| !offline),
         Some("online") => Some(true),
         Some("offline") => Some(false),
-        Some(_) => return section.refuse("quantization_mode", "\"online\" or \"offline\" is expected"),
+        // Our training's: linears are written as they are multiplied, each with a kind of its own.
+        Some("values") => return Ok((Storage::Found { masters: false }, None)),
+        Some(_) => return section.refuse("quantization_mode", "\"online\", \"offline\" or \"values\" is expected"),
     };
     let bitnet = reader.str_or_null("model_type")? == Some("bitnet");
     let storage = match (section.str_or_null("linear_class")?, online) {
@@ -362,6 +366,9 @@ fn shape(reader: &Reader<'_>, class: Class, linear_norm_eps: Option<f32>) -> Res
         linear_norm_eps,
         live_ffn: false,
         sparse: false,
+        window: window(reader)?,
+        memory: memory(reader)?,
+        quantizers: quantizers(reader)?,
         tied: false,
         split_head: false,
         formats: 1 << bitnet_kernel::Format::TL as u8,
@@ -372,6 +379,43 @@ fn shape(reader: &Reader<'_>, class: Class, linear_norm_eps: Option<f32>) -> Res
         Error::Config { path: reader.path.into(), key, value, what: limits(field) }
     })?;
     Ok(config)
+}
+
+/// Attention to a window, which our training writes with the number of sinks. Other models' windows have none, and positions that
+/// count from the start.
+fn window(reader: &Reader<'_>) -> Result<Option<Window>, Error> {
+    match (reader.u32_or_null("sliding_window")?, reader.u32_or_null("sink_tokens")?) {
+        (None, None) => Ok(None),
+        (Some(positions), Some(sinks)) => Ok(Some(Window { positions, sinks })),
+        (Some(_), None) => reader.refuse("sliding_window", "not supported without sink_tokens; only null is"),
+        (None, Some(_)) => reader.refuse("sink_tokens", "only with a sliding_window"),
+    }
+}
+
+fn memory(reader: &Reader<'_>) -> Result<Option<Memory>, Error> {
+    let Some(section) = reader.object_or_null("memory", "memory.")? else { return Ok(None) };
+    section.only(&["kind", "heads", "key_dim", "value_dim", "write_delay"])?;
+    if section.str_or_null("kind")? != Some("bitrnn-m") {
+        return section.refuse("kind", "only \"bitrnn-m\" is supported");
+    }
+    if section.u32_or_null("write_delay")?.unwrap_or(0) != 0 {
+        return section.refuse("write_delay", "only 0 is supported");
+    }
+    Ok(Some(Memory { heads: section.u32("heads")?, key: section.u32("key_dim")?, value: section.u32("value_dim")? }))
+}
+
+fn quantizers(reader: &Reader<'_>) -> Result<Quantizers, Error> {
+    let Some(section) = reader.object_or_null("activation_quantization", "activation_quantization.")? else {
+        return Ok(Quantizers::INT8);
+    };
+    section.only(&["attention", "output", "ffn", "down"])?;
+    let of = |key| match section.str_or_null(key)? {
+        None | Some("int8") => Ok(Quantizer::Int8),
+        Some("int4") => Ok(Quantizer::Int4),
+        Some("int8_largest_half") => Ok(Quantizer::Int8LargestHalf),
+        Some(_) => section.refuse(key, "\"int8\", \"int4\" or \"int8_largest_half\" is expected"),
+    };
+    Ok(Quantizers { attention: of("attention")?, output: of("output")?, ffn: of("ffn")?, down: of("down")? })
 }
 
 /// The key of `config.json` behind a field of [`Config`].
@@ -385,6 +429,11 @@ fn config_key(field: &str) -> &str {
         "kv_heads" => "num_key_value_heads",
         "context" => "max_position_embeddings",
         "norm_eps" => "rms_norm_eps",
+        "window" => "sliding_window",
+        "sinks" => "sink_tokens",
+        "memory heads" => "memory.heads",
+        "memory key" => "memory.key_dim",
+        "memory value" => "memory.value_dim",
         "linear_norm_eps" => "quantization_config.rms_norm_eps",
         other => other,
     }
@@ -398,6 +447,8 @@ pub(crate) fn limits(field: &str) -> String {
         "kv_heads" => "a divisor of num_attention_heads is expected".into(),
         "head_dim" => format!("an even number from 2 to {} is supported", Config::HEAD_DIM_MAX),
         "context" => format!("1 to {} is supported", Config::CONTEXT_MAX),
+        "window" | "sinks" => format!("1 to {} together with the sinks is supported", Config::CONTEXT_MAX),
+        "memory heads" | "memory key" | "memory value" => format!("1 to {} is supported", Config::MEMORY_MAX),
         "norm_eps" | "linear_norm_eps" => "a number below 1 is expected".into(),
         _ => format!("1 to {} is supported", Config::WIDTH_MAX),
     }

@@ -7,7 +7,7 @@ use crate::checkpoint::rope::{self, Scaling};
 use crate::checkpoint::{Storage, Table};
 use bitnet_kernel::Format;
 use bitnet_runtime::error::ImageError;
-use bitnet_runtime::model::{Activation, Config, Rope};
+use bitnet_runtime::model::{Activation, Config, Quantizers, Rope};
 
 /// What an architecture computes.
 #[derive(Clone, Copy)]
@@ -224,6 +224,9 @@ fn config(keys: &Keys<'_>, architecture: Architecture) -> Result<Config, Error> 
         linear_norm_eps: None,
         live_ffn: false,
         sparse: false,
+        window: None,
+        memory: None,
+        quantizers: Quantizers::INT8,
         tied: false,
         split_head: false,
         formats: 1 << Format::TL as u8,

@@ -1,0 +1,42 @@
+//! What a memory of fixed size does with a token: a short convolution, then the gated delta rule.
+use super::{dot, exp};
+
+/// Taps of [`convolve`].
+pub const TAPS: usize = 4;
+
+/// `x = silu(((w₀ x₋₃ + w₁ x₋₂) + w₂ x₋₁) + w₃ x)`, channel by channel, in place; `past` then has the last three inputs.
+///
+/// `past` is `[3][channels]`, the oldest first, and zero before the first token; `taps` is `[4][channels]`.
+///
+/// # Panics
+/// If the lengths disagree.
+#[inline(always)]
+pub fn convolve(past: &mut [f32], taps: &[f32], x: &mut [f32]) {
+    let n = x.len();
+    assert!(past.len() == (TAPS - 1) * n && taps.len() == TAPS * n);
+    let (oldest, rest) = past.split_at_mut(n);
+    let (older, last) = rest.split_at_mut(n);
+    let (w0, w1, w2, w3) = (&taps[..n], &taps[n..2 * n], &taps[2 * n..3 * n], &taps[3 * n..]);
+    for i in 0..n {
+        let u = x[i];
+        let y = ((w0[i] * oldest[i] + w1[i] * older[i]) + w2[i] * last[i]) + w3[i] * u;
+        x[i] = y / (1.0 + exp(-y));
+        (oldest[i], older[i], last[i]) = (older[i], last[i], u);
+    }
+}
+
+/// One row of a state, for one value `v`: forgets, corrects what `key` recalls towards `v`, and returns what `query` recalls.
+///
+/// `r = alpha · s`, `e = beta · (v - r · key)`, `s = r + e · key`, and the result `s · query`: row `j` of
+/// `S = alpha (I - beta k kᵀ) S + beta k vᵀ` (Gated DeltaNet, arXiv:2412.06464, eq. 10), stored by values. Rows do not depend
+/// on one another.
+///
+/// # Panics
+/// If the lengths differ.
+#[inline(always)]
+pub fn delta_rule(state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, beta: f32, value: f32) -> f32 {
+    state.iter_mut().for_each(|s| *s *= alpha);
+    let error = beta * (value - dot(state, key));
+    state.iter_mut().zip(key).for_each(|(s, k)| *s += error * k);
+    dot(state, query)
+}

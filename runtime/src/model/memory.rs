@@ -1,0 +1,124 @@
+//! The memory beside attention: queries, keys and values of its own, a state of fixed size, and what is read from it.
+//!
+//! For a block's input `x`, as int8 (BitRNN-M; the gated delta rule of arXiv:2412.06464 with 1-bit projections):
+//!
+//! ```text
+//! u, z = input(x)              a, b = gates(x)
+//! q, k, v = silu(convolve(u))  q, k of each head divided by sqrt(Σ² + 1e-6)
+//! alpha = exp(-exp(rate) · softplus(a + bias))      beta = 1 / (1 + exp(-(b + bias)))
+//! o = delta_rule(S, k, q, alpha, beta, v)           of each head, row by row
+//! m = rmsnorm(o, 1e-5) · silu(z)                    of each head
+//! attention's results += share · output(m)
+//! ```
+use super::{Model, Quantizer, State, ops};
+use crate::error::Error;
+use crate::image::Kind;
+use crate::memory::{attention_width, padded_rows};
+use crate::parallel::{Parallel, Serial};
+use bitnet_kernel::float::sum_of_squares;
+
+const UNIT_EPS: f32 = 1e-6;
+const NORM_EPS: f32 = 1e-5;
+/// Rows of a state that one thread does at a time.
+const ROWS: usize = 16;
+/// Multiplications below which the rows are not worth waking other threads for. Estimated, not timed.
+const PARALLEL_WORK_MIN: usize = 1 << 17;
+
+impl Model<'_> {
+    /// The results of the memory for `n` tokens, of which `projected` has what [`Kind::MemoryInput`] and [`Kind::MemoryGates`]
+    /// made, go to the same place: `width` a token, after those of query, key and value.
+    pub(super) fn remember(&mut self, state: &mut State<'_>, layer: u32, n: usize, width: usize) -> Result<(), Error> {
+        let (c, weights) = (self.config, self.weights.layer(layer));
+        let Some(m) = c.memory else { return Ok(()) };
+        let [heads, key, value, keys, values] = [m.heads, m.key, m.value, m.keys(), m.values()].map(|n| n as usize);
+        let channels = m.channels() as usize;
+        let at = attention_width(&c);
+        let gates_at = at + padded_rows(channels + values);
+        let rows = &mut self.scratch.projected[..n * width];
+        if !rows.chunks_exact(width).all(|row| ops::finite(&row[at..gates_at + 2 * heads])) {
+            return Err(Error::NotFinite { layer });
+        }
+
+        let (matrices, past, next_matrices, next_past) = state.recurrent(layer as usize);
+        let taps = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryTaps))?);
+        let taps = &taps[..bitnet_kernel::float::TAPS * channels];
+        next_past.copy_from_slice(past);
+        for row in rows.chunks_exact_mut(width) {
+            let taken = &mut row[at..][..channels];
+            self.machine.kernels.convolve(next_past, taps, taken);
+            for head in taken[..2 * keys].chunks_exact_mut(key) {
+                let scale = 1.0 / libm::sqrtf(sum_of_squares(head) + UNIT_EPS);
+                head.iter_mut().for_each(|x| *x *= scale);
+            }
+        }
+        let decay = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryDecay))?);
+        for row in rows.chunks_exact_mut(width) {
+            let (alpha, beta) = row[gates_at..][..2 * heads].split_at_mut(heads);
+            for (h, (alpha, beta)) in alpha.iter_mut().zip(beta).enumerate() {
+                *alpha = libm::expf(-libm::expf(decay[h]) * softplus(*alpha + decay[heads + h]));
+                *beta = 1.0 / (1.0 + libm::expf(-(*beta + decay[2 * heads + h])));
+            }
+        }
+
+        // Each row of the new state, then what it gives to each token.
+        let kernels = self.machine.kernels;
+        let (rows, len) = (&*rows, key + n);
+        let cells = &mut self.scratch.units[..values * len];
+        let work = n * values * key;
+        let parallel: &dyn Parallel = if work < PARALLEL_WORK_MIN { &Serial } else { self.machine.parallel };
+        parallel.for_each_chunk(cells, ROWS * len, &|i, cells| {
+            for (r, cell) in (i * ROWS..).zip(cells.chunks_exact_mut(len)) {
+                let (cell, out) = cell.split_at_mut(key);
+                cell.copy_from_slice(&matrices[r * key..][..key]);
+                let h = r / value;
+                for (row, out) in rows.chunks_exact(width).zip(out) {
+                    let (taken, gates) = (&row[at..][..channels], &row[gates_at..]);
+                    let (query, keyed) = (&taken[h * key..][..key], &taken[keys + h * key..][..key]);
+                    *out = kernels.delta_rule(cell, keyed, query, gates[h], gates[heads + h], taken[2 * keys + r]);
+                }
+            }
+        });
+        for (cell, next) in cells.chunks_exact(len).zip(next_matrices.chunks_exact_mut(key)) {
+            next.copy_from_slice(&cell[..key]);
+        }
+
+        let norm = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryNorm))?);
+        for (t, row) in rows.chunks_exact(width).enumerate() {
+            let gate = &row[at + channels..][..values];
+            for h in 0..heads {
+                // The input of the next linear is made in two steps: what was recalled lies in no one's way in the state's rows.
+                let recalled = &mut self.scratch.recalled[..value];
+                for (j, x) in recalled.iter_mut().enumerate() {
+                    *x = cells[(h * value + j) * len + key + t];
+                }
+                kernels.rmsnorm(recalled, &norm[..value], NORM_EPS);
+                let out = &mut self.scratch.norm[t * values + h * value..][..value];
+                kernels.silu(&gate[h * value..][..value], recalled, out);
+            }
+        }
+        self.linears(layer, &[weights.linear(Kind::MemoryOutput)], Quantizer::Int8, values, n, width, at)
+    }
+
+    /// `norm += share · what the memory gave`, for `n` tokens, if there is one.
+    pub(super) fn add_remembered(&mut self, layer: u32, n: usize, width: usize) -> Result<(), Error> {
+        let (c, weights) = (self.config, self.weights.layer(layer));
+        if c.memory.is_none() {
+            return Ok(());
+        }
+        let query_width = c.query_width() as usize;
+        let share = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryShare))?);
+        let s = &mut self.scratch;
+        let rows = s.projected.chunks_exact(width).map(|row| &row[attention_width(&c)..][..query_width]);
+        for (x, row) in s.norm.chunks_exact_mut(query_width).zip(rows).take(n) {
+            for ((x, y), share) in x.iter_mut().zip(row).zip(share) {
+                *x += share * y;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `ln(1 + eˣ)`.
+fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { libm::log1pf(libm::expf(x)) }
+}

@@ -1,0 +1,185 @@
+//! Conversations of fixed size: attention to a window, a memory beside it, activations of four bits. What PyTorch computes of
+//! small random models (`tools/train/golden.py`) is what the runtime computes, on every backend and in every way of running.
+use bitnet_kernel::{Block, Format};
+use bitnet_pack::Options;
+use bitnet_runtime::memory::KvFormat;
+use bitnet_runtime::parallel::Serial;
+use bitnet_runtime::sampler::Sampling;
+use bitnet_runtime::source::Mapped;
+use bitnet_runtime::{Limits, Model, Plan, State, backend};
+use bitnet_tests::images::{Packed, Way, fingerprint};
+use bitnet_tests::{golden, ids, json, max_difference, npy};
+
+const SETS: [&str; 3] = ["bitrnn_m", "bitrnn_m_a4", "window"];
+const TOLERANCE: f32 = 2e-3;
+
+fn pack(set: &str) -> Packed {
+    Packed::pack(&golden(set), &Options { head: Format::F16, ..Options::default() })
+}
+
+fn prompt(set: &str) -> Vec<u32> {
+    ids(&json(golden(set).join("ids.json"))["input_ids"][0])
+}
+
+#[test]
+fn logits_are_those_of_pytorch() {
+    for set in SETS {
+        let (packed, prompt) = (pack(set), prompt(set));
+        let expected = npy::read::<f32>(golden(set).join("logits_f32.npy"));
+        let found = Way { kv: KvFormat::F32, ..Way::plain(backend::best()) }.logits(&packed, &prompt);
+        let differences = found.iter().zip(expected.rows()).map(|(a, b)| max_difference(a, b));
+        let differences: Vec<f32> = differences.collect();
+        let largest = differences.iter().copied().fold(0.0, f32::max);
+        println!("{set}: largest difference {largest}: {differences:?}");
+        assert_eq!(found.len(), prompt.len());
+        assert!(largest <= TOLERANCE, "{set}: {largest}");
+    }
+}
+
+#[test]
+fn every_way_of_running_gives_the_same_bits() {
+    for set in SETS {
+        let (packed, prompt) = (pack(set), prompt(set));
+        for kv in [KvFormat::F32, KvFormat::F16, KvFormat::I8] {
+            let plain = Way { kv, ..Way::plain(backend::best()) };
+            let expected = fingerprint(&plain.logits(&packed, &prompt));
+            for kernels in backend::available() {
+                for (threads, streamed, batch) in [(1, false, 1), (3, false, 7), (2, true, 16)] {
+                    let way = Way { kernels, threads, streamed, batch, kv };
+                    assert_eq!(fingerprint(&way.logits(&packed, &prompt)), expected, "{set} by {way:?}");
+                }
+            }
+        }
+    }
+}
+
+/// A state that went back and read again is the state that read once; where it cannot go back it says so.
+#[test]
+fn a_conversation_goes_back_as_far_as_it_can() {
+    let (packed, prompt) = (pack("bitrnn_m"), prompt("bitrnn_m"));
+    let way = Way { batch: 4, ..Way::plain(backend::best()) };
+    let expected = way.logits(&packed, &prompt);
+    way.run(&packed, |model, state| {
+        model.prefill(state, &prompt[..21]).unwrap();
+        assert_eq!(state.position(), 21);
+        assert_eq!(state.rewind(21), 21);
+        // The last pass was that of token 20 alone: batches are 4, 4, 4, 4, 4, 1.
+        assert_eq!(state.rewind(20), 20);
+        assert_eq!(model.step(state, prompt[20]).unwrap(), expected[20]);
+        model.prefill(state, &prompt[21..25]).unwrap();
+        assert_eq!(state.rewind(21), 21, "where the last pass began");
+        assert_eq!(state.rewind(20), 0, "nothing older is kept");
+        assert_eq!(model.prefill(state, &prompt).unwrap(), expected[prompt.len() - 1]);
+    });
+    // Without a memory a window goes back by a batch, and anywhere before something has left it.
+    let (packed, prompt) = (pack("window"), self::prompt("window"));
+    let expected = way.logits(&packed, &prompt);
+    way.run(&packed, |model, state| {
+        model.prefill(state, &prompt[..15]).unwrap();
+        assert_eq!(state.rewind(5), 5);
+        model.prefill(state, &prompt[5..40]).unwrap();
+        assert_eq!(state.rewind(36), 36);
+        assert_eq!(model.prefill(state, &prompt[36..40]).unwrap(), expected[39]);
+        assert_eq!(state.rewind(30), 0);
+    });
+}
+
+/// A pass that fails leaves a memory as it was.
+#[test]
+fn a_failed_pass_leaves_the_memory_as_it_was() {
+    let (packed, prompt) = (pack("bitrnn_m"), prompt("bitrnn_m"));
+    let way = Way { batch: 4, ..Way::plain(backend::best()) };
+    let expected = way.logits(&packed, &prompt);
+    way.run(&packed, |model, state| {
+        model.prefill(state, &prompt[..30]).unwrap();
+        assert!(model.step(state, u32::MAX).is_err());
+        assert_eq!(state.position(), 30);
+        assert_eq!(model.step(state, prompt[30]).unwrap(), expected[30]);
+    });
+}
+
+/// Memory does not depend on the length of a conversation, and a conversation has no end.
+#[test]
+fn a_conversation_of_any_length_has_one_size() {
+    let packed = pack("bitrnn_m");
+    let image = packed.image();
+    let config = image.header().config;
+    let plans = [16, 512].map(|context| Plan::new(&config, &Limits { context, batch: 4, kv: KvFormat::F16 }));
+    assert_eq!(plans[0], plans[1]);
+    let limits = Limits { context: 16, batch: 4, kv: KvFormat::F16 };
+    let mut memory = vec![Block::ZERO; plans[0].state + plans[0].scratch];
+    let (for_state, for_model) = memory.split_at_mut(plans[0].state);
+    let mut source = Mapped::new(packed.blocks());
+    let mut state = State::new(&config, &limits, for_state).unwrap();
+    let mut model = Model::new(&image, limits, backend::best(), &Serial, &mut source, for_model).unwrap();
+    for t in 0..600 {
+        model.step(&mut state, t % 128).unwrap();
+    }
+    assert_eq!(state.position(), 600);
+    // A session keeps the last tokens only, and a prompt after that is read from its start.
+    packed.converse(backend::best(), limits, Sampling::GREEDY, |mut session| {
+        for _ in 0..2 {
+            session.prompt(&[1, 2, 3]).unwrap();
+            let until = bitnet_runtime::generate::Until { max_tokens: 100, stop_ids: &[] };
+            let mut tokens = Vec::new();
+            let finish = session.generate(until, None, &mut |event| {
+                if let bitnet_runtime::generate::Event::Token(token) = event {
+                    tokens.push(token);
+                }
+                core::ops::ControlFlow::Continue(())
+            });
+            assert_eq!((finish.unwrap(), tokens.len()), (bitnet_runtime::generate::Finish::Length, 100));
+            assert!(session.history().len() <= 16);
+        }
+    });
+}
+
+/// Within the window a model with a window and a memory whose share is zero computes what it did without either, bit for bit.
+#[test]
+fn a_window_and_an_idle_memory_change_nothing_within_the_window() {
+    // One checkpoint three times: as it is, without a memory, and with a memory of which nothing is added.
+    let place = tempfile::tempdir().unwrap();
+    let source = golden("bitrnn_m");
+    let config = json(source.join("config.json"));
+    let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let variant = |name: &str, with_memory: bool, with_window: bool| {
+        let dir = place.path().join(name);
+        std::fs::create_dir(&dir).unwrap();
+        let mut config = config.clone();
+        let object = config.as_object_mut().unwrap();
+        if !with_memory {
+            object.remove("memory");
+        }
+        if !with_window {
+            object.remove("sliding_window");
+            object.remove("sink_tokens");
+        }
+        std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+        let zeros = vec![0; 64 * 4];
+        let views: Vec<_> = tensors
+            .tensors()
+            .into_iter()
+            .filter(|(name, _)| with_memory || !name.contains(".memory."))
+            .map(|(name, view)| {
+                let data = if name.ends_with(".rho") { &zeros[..] } else { view.data() };
+                let view = safetensors::tensor::TensorView::new(view.dtype(), view.shape().to_vec(), data).unwrap();
+                (name, view)
+            })
+            .collect();
+        std::fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+        Packed::pack(&dir, &Options { head: Format::F16, ..Options::default() })
+    };
+    let [plain, window, idle] =
+        [variant("plain", false, false), variant("window", false, true), variant("idle", true, true)];
+    let prompt = prompt("bitrnn_m");
+    let within = &prompt[..14];
+    for batch in [1, 4] {
+        let way = Way { kv: KvFormat::F32, batch, ..Way::plain(backend::best()) };
+        let expected = fingerprint(&way.logits(&plain, within));
+        assert_eq!(fingerprint(&way.logits(&window, within)), expected);
+        assert_eq!(fingerprint(&way.logits(&idle, within)), expected);
+        let longer = [&plain, &window].map(|packed| fingerprint(&way.logits(packed, &prompt)));
+        assert_ne!(longer[0], longer[1], "what has left the window is not seen");
+    }
+}

@@ -1,0 +1,94 @@
+"""Checkpoints in Hugging Face's layout, which `bitnet-pack` reads, and masters to train on with.
+
+Linears are written as they are multiplied: each matrix has one magnitude (rounded to bf16) and perhaps zeros, which the packer
+recognises. What structured sparsity left out is rows and columns of zeros.
+"""
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from linear import BitLinear
+from model import EPS, LINEARS, Config, Model
+
+
+def save(model: Model, directory: Path) -> None:
+    """Writes `config.json`, `model.safetensors` for the packer and `masters.safetensors` for training."""
+    directory.mkdir(parents=True, exist_ok=True)
+    c = model.c
+    linears = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, BitLinear)}
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if name in linears:
+            with torch.no_grad():
+                value = linears[name].quantized()
+        elif name.endswith((".tau", ".alpha", ".live_rows", ".live_columns")):
+            continue
+        tensors["model." + name] = value.detach().to(torch.bfloat16 if value.dim() > 1 and "taps" not in name else torch.float32).contiguous()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, directory / "masters.safetensors")
+    config = dict(
+        architectures=["BitNetForCausalLM"],
+        model_type="bitnet",
+        vocab_size=c.vocab,
+        hidden_size=c.hidden,
+        intermediate_size=c.ffn,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        hidden_act="relu2",
+        rms_norm_eps=EPS,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        rope_theta=c.theta,
+        torch_dtype="bfloat16",
+        quantization_config=dict(quant_method="bitnet", quantization_mode="values"),
+    )
+    if c.window:
+        config |= dict(sliding_window=c.window, sink_tokens=c.sinks)
+    if c.memory:
+        config["memory"] = dict(kind="bitrnn-m", heads=c.memory, key_dim=c.memory_width, value_dim=c.memory_width, write_delay=0)
+    if c.activations:
+        config["activation_quantization"] = c.activations
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (directory / "train.json").write_text(json.dumps(c.to_json(), indent=1) + "\n")
+
+
+def load(directory: Path) -> Model:
+    """The model whose masters are there."""
+    model = Model(Config(**json.loads((directory / "train.json").read_text())))
+    state = load_file(directory / "masters.safetensors")
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear):
+            module.live_rows, module.live_columns = state[f"{name}.live_rows"], state[f"{name}.live_columns"]
+    model.load_state_dict(state)
+    return model
+
+
+def exported(directory: Path) -> Model:
+    """The model as the packer sees it: what it computes is what the runtime must."""
+    options = json.loads((directory / "train.json").read_text())
+    options |= dict(weights={name: "values" for name in LINEARS}, memory_kind="values")
+    model = Model(Config(**options))
+    for layer in model.layers:
+        if options["memory"]:
+            layer.self_attn.memory.gate_proj.kind = layer.self_attn.memory.o_proj.kind = "values"
+    adopt(model, directory / "model.safetensors")
+    return model
+
+
+def adopt(model: Model, path: Path) -> None:
+    """Gives `model` the weights of another that it shares a shape with; what that one has not keeps its initial value."""
+    state = load_file(path)
+    state = {k.removeprefix("model."): v.float() for k, v in state.items() if not k.endswith((".live_rows", ".live_columns"))}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    new = (".tau", ".alpha", ".live_rows", ".live_columns")
+    wrong = [k for k in missing if ".memory." not in k and not k.endswith(new)] + unexpected
+    if wrong:
+        raise SystemExit(f"{path}: not the weights of this model: {', '.join(wrong)}")
+    for module in model.modules():
+        if isinstance(module, BitLinear):
+            module.fit_scale()

@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+"""Makes small random checkpoints of what only we have, and what PyTorch computes of them: tests of the runtime compare with it.
+
+  python golden.py ../../tests/golden
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+from model import Config, Model
+from variants import A4
+
+SETS = {
+    "bitrnn_m": dict(memory=2, memory_width=16),
+    "bitrnn_m_a4": dict(memory=2, memory_width=16, activations=A4, weights={"v_proj": "binary"}, memory_kind="binary"),
+    "window": dict(),
+}
+"""All with a window that most of the tokens have left."""
+TOKENS = 48
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name, options in SETS.items():
+        torch.manual_seed(len(name))
+        shape = dict(vocab=128, hidden=64, layers=2, heads=4, kv_heads=2, ffn=96, window=12, sinks=2)
+        model = Model(Config(**shape, **options))
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                if p.dim() == 2:
+                    p.copy_(torch.randn(p.shape) * (0.3 if "taps" in key else 0.1))
+                elif key.endswith(("rho", "norm", "norm.weight", "layernorm.weight")):
+                    p.copy_(1 + 0.2 * torch.randn(p.shape))
+                else:
+                    p.add_(0.3 * torch.randn(p.shape))
+        place = Path(sys.argv[1]) / name
+        checkpoint.save(model, place)
+        ids = torch.randint(0, 128, (1, TOKENS))
+        with torch.no_grad():
+            logits = checkpoint.exported(place)(ids)[0]
+        np.save(place / "logits_f32.npy", logits.numpy())
+        (place / "ids.json").write_text(json.dumps(dict(input_ids=ids.tolist())) + "\n")
+        for made in ("masters.safetensors", "train.json"):
+            (place / made).unlink()
+
+
+if __name__ == "__main__":
+    main()
