@@ -1,4 +1,6 @@
 //! Text to tokens and back. The packer converted the checkpoint's tokenizer; this loads it, on bare metal too.
+pub mod definition;
+
 use crate::error::Error;
 use crate::image::{Image, Text, checksum};
 use crate::source::WeightSource;
@@ -6,7 +8,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use bitnet_kernel::Block;
 use core::str;
-use kitoken::{Decoding, Definition, Kitoken, Normalization, SpecialTokenKind, Token};
+use kitoken::{Definition, Kitoken, SpecialTokenKind, Token};
 use zerocopy::IntoBytes;
 
 /// A model's tokenizer.
@@ -53,9 +55,10 @@ impl Tokenizer {
         let definition = Definition::from_slice(serialized).map_err(|_| Error::Tokenizer)?;
         let tokens = definition.model.vocab();
         let in_range = tokens.iter().all(|t| t.id < vocab) && definition.specials.iter().all(|s| s.id < vocab);
-        if tokens.is_empty() || !in_range || !is_bounded(&definition) {
+        if !in_range {
             return Err(Error::Tokenizer);
         }
+        definition::check(&definition).map_err(|_| Error::Tokenizer)?;
         let control = definition.specials.iter().filter(|s| s.kind == SpecialTokenKind::Control && !s.bytes.is_empty());
         let control = control.filter_map(|s| Some((String::from_utf8(s.bytes.clone()).ok()?, s.id))).collect();
         let ids: Vec<u32> = tokens.iter().map(|t| t.id).collect();
@@ -110,20 +113,6 @@ impl Tokenizer {
     fn longest(&self) -> usize {
         (0..self.ends.len() as u32).map(|t| self.bytes(t).len()).max().unwrap_or(0)
     }
-}
-
-/// Whether what the tokenizer adds to a text is short: a damaged or hostile one could add gigabytes to each.
-fn is_bounded(definition: &Definition) -> bool {
-    const ADDED_MAX: u32 = 16;
-    let decoding = definition.config.decoding.iter().all(|step| match step {
-        Decoding::Extend { left, right, .. } => *left <= ADDED_MAX && *right <= ADDED_MAX,
-        _ => true,
-    });
-    let normalization = definition.config.normalization.iter().all(|step| match step {
-        Normalization::Extend { left, right, .. } => *left <= ADDED_MAX && *right <= ADDED_MAX,
-        _ => true,
-    });
-    decoding && normalization
 }
 
 /// The token of byte 0, if there are tokens for all bytes in their order, as SentencePiece lays them out.

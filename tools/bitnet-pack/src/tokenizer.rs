@@ -6,6 +6,7 @@ use crate::Error;
 use crate::checkpoint::{Checkpoint, Naming, Table, gguf, llama2c, table};
 use crate::files::{Input, read_capped};
 use bitnet_runtime::image::{CHAT_TEMPLATE_MAX, StopIds};
+use bitnet_runtime::tokenizer::definition as sound;
 use kitoken::{Definition, InsertionPosition, Kitoken, Processing, Token};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -187,7 +188,9 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<Definition, Error> {
     } else {
         return Err(Error::tokenizer(path, "neither tokenizer.json nor a sentencepiece model nor a tiktoken file"));
     };
-    let mut definition = definition.map_err(|e| Error::tokenizer(path, format!("cannot be read as {kind}: {e}")))?;
+    let mut definition: Definition =
+        definition.map_err(|e| Error::tokenizer(path, format!("cannot be read as {kind}: {e}")))?;
+    sound::complete(&mut definition);
     // Sentencepiece models without padding have a padding token of number -1.
     definition.specials.retain(|special| special.id != Token::INVALID);
     // A training run's settings for batches: they would cut off or fill up every text.
@@ -207,9 +210,7 @@ fn check(path: &Path, definition: &Definition, bytes: &[u8], vocab: u32) -> Resu
     if let Some(id) = ids.last().filter(|&&id| id >= vocab) {
         return Err(Error::tokenizer(path, format!("token {id} lies outside the model's vocabulary of {vocab}")));
     }
-    if ids.is_empty() {
-        return Err(Error::tokenizer(path, "holds no tokens"));
-    }
+    sound::check(definition).map_err(|what| Error::tokenizer(path, what))?;
     Kitoken::from_slice(bytes).map_err(|e| Error::tokenizer(path, format!("not supported: {e}")))?;
     Ok(())
 }

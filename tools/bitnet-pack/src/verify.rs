@@ -8,7 +8,8 @@ use bitnet_runtime::error::ImageError;
 use bitnet_runtime::image::kept::{kept, mask_blocks};
 use bitnet_runtime::image::split::{self, Columns, norm};
 use bitnet_runtime::image::{Encoding, HEADER_BYTES_MAX, Kind, PREFIX_BYTES, Record, UNIT_ROWS};
-use kitoken::Kitoken;
+use bitnet_runtime::tokenizer::definition;
+use kitoken::{Definition, Kitoken};
 use std::path::Path;
 use xxhash_rust::xxh3::Xxh3Default;
 use zerocopy::{FromBytes, IntoBytes};
@@ -253,10 +254,15 @@ impl Verifier<'_> {
         if let Some(at) = padding.iter().position(|&b| b != 0) {
             return Err(self.opened.damaged(offset + (bytes + at) as u64, "padding that is not zero"));
         }
-        let loaded = Kitoken::from_slice(tokenizer);
-        loaded.map_err(|e| self.opened.damaged(offset, format!("the tokenizer does not load: {e}")))?;
-        Ok(())
+        loads(tokenizer).map_err(|what| self.opened.damaged(offset, format!("the tokenizer does not load: {what}")))
     }
+}
+
+/// Whether the runtime can load a tokenizer; if not, why.
+fn loads(serialized: &[u8]) -> Result<(), String> {
+    let loaded = Definition::from_slice(serialized).map_err(|e| e.to_string())?;
+    definition::check(&loaded)?;
+    Kitoken::from_definition(loaded).map(drop).map_err(|e| e.to_string())
 }
 
 /// The norm of row `r` without the columns apart.

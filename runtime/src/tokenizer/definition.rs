@@ -1,0 +1,132 @@
+//! What kitoken takes for granted of a tokenizer, looked at before it gets one: a hostile file must not end a program.
+use alloc::vec;
+use alloc::vec::Vec;
+use kitoken::{CharsMap, Decoding, Definition, InsertionPosition, Model, Normalization};
+
+/// Most characters that a step may add to a text: a hostile one could add gigabytes to each.
+const ADDED_MAX: u32 = 16;
+
+/// Checks a tokenizer before kitoken is made of it, which would panic over some of what is refused here.
+///
+/// # Errors
+/// What is wrong.
+pub fn check(definition: &Definition) -> Result<(), &'static str> {
+    let vocab = definition.model.vocab();
+    if vocab.is_empty() {
+        return Err("it has no tokens but control tokens");
+    }
+    match &definition.model {
+        Model::Unigram { scores, .. } if scores.iter().any(|s| !s.is_finite()) => {
+            return Err("a score is not a finite number");
+        }
+        Model::WordPiece { .. } => {
+            let mut templates = definition.config.templates.iter();
+            let prefix = templates.find(|t| t.position == InsertionPosition::WordContinuation);
+            let continues = |bytes: &[u8]| prefix.is_some_and(|p| bytes.starts_with(p.content.as_bytes()));
+            if vocab.iter().all(|token| continues(&token.bytes)) {
+                return Err("it has no token that starts a word");
+            }
+        }
+        _ => {}
+    }
+    let long = |left: u32, right: u32| left > ADDED_MAX || right > ADDED_MAX;
+    for step in &definition.config.decoding {
+        if matches!(step, Decoding::Extend { left, right, .. } if long(*left, *right)) {
+            return Err("it adds too much to a text");
+        }
+    }
+    for step in &definition.config.normalization {
+        match step {
+            Normalization::Extend { left, right, .. } if long(*left, *right) => {
+                return Err("it adds too much to a text");
+            }
+            Normalization::CharsMap { map } if !is_closed(map) => {
+                return Err("its map of characters leads out of itself");
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Gives a map of characters the unit that kitoken's converter leaves off at its end: such arrays are whole blocks of 256, and a
+/// text that asks for the last one would panic. It is hardly ever in use, and then one sequence stays as it is.
+pub fn complete(definition: &mut Definition) {
+    for step in &mut definition.config.normalization {
+        if let Normalization::CharsMap { map } = step
+            && let Some((mut units, texts)) = parts(map)
+            && units.len() % 256 == 255
+        {
+            units.push(0);
+            let whole = postcard::to_allocvec(&(units, texts)).ok();
+            *map = whole.and_then(|bytes| postcard::from_bytes(&bytes).ok()).unwrap_or_default();
+        }
+    }
+}
+
+/// Units and texts of a map, which are private, by its serialized form, which is not.
+fn parts(map: &CharsMap) -> Option<(Vec<u32>, Vec<u8>)> {
+    postcard::from_bytes(&postcard::to_allocvec(map).ok()?).ok()
+}
+
+/// Whether no text leads out of a map of characters: a double-array trie, whose units say where their children lie, as
+/// sentencepiece has it, and the texts that its leaves point to.
+fn is_closed(map: &CharsMap) -> bool {
+    let Some((units, texts)) = parts(map) else { return false };
+    let offset = |unit: u32| (unit >> 10 << (unit >> 6 & 8)) as usize;
+    let Some(&root) = units.first() else { return false };
+    let (mut seen, mut open) = (vec![false; units.len()], vec![offset(root)]);
+    while let Some(children) = open.pop() {
+        for label in 1..=255 {
+            let Some(&unit) = units.get(children ^ label) else { return false };
+            // Bit 31 marks a leaf, which has no label.
+            if unit & (1 << 31 | 0xff) != label as u32 || core::mem::replace(&mut seen[children ^ label], true) {
+                continue;
+            }
+            let next = children ^ label ^ offset(unit);
+            let leaf = || units.get(next).is_some_and(|leaf| (leaf & !(1 << 31)) as usize <= texts.len());
+            if unit >> 8 & 1 == 1 && !leaf() {
+                return false;
+            }
+            open.push(next);
+        }
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(units: &[u32], texts: &[u8]) -> CharsMap {
+        let bytes = postcard::to_allocvec(&(units, texts)).unwrap();
+        postcard::from_bytes(&bytes).unwrap()
+    }
+
+    /// Units of a trie of one key, "a": the root's children lie at 256, and the key's own at 512.
+    fn trie(leaf: u32) -> Vec<u32> {
+        let mut units = vec![0; 768];
+        units[0] = 256 << 10;
+        units[256 ^ 0x61] = (0x61 ^ 256 ^ 512) << 10 | 1 << 8 | 0x61;
+        units[512] = 1 << 31 | leaf;
+        units
+    }
+
+    #[test]
+    fn maps_that_lead_out_of_themselves_are_found() {
+        let texts = b"b\0";
+        let sound = trie(0);
+        assert!(is_closed(&map(&sound, texts)));
+        assert_eq!(map(&sound, texts).normalize("ab"), "bb");
+        assert!(!is_closed(&map(&[], texts)), "no root");
+        assert!(!is_closed(&map(&sound[..400], texts)), "children past the end");
+        assert!(!is_closed(&map(&trie(3), texts)), "a text past the end");
+        let mut far = sound.clone();
+        far[0] = 1 << 20 << 10;
+        assert!(!is_closed(&map(&far, texts)), "children nowhere");
+        // A key whose children are its own parent's: every text ends, and so does the search.
+        let mut circle = sound;
+        circle[256 ^ 0x61] = 0x61 << 10 | 0x61;
+        assert!(is_closed(&map(&circle, texts)));
+    }
+}
