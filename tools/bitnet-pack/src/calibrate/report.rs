@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 /// Trace, width, error and bytes of one layer's linears together.
 #[derive(Clone, Copy, Debug, Default)]
 struct LayerSum {
-    trace: f64,
+    trace: Option<f64>,
     bytes: u64,
     weights: u64,
-    loss: f64,
+    loss: Option<f64>,
     /// The largest.
     error: f64,
 }
@@ -24,10 +24,10 @@ impl Adapted {
                 layers.push((layer, LayerSum::default()));
             }
             let sum = &mut layers.last_mut().expect("just pushed").1;
-            sum.trace += of.trace.unwrap_or(0.0);
+            sum.trace = of.trace.map(|trace| sum.trace.unwrap_or(0.0) + trace);
             sum.bytes += of.bytes;
             sum.weights += (of.shape.0 * of.shape.1) as u64;
-            sum.loss += of.loss().unwrap_or(0.0);
+            sum.loss = of.loss().map(|loss| sum.loss.unwrap_or(0.0) + loss);
             sum.error = sum.error.max(of.error);
         }
         layers
@@ -83,8 +83,14 @@ impl Adapted {
         let layers = self.layers();
         let bits: Vec<f64> = layers.iter().map(|(_, l)| l.bytes as f64 * 8.0 / l.weights as f64).collect();
         page.push_str(&bars("bits a weight", &bits));
-        page.push_str(&bars("trace of the Hessian", &layers.iter().map(|(_, l)| l.trace).collect::<Vec<_>>()));
-        page.push_str(&bars("predicted loss, nats a token", &layers.iter().map(|(_, l)| l.loss).collect::<Vec<_>>()));
+        page.push_str(&bars(
+            "trace of the Hessian",
+            &layers.iter().map(|(_, l)| l.trace.unwrap_or(0.0)).collect::<Vec<_>>(),
+        ));
+        page.push_str(&bars(
+            "predicted loss, nats a token",
+            &layers.iter().map(|(_, l)| l.loss.unwrap_or(0.0)).collect::<Vec<_>>(),
+        ));
         page.push_str("<h2>Linears</h2>\n<table><tr><th>linear<th>shape<th>trace<th>format<th>bytes<th>error");
         Plan::FORMATS.iter().for_each(|f| page.push_str(&format!("<th>loss as {}", f.name())));
         for of in &self.linears {
@@ -251,12 +257,13 @@ impl fmt::Display for Adapted {
             let formats: Vec<String> =
                 formats.map(|of| format!("{} {}", of.linear.kind.name(), of.format.name())).collect();
             let bits = sum.bytes as f64 * 8.0 / sum.weights as f64;
+            let known = |value: Option<f64>| value.map_or_else(|| "-".into(), |v| format!("{v:.2e}"));
             writeln!(
                 f,
-                "{layer:<6} {:>11.3e} {bits:>7.3} {:>10} {:>10.2e} {:>6.1}%  {}",
-                sum.trace,
+                "{layer:<6} {:>11} {bits:>7.3} {:>10} {:>10} {:>6.1}%  {}",
+                known(sum.trace),
                 sum.bytes,
-                sum.loss,
+                known(sum.loss),
                 sum.error * 100.0,
                 formats.join(", ")
             )?;
