@@ -198,7 +198,8 @@ fn bars(title: &str, values: &[f64]) -> String {
     if max <= 0.0 {
         return String::new();
     }
-    let mut svg = svg(60 + values.len() * STEP, 150);
+    // Room for the title, however few layers there are.
+    let mut svg = svg((60 + values.len() * STEP).max(320), 150);
     let _ = write!(svg, "<text x=\"0\" y=\"12\">{title}, at most {max:.3e}</text>");
     for (i, value) in values.iter().enumerate() {
         let (x, height) = (40 + i * STEP, 110.0 * value / max);
