@@ -15,7 +15,7 @@
 use crate::apart::{self, SUMMED};
 use crate::panel::{Sums, Tile, Unit};
 use crate::{lanes, panel};
-use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
+use bitnet_kernel::{Activations, Batch, Block, BlockActivations, BlockMatrix, Format, Kernels, Matrix, blocks};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -81,6 +81,16 @@ impl Kernels for Dotprod {
         // SAFETY: as above.
         apart::sum_rows(w, rows, x, y, |rows, at, x| unsafe { sum_t2r_neon_dotprod(rows, at, x) });
     }
+    fn matvec_blocks(&self, w: BlockMatrix<'_>, x: BlockActivations<'_>, y: &mut [i32]) {
+        // SAFETY: `self` exists, so the CPU has dot products.
+        unsafe { matvec_blocks_neon_dotprod(w, x, y) }
+    }
+}
+
+/// The portable body, of which the compiler makes `sdot`.
+#[target_feature(enable = "neon,dotprod")]
+fn matvec_blocks_neon_dotprod(w: BlockMatrix<'_>, x: BlockActivations<'_>, y: &mut [i32]) {
+    blocks::matvec_blocks(w, x, y);
 }
 
 /// A tile of a format in planes: 4 blocks a step, one of each row.

@@ -5,7 +5,7 @@
 //! The order of the operands is tokens, rows: a sum of two rows by two tokens then holds the rows of a token side by side.
 use crate::dotprod::{self, Dotprod};
 use crate::panel::{self, Sums, Tile, Unit};
-use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
+use bitnet_kernel::{Activations, Batch, Block, BlockActivations, BlockMatrix, Format, Kernels, Matrix};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -48,6 +48,9 @@ impl Kernels for I8mm {
     }
     fn sum_rows(&self, w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
         self.0.sum_rows(w, rows, x, y);
+    }
+    fn matvec_blocks(&self, w: BlockMatrix<'_>, x: BlockActivations<'_>, y: &mut [i32]) {
+        self.0.matvec_blocks(w, x, y);
     }
 }
 

@@ -16,6 +16,7 @@
 //! Loads go through [`load`] and friends, which take arrays: the loops hold no pointers and no `unsafe`.
 #![allow(clippy::needless_range_loop, reason = "one index for several arrays of registers")]
 
+use crate::blocks;
 use crate::cpu::Features;
 use crate::float;
 use crate::grouped;
@@ -23,7 +24,7 @@ use crate::rows;
 use crate::tiles::{self, Lanes, Planes};
 use bitnet_kernel::float::Cache;
 use bitnet_kernel::tables::{B1_BASE, TL_BASE, TL_WEIGHTS};
-use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix, kernels};
+use bitnet_kernel::{Activations, Batch, Block, BlockActivations, BlockMatrix, Format, Kernels, Matrix, kernels};
 use core::arch::x86_64::*;
 
 /// Invariant: a value exists only where the CPU has AVX2 and F16C. [`detect`] makes the only one.
@@ -78,6 +79,10 @@ impl Kernels for Avx2 {
     fn sum_rows(&self, w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
         // SAFETY: `self` exists, so the CPU has AVX2.
         unsafe { rows::sum_rows(w, rows, x, y) }
+    }
+    fn matvec_blocks(&self, w: BlockMatrix<'_>, x: BlockActivations<'_>, y: &mut [i32]) {
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { blocks::matvec_avx2(w, x, y) }
     }
     fn matvec_f16(&self, w: Matrix<'_>, x: &[f32], y: &mut [f32]) {
         // SAFETY: `self` exists, so the CPU has AVX2 and F16C.

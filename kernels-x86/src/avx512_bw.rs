@@ -3,6 +3,7 @@
 
 use crate::avx2::{prepare_b1_avx2, prepare_tl_balanced_avx2};
 use crate::avx512::{by_tokens, lanes, load, load_four_times, opaque, prefetch, sums_less};
+use crate::blocks;
 use crate::cpu::Features;
 use crate::float;
 use crate::grouped;
@@ -10,7 +11,7 @@ use crate::rows;
 use crate::tiles::{self, Lanes, Planes};
 use bitnet_kernel::float::Cache;
 use bitnet_kernel::tables::{B1_BASE, TL_BASE};
-use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix, kernels};
+use bitnet_kernel::{Activations, Batch, Block, BlockActivations, BlockMatrix, Format, Kernels, Matrix, kernels};
 use core::arch::x86_64::*;
 
 /// Invariant: a value exists only where the CPU has AVX-512 F, BW, DQ and VL. [`detect`] makes the only one.
@@ -65,6 +66,10 @@ impl Kernels for Bw {
     fn sum_rows(&self, w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
         // SAFETY: `self` exists, so the CPU has AVX2.
         unsafe { rows::sum_rows(w, rows, x, y) }
+    }
+    fn matvec_blocks(&self, w: BlockMatrix<'_>, x: BlockActivations<'_>, y: &mut [i32]) {
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { blocks::matvec_avx2(w, x, y) }
     }
     fn matvec_f16(&self, w: Matrix<'_>, x: &[f32], y: &mut [f32]) {
         // SAFETY: `self` exists, so the CPU has these features.

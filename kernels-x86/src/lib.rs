@@ -14,6 +14,10 @@ mod avx512_bw;
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 mod avx512_vnni;
 #[cfg(target_arch = "x86_64")]
+mod blocks;
+#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+mod blocks_vnni;
+#[cfg(target_arch = "x86_64")]
 mod cpu;
 #[cfg(target_arch = "x86_64")]
 mod float;

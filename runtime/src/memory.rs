@@ -84,7 +84,7 @@ impl Plan {
                 + blocks::<f32>(batch * widest)
                 + if c.linear_norm_eps.is_some() { blocks::<f32>(widest) } else { 0 }
                 + blocks::<i8>(batch * scratch.quantized)
-                + if c.sparse { blocks::<i8>(batch * scratch.quantized) } else { 0 }
+                + if c.sparse { blocks::<i8>(batch * scratch.quantized) + blocks::<u32>(scratch.starts) } else { 0 }
                 + batch * scratch.tables
                 + blocks::<f32>(batch * scratch.projected)
                 + blocks::<f32>(scratch.units(batch))
@@ -118,6 +118,8 @@ pub(crate) struct Sizes {
     pub tables: usize,
     /// Results of one token of the linears that share an input, and beside attention's of the memory.
     pub projected: usize,
+    /// Units of the highest linear that may be block-sparse.
+    pub starts: usize,
     /// What one query sees through a window, of all heads.
     pub seen: usize,
     /// Positions in the window, or 0.
@@ -145,7 +147,9 @@ impl Sizes {
         };
         let seen = c.kv_heads as usize * seen_len(span, group, c.head_dim as usize);
         let quantized = quantized.next_multiple_of(Block::BYTES);
-        Self { quantized, tables, projected, seen, span, memory: c.memory }
+        let highest = max(padded_rows(c.widest() as usize), padded_rows(c.kv_width() as usize));
+        let starts = highest / crate::image::UNIT_ROWS;
+        Self { quantized, tables, projected, starts, seen, span, memory: c.memory }
     }
     /// Results in the order in which threads write them: those of linears of a batch, or the rows of a memory's state, each
     /// with a result a token.

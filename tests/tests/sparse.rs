@@ -1,9 +1,9 @@
-//! Linears with rows and columns of zeros: left out, and the logits stay what they are, bit for bit.
-use bitnet_kernel::Format;
+//! Linears with rows, columns or blocks of zeros: left out, and the logits stay what they are, bit for bit.
 use bitnet_kernel::portable::Portable;
+use bitnet_kernel::{BlockShape, Format};
 use bitnet_pack::{Layouts, Options};
 use bitnet_runtime::backend;
-use bitnet_runtime::image::{Encoding, Kind};
+use bitnet_runtime::image::{Encoding, Kind, checksum};
 use bitnet_tests::images::{Packed, Way, fingerprint};
 use bitnet_tests::tiny::Tiny;
 
@@ -69,6 +69,29 @@ fn shapes_are_those_of_what_is_left() {
     assert_eq!((index.encoding, index.blocks.get()), (Encoding::Whole.tag(), 0));
 }
 
+/// What `verify` says of an image in which a section of layer 0 is not what it was in `sound`: that its checksum is wrong, and
+/// with the checksum made right, what this returns.
+fn verify_repaired(sound: &Packed, broken: &Packed, kind: Kind) -> String {
+    let section = *sound.image().sections().find(kind, Some(0)).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    std::fs::write(&path, broken.bytes()).unwrap();
+    let refused = bitnet_pack::verify(&path).unwrap_err().to_string();
+    assert!(refused.contains("checksum"), "{refused}");
+    let mut bytes = broken.bytes().to_vec();
+    let content = &bytes[section.start.get() as usize * 64..][..section.blocks.get() as usize * 64];
+    let sum = checksum(content).to_le_bytes();
+    let place = bytes.windows(8).position(|w| w == section.checksum.get().to_le_bytes()).unwrap();
+    bytes[place..place + 8].copy_from_slice(&sum);
+    let header = 64 + u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
+    bytes[24..32].fill(0);
+    let sums = [&bytes[..64], &bytes[64..header]].map(|part| checksum(part).to_le_bytes());
+    let sum = checksum(sums.as_flattened());
+    bytes[24..32].copy_from_slice(&sum.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    bitnet_pack::verify(&path).unwrap_err().to_string()
+}
+
 /// Masks are input: whatever they keep, a pass ends, and `verify` says what is wrong with them.
 #[test]
 fn masks_that_lie_are_found_and_harmless() {
@@ -86,24 +109,75 @@ fn masks_that_lie_are_found_and_harmless() {
         let broken = Packed::from_blocks(blocks);
         let logits = Way { batch: 3, ..Way::plain(&Portable) }.logits(&broken, &[1, 2, 3]);
         assert!(logits.iter().flatten().all(|v| v.is_finite()));
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("image");
-        std::fs::write(&path, broken.bytes()).unwrap();
-        let refused = bitnet_pack::verify(&path).unwrap_err().to_string();
-        assert!(refused.contains("checksum"), "{refused}");
-        // With the checksum made right, the masks themselves are looked at.
-        let mut bytes = broken.bytes().to_vec();
-        let section = &bytes[start * 64..][..index.blocks.get() as usize * 64];
-        let sum = bitnet_runtime::image::checksum(section).to_le_bytes();
-        let place = bytes.windows(8).position(|w| w == index.checksum.get().to_le_bytes()).unwrap();
-        bytes[place..place + 8].copy_from_slice(&sum);
-        let header = 64 + u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
-        bytes[24..32].fill(0);
-        let sums = [&bytes[..64], &bytes[64..header]].map(|part| bitnet_runtime::image::checksum(part).to_le_bytes());
-        let sum = bitnet_runtime::image::checksum(sums.as_flattened());
-        bytes[24..32].copy_from_slice(&sum.to_le_bytes());
-        std::fs::write(&path, bytes).unwrap();
-        let refused = bitnet_pack::verify(&path).unwrap_err().to_string();
+        let refused = verify_repaired(&compact, &broken, Kind::DownIndex);
         assert!(refused.contains("mask of"), "{refused}");
+    }
+}
+
+/// Blocks of 16 by 64 and of 16 by 16, scattered.
+fn pruned_by_blocks(wide: bool) -> Tiny {
+    const fn dead(r: usize, c: usize) -> bool {
+        (r * 7 + c * 13 + r * c) % 20 >= 7
+    }
+    let at: fn(usize, usize) -> bool =
+        if wide { |row, col| dead(row / 16, col / 64) } else { |row, col| dead(row / 16, col / 16) };
+    ["gate_proj", "up_proj", "down_proj"].iter().fold(Tiny::n(), |tiny, name| match *name {
+        "gate_proj" => tiny.zeros("mlp.gate_proj", at),
+        "up_proj" => tiny.zeros("mlp.up_proj", at),
+        _ => tiny.zeros("mlp.down_proj", at),
+    })
+}
+
+#[test]
+fn blocks_of_zeros_are_left_out_and_nothing_changes() {
+    let ids: Vec<u32> = (0..21).map(|i| i * 7 % 256).collect();
+    for (tiny, shape) in [
+        (pruned_by_blocks(true), BlockShape::Wide),
+        (pruned_by_blocks(false).linear_norms(), BlockShape::Square),
+        (pruned_by_blocks(false).masters(), BlockShape::Square),
+    ] {
+        let (whole, sparse) = both(&tiny, &Options { format: Format::T2, ..Options::default() });
+        let linear = *sparse.image().sections().find(Kind::Down, Some(1)).unwrap();
+        assert_eq!(linear.encoding, shape as u8, "{shape:?}");
+        assert!(sparse.bytes().len() < whole.bytes().len());
+        let expected = fingerprint(&Way::plain(&Portable).logits(&whole, &ids));
+        for kernels in backend::available() {
+            for (batch, threads, streamed) in [(1, 1, false), (1, 3, true), (5, 2, false), (16, 1, true)] {
+                let way = Way { batch, threads, streamed, ..Way::plain(kernels) };
+                assert_eq!(fingerprint(&way.logits(&sparse, &ids)), expected, "{shape:?} {way:?}");
+            }
+        }
+    }
+}
+
+/// Starts and bitmaps are input too.
+#[test]
+fn bitmaps_that_lie_are_found_and_harmless() {
+    let (_, sparse) = both(&pruned_by_blocks(false), &Options { format: Format::T2, ..Options::default() });
+    let image = sparse.image();
+    let section = |kind| image.sections().find(kind, Some(0)).unwrap().start.get() as usize;
+    let (starts, linear) = (section(Kind::DownIndex), section(Kind::Down));
+    for (kind, block, byte, bits, says) in [
+        (Kind::DownIndex, starts, 0, 1, "starts of units"),
+        (Kind::DownIndex, starts, 7, 0x80, "starts of units"),
+        (Kind::DownIndex, starts, 63, 1, "padding"),
+        (Kind::Down, linear, 0, 4, "bitmaps"),
+        (Kind::Down, linear, 4, 1, "bitmaps"),
+        (Kind::Down, linear + 1, 0, 0, "code 3"),
+    ] {
+        let mut blocks = sparse.blocks().to_vec();
+        if says == "code 3" {
+            blocks[block].0[byte] = 0xff
+        } else {
+            blocks[block].0[byte] ^= bits
+        }
+        let broken = Packed::from_blocks(blocks);
+        for streamed in [false, true] {
+            let way = Way { batch: 3, streamed, ..Way::plain(&Portable) };
+            let passed = way.run(&broken, |model, state| model.prefill(state, &[1, 2, 3]).is_ok());
+            assert!(passed || streamed, "{says}");
+        }
+        let refused = verify_repaired(&sparse, &broken, kind);
+        assert!(refused.contains(says), "{refused}");
     }
 }

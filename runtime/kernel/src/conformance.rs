@@ -6,7 +6,9 @@
 //! with the largest sums, where every activation is -128 or 127 and all weights are alike.
 use crate::float::{self, Arrays, Cache};
 use crate::portable::Portable;
-use crate::{Activations, Batch, Block, Format, Kernels, Matrix, format};
+use crate::{
+    Activations, Batch, Block, BlockActivations, BlockMatrix, BlockShape, Format, Kernels, Matrix, blocks, format,
+};
 use core::fmt;
 
 const ROWS_MAX: usize = 130;
@@ -143,6 +145,7 @@ pub fn check_up_to(k: &dyn Kernels, memory: &mut Workspace, weights: usize) -> R
                     check_grouped(k, format, rows, cols, input, memory)?;
                 }
                 check_rows(k, rows, cols, input, memory)?;
+                check_blocks(k, rows.min(blocks::UNIT_ROWS), cols, input, memory)?;
             }
         }
         check_matvec_f16(k, rows, cols, memory)?;
@@ -340,6 +343,43 @@ fn weight_seed(row: usize, col: usize, salt: u32) -> u32 {
     let mut rng = Rng((row as u32).wrapping_mul(0x85eb_ca6b) ^ (col as u32).wrapping_mul(0xc2b2_ae35) ^ salt | 1);
     rng.next();
     rng.next() >> 8
+}
+
+/// `matvec_blocks` in both shapes: of random weights half of the blocks live, a seventh and none; of the extremes all.
+fn check_blocks(
+    k: &dyn Kernels,
+    rows: usize,
+    cols: usize,
+    input: Input,
+    memory: &mut Workspace,
+) -> Result<(), Difference> {
+    for shape in BlockShape::ALL {
+        let shares: &[u32] = if input == Input::Random { &[2, 7, u32::MAX] } else { &[1] };
+        for &share in shares {
+            let live = |s: usize, b: usize| weight_seed(s, b, 3).max(1).is_multiple_of(share);
+            let weight = |r: usize, c: usize| match input {
+                Input::Random => (weight_seed(r, c, 5) % 3) as i8 - 1,
+                Input::Lowest => -1,
+                Input::Mixed | Input::Highest => 1,
+            };
+            let n = blocks::encode_unit(shape, rows, cols, live, weight, &mut memory.blocks);
+            let w = BlockMatrix::new(shape, rows, cols, &memory.blocks[..n]).expect("a unit just encoded");
+            let values = &memory.values[0];
+            let sums = &mut [0; COLS_MAX.div_ceil(16)];
+            let x = BlockActivations::new(shape, cols, values, sums);
+            for (r, want) in memory.want[..rows].iter_mut().enumerate() {
+                let live = |c: &usize| live(r / blocks::STRIP_ROWS, c / shape.cols());
+                *want = (0..cols).filter(live).map(|c| i32::from(weight(r, c)) * i32::from(values[c])).sum();
+            }
+            memory.got[..=rows].fill(CANARY);
+            k.matvec_blocks(w, x, &mut memory.got[..rows]);
+            // Of the formats, T2 has the same codes.
+            let place =
+                Place { operation: "matvec_blocks", format: Format::T2, rows, cols, tokens: shape.cols(), input };
+            place.compare(k, &memory.want[..rows], &memory.got[..=rows])?;
+        }
+    }
+    Ok(())
 }
 
 fn check_matvec_f16(k: &dyn Kernels, rows: usize, cols: usize, memory: &mut Workspace) -> Result<(), Difference> {

@@ -1,6 +1,8 @@
 //! What an instruction set must implement.
 use crate::float::{self, Arrays, Cache};
-use crate::{Activations, Batch, Block, Format, Matrix, format, portable, tables};
+use crate::{
+    Activations, Batch, Block, BlockActivations, BlockMatrix, Format, Matrix, blocks, format, portable, tables,
+};
 
 /// One instruction set's kernels. Every implementation returns exactly what [`crate::portable`] returns, bit for bit.
 ///
@@ -112,6 +114,14 @@ pub trait Kernels: Sync + core::fmt::Debug {
     /// `i32` wrap: no more than [`Format::COLS_MAX`] rows are exact.
     fn sum_rows(&self, w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
         portable::sum_rows(w, rows, x, y);
+    }
+
+    /// `y[r] = Σ_c w[r][c] · x[c]`, exact, of a block-sparse matrix, of which only live blocks are stored and read.
+    ///
+    /// # Panics
+    /// If `y.len() != w.rows()`, or `x` was made for another matrix.
+    fn matvec_blocks(&self, w: BlockMatrix<'_>, x: BlockActivations<'_>, y: &mut [i32]) {
+        blocks::matvec_blocks(w, x, y);
     }
 
     /// `y[r] = Σ_c w[r][c] · x[c]` in f32 for [`Format::F16`], summed as [`float::dot`] does.

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod block;
+pub mod blocks;
 pub mod conformance;
 pub mod float;
 pub mod format;
@@ -19,6 +20,7 @@ pub mod portable;
 pub mod tables;
 
 pub use block::Block;
+pub use blocks::{BlockActivations, BlockMatrix, BlockShape};
 pub use format::{Format, Geometry};
 pub use kernels::Kernels;
 pub use matrix::{Activations, Batch, Matrix};

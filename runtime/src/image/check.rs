@@ -103,24 +103,30 @@ impl<'a> Image<'a> {
 
         let (mut found, mut formats) = (0, 0);
         let mut records = weights.iter();
-        // Whether the linear to come is compacted, as its index said.
-        let mut compact = false;
+        // What the index said of the linear to come.
+        let mut layout = None;
         for expected in expected_sections(config) {
             let index = index_of_first + found;
             let Some(record) = records.next() else {
                 let expected = expected_sections(config).count() as u32;
                 return Err(ImageError::SectionCount { expected, found });
             };
-            let expected = if compact { kept_section(index, record, &expected)? } else { expected };
-            compact = expected.kind.is_index() && record.encoding == Encoding::Kept.tag();
+            let found_encoding = Encoding::from_tag(record.encoding);
+            let in_blocks = matches!(found_encoding, Some(Encoding::Blocks(_)));
+            if in_blocks != (layout == Some(Encoding::Starts)) {
+                return Err(ImageError::Section { index, expected: expected.kind, field: "encoding" });
+            }
+            let kept = layout == Some(Encoding::Kept);
+            let expected = if kept { kept_section(index, record, &expected)? } else { expected };
+            layout = found_encoding.filter(|_| expected.kind.is_index());
             check_record(index, record, &expected, &mut end)?;
             if config.split_head && expected.kind == Kind::Head && record.encoding != Format::I4 as u8 {
                 return Err(ImageError::Section { index, expected: Kind::Head, field: "encoding" });
             }
             if !matches!(expected.kind, Kind::Embedding | Kind::Head | Kind::HeadApart | Kind::HeadLow)
-                && let Some(tensor) = record.tensor()
+                && matches!(found_encoding, Some(Encoding::Matrix(_) | Encoding::Blocks(_)))
             {
-                formats |= 1 << tensor.format as u8;
+                formats |= 1 << record.encoding;
             }
             found += 1;
         }
@@ -199,13 +205,19 @@ fn check_record(index: u32, record: &Record, expected: &Section, end: &mut u64) 
     if (record.rows.get(), record.cols.get()) != (expected.rows, expected.cols) {
         return Err(wrong("shape"));
     }
-    let has_scale = matches!(encoding, Encoding::Matrix(f) if f.has_matrix_scale());
+    let has_scale = match encoding {
+        Encoding::Matrix(format) => format.has_matrix_scale(),
+        Encoding::Blocks(_) => true,
+        _ => false,
+    };
     let scale = record.scale.get();
     if !scale.is_finite() || (!has_scale && scale != 1.0) {
         return Err(wrong("scale"));
     }
-    let blocks = encoding.blocks(expected.rows, expected.cols);
-    if u64::from(record.blocks.get()) != blocks {
+    let blocks = u64::from(record.blocks.get());
+    let most = encoding.blocks(expected.rows, expected.cols);
+    let fits = if matches!(encoding, Encoding::Blocks(_)) { blocks <= most } else { blocks == most };
+    if !fits {
         return Err(wrong("length"));
     }
     if u64::from(record.start.get()) != *end {

@@ -11,7 +11,7 @@ pub mod split;
 
 pub use check::Image;
 pub use header::{Header, HeaderError, MemoryPlan, Provenance, StopIds, Text, encode_prefix};
-pub use section::{Encoding, Kind, Record, Section, Sections, Tensor, UNIT_ROWS, expected_sections};
+pub use section::{BlockTensor, Encoding, Kind, Record, Section, Sections, Tensor, UNIT_ROWS, expected_sections};
 
 use bitnet_kernel::Block;
 

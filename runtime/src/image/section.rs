@@ -2,7 +2,8 @@
 use super::kept::mask_blocks;
 use crate::model::{Config, Memory};
 use crate::source::Extent;
-use bitnet_kernel::{Block, Format};
+use bitnet_kernel::blocks;
+use bitnet_kernel::{Block, BlockShape, Format};
 use zerocopy::little_endian::{F32, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -233,9 +234,10 @@ impl Kind {
                 matches!(encoding, Encoding::Matrix(f) if f.is_grouped() || matches!(f, Format::I4 | Format::I8 | Format::F16))
             }
             Self::UpRows | Self::DownColumns => matches!(encoding, Encoding::Matrix(Format::T2R)),
-            _ if self.is_index() => matches!(encoding, Encoding::Whole | Encoding::Kept),
+            _ if self.is_index() => matches!(encoding, Encoding::Whole | Encoding::Kept | Encoding::Starts),
             _ if self.is_linear() => {
                 matches!(encoding, Encoding::Matrix(f) if f.is_integer() && !matches!(f, Format::T2R))
+                    || matches!(encoding, Encoding::Blocks(_))
             }
             _ => matches!(encoding, Encoding::Vector),
         }
@@ -255,6 +257,10 @@ pub enum Encoding {
     Whole,
     /// An index with masks of rows and columns: the linear is compacted (see [`super::kept`]).
     Kept,
+    /// An index that says where the units of a block-sparse linear start: a u32 each, in blocks from the linear's start.
+    Starts,
+    /// Units of a block-sparse ternary matrix ([`bitnet_kernel::blocks`]).
+    Blocks(BlockShape),
 }
 
 impl Encoding {
@@ -262,6 +268,7 @@ impl Encoding {
     const BYTES: u8 = 33;
     const WHOLE: u8 = 16;
     const KEPT: u8 = 17;
+    const STARTS: u8 = 18;
 
     /// What the table records.
     pub const fn tag(self) -> u8 {
@@ -271,6 +278,8 @@ impl Encoding {
             Self::Bytes => Self::BYTES,
             Self::Whole => Self::WHOLE,
             Self::Kept => Self::KEPT,
+            Self::Starts => Self::STARTS,
+            Self::Blocks(shape) => shape as u8,
         }
     }
     /// The encoding with this tag.
@@ -280,13 +289,15 @@ impl Encoding {
             Self::BYTES => Some(Self::Bytes),
             Self::WHOLE => Some(Self::Whole),
             Self::KEPT => Some(Self::Kept),
-            _ => match Format::from_tag(tag) {
-                Some(format) => Some(Self::Matrix(format)),
-                None => None,
+            Self::STARTS => Some(Self::Starts),
+            _ => match (Format::from_tag(tag), BlockShape::from_tag(tag)) {
+                (Some(format), _) => Some(Self::Matrix(format)),
+                (None, Some(shape)) => Some(Self::Blocks(shape)),
+                (None, None) => None,
             },
         }
     }
-    /// Blocks of a section of `rows` by `cols`. Within the limits of [`Config::check`] no size overflows 64 bits.
+    /// Blocks of a section of `rows` by `cols`; the most that a block-sparse matrix can take. Within the limits of [`Config::check`] no size overflows 64 bits.
     pub const fn blocks(self, rows: u32, cols: u32) -> u64 {
         match self {
             Self::Matrix(format) => {
@@ -298,8 +309,16 @@ impl Encoding {
             Self::Bytes => (cols as u64).div_ceil(Block::BYTES as u64),
             Self::Whole => 0,
             Self::Kept => (mask_blocks(rows) + mask_blocks(cols)) as u64,
+            Self::Starts => (rows as u64).div_ceil(UNIT_ROWS as u64).div_ceil(Block::BYTES as u64 / 4),
+            Self::Blocks(shape) => (rows as u64).div_ceil(UNIT_ROWS as u64) * block_unit_max(shape, cols),
         }
     }
+}
+
+/// Blocks of a unit of a block-sparse matrix in which all blocks are live.
+const fn block_unit_max(shape: BlockShape, cols: u32) -> u64 {
+    let live = UNIT_ROWS / blocks::STRIP_ROWS * shape.across(cols as usize);
+    shape.unit_blocks(UNIT_ROWS, cols as usize, live) as u64
 }
 
 /// Blocks of a unit with `rows` rows.
@@ -451,6 +470,50 @@ impl Tensor {
     }
 }
 
+/// A block-sparse matrix in an image.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BlockTensor {
+    /// The size of its blocks.
+    pub shape: BlockShape,
+    /// Rows.
+    pub rows: u32,
+    /// Columns.
+    pub cols: u32,
+    /// Where it lies.
+    pub extent: Extent,
+    /// What all weights are multiplied by.
+    pub scale: f32,
+}
+
+impl BlockTensor {
+    /// Units.
+    pub const fn units(&self) -> u32 {
+        (self.rows as usize).div_ceil(UNIT_ROWS) as u32
+    }
+    /// Rows of unit `u`.
+    pub const fn unit_rows(&self, u: u32) -> usize {
+        let rest = self.rows as usize - u as usize * UNIT_ROWS;
+        if rest < UNIT_ROWS { rest } else { UNIT_ROWS }
+    }
+    /// The most blocks that a unit can take.
+    pub const fn unit_max(&self) -> u64 {
+        block_unit_max(self.shape, self.cols)
+    }
+    /// Turns what an index says into starts that are sound, each no less than the one before it and none past the end.
+    pub fn sound_starts(&self, starts: &mut [u32]) {
+        let mut before = 0;
+        for start in starts {
+            before = (*start).clamp(before, self.extent.blocks);
+            *start = before;
+        }
+    }
+    /// Where unit `u` lies, by starts that are sound.
+    pub fn unit(&self, starts: &[u32], u: u32) -> Extent {
+        let at = |u: u32| starts.get(u as usize).copied().unwrap_or(self.extent.blocks);
+        Extent { start: self.extent.start + at(u), blocks: at(u + 1) - at(u) }
+    }
+}
+
 /// The section table of a checked image.
 #[derive(Clone, Copy, Debug)]
 pub struct Sections<'a>(pub(super) &'a [Record]);
@@ -475,7 +538,20 @@ impl Record {
     pub const fn extent(&self) -> Extent {
         Extent { start: self.start.get(), blocks: self.blocks.get() }
     }
-    /// The matrix it holds, or `None` for a vector or bytes.
+    /// The block-sparse matrix it holds, or `None` for anything else.
+    pub const fn block_tensor(&self) -> Option<BlockTensor> {
+        match Encoding::from_tag(self.encoding) {
+            Some(Encoding::Blocks(shape)) => Some(BlockTensor {
+                shape,
+                rows: self.rows.get(),
+                cols: self.cols.get(),
+                extent: self.extent(),
+                scale: self.scale.get(),
+            }),
+            _ => None,
+        }
+    }
+    /// The matrix it holds, or `None` for a vector, bytes or a block-sparse one.
     pub const fn tensor(&self) -> Option<Tensor> {
         match Encoding::from_tag(self.encoding) {
             Some(Encoding::Matrix(format)) => Some(Tensor {

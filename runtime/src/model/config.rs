@@ -1,6 +1,6 @@
 //! What kind of model an image holds: every choice the forward pass makes is one of these fields, never a model's name.
 use crate::error::ImageError;
-use bitnet_kernel::Format;
+use bitnet_kernel::{BlockShape, Format};
 use serde::{Deserialize, Serialize};
 
 /// The shape and the choices of one model, as the image's header records them (in this order).
@@ -49,7 +49,7 @@ pub struct Config {
     pub tied: bool,
     /// Whether the head is in two planes, of which the second is read for some rows only (see [`crate::image::split`]).
     pub split_head: bool,
-    /// The union of the linears' formats: bit `f` for the format with tag `f`. Sizes the tables in the plan.
+    /// The union of the linears' encodings: bit `t` for that with tag `t`. Sizes the tables in the plan.
     pub formats: u16,
 }
 
@@ -225,6 +225,7 @@ impl Config {
         eps("norm_eps", self.norm_eps)?;
         eps("linear_norm_eps", self.linear_norm_eps.unwrap_or(0.0))?;
         let integer = Format::ALL.iter().filter(|f| f.is_integer()).fold(0, |set, &f| set | 1 << f as u8);
+        let integer = BlockShape::ALL.iter().fold(integer, |set, &shape| set | 1 << shape as u8);
         field("formats", u32::from(self.formats), self.formats != 0 && self.formats & !integer == 0)
     }
 }

@@ -1,6 +1,7 @@
 //! One pass: a batch of tokens through the model, top to bottom.
 use super::head::{HeadInput, Need};
 use super::linear::{Output, Quantized};
+use super::sparse::Room;
 use super::weights::Linear;
 use super::{Activation, Model, Quantizer, State, Window, ops};
 use crate::error::Error;
@@ -320,9 +321,9 @@ impl Model<'_> {
             let input = HeadInput { values: q, scale, coarse: s.coarse };
             return Ok(self.machine.split_head(&head, input, need, s.logits, &mut self.head_stats)?);
         }
-        let x = Quantized { values: q, stride, scales: &[scale], tables: s.tables };
+        let mut x = Quantized { values: q, stride, scales: &[scale], tables: s.tables };
         let mut out = Output { rows: s.logits, stride: 0, first: 0, units: s.units };
-        self.machine.linear(&[tensor], x, &mut out)?;
+        self.machine.linear(&[tensor], &mut x, &mut out)?;
         Ok(())
     }
 
@@ -436,7 +437,8 @@ impl Model<'_> {
             let s = &mut self.scratch;
             let x = Quantized { values: s.quantized, stride, scales: &scales[..n], tables: s.tables };
             let mut out = Output { rows: s.projected, stride: width, first, units: s.units };
-            self.machine.linears(linears, x, s.gathered, &mut out)?;
+            let room = Room { bytes: s.gathered, starts: s.starts };
+            self.machine.linears(linears, x, room, &mut out)?;
             first += linears.iter().map(|l| padded_rows(l.rows())).sum::<usize>();
         }
         Ok(())

@@ -42,7 +42,7 @@ impl Machine<'_> {
     pub(super) fn linear(
         &mut self,
         tensors: &[Tensor],
-        mut x: Quantized<'_>,
+        x: &mut Quantized<'_>,
         out: &mut Output<'_>,
     ) -> Result<(), SourceError> {
         let (tokens, mut first) = (x.scales.len(), out.first);
@@ -51,10 +51,10 @@ impl Machine<'_> {
             let width: usize = tensors.iter().map(|t| padded_rows(t.rows as usize)).sum();
             if tokens == 1 {
                 // The order of units is the order of rows.
-                self.products(tensors, &mut x, &mut out.rows[first..first + width])?;
+                self.products(tensors, x, &mut out.rows[first..first + width])?;
             } else {
                 let units = &mut out.units[..tokens * width];
-                self.products(tensors, &mut x, units)?;
+                self.products(tensors, x, units)?;
                 for (i, y) in units.chunks_exact(UNIT_ROWS).enumerate() {
                     let (unit, t) = (i / tokens, i % tokens);
                     out.rows[t * out.stride + first + unit * UNIT_ROWS..][..UNIT_ROWS].copy_from_slice(y);

@@ -61,7 +61,7 @@ impl Model<'_> {
             Activation::SquaredRelu => gate > 0.0,
             Activation::Silu => gate != 0.0,
         };
-        self.machine.live_products(&up.tensor, x, &is_live, (s.projected, width), units)?;
+        self.machine.live_products(&up.whole(), x, &is_live, (s.projected, width), units)?;
         for (i, y) in units.chunks_exact(UNIT_ROWS).enumerate() {
             let (unit, t) = (i / n, i % n);
             s.projected[t * width + padded_rows(ffn) + unit * UNIT_ROWS..][..UNIT_ROWS].copy_from_slice(y);
@@ -82,7 +82,7 @@ impl Model<'_> {
         self.live.down += s.quantized.chunks_exact(stride).take(n).map(live).sum::<u64>();
         self.live.all += (n * ffn) as u64;
         let x = Quantized { values: s.quantized, stride, scales, tables: s.tables };
-        self.machine.live_sums(&down.tensor, x, s.units, s.projected)?;
+        self.machine.live_sums(&down.whole(), x, s.units, s.projected)?;
         self.add_projected(n);
         Ok(())
     }

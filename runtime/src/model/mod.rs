@@ -61,6 +61,8 @@ struct Scratch<'m> {
     quantized: &'m mut [i8],
     /// Those of the columns that a compacted linear keeps; empty in models without an index.
     gathered: &'m mut [i8],
+    /// Starts of the units of a block-sparse linear; empty in models without an index.
+    starts: &'m mut [u32],
     /// What the backend prepared for it.
     tables: &'m mut [Block],
     /// Results of the linears that share an input, each padded to whole units.
@@ -105,6 +107,7 @@ impl<'m> Model<'m> {
             input: arena.take(if config.linear_norm_eps.is_some() { config.widest() as usize } else { 0 }),
             quantized: arena.take(batch * sizes.quantized),
             gathered: arena.take(if config.sparse { batch * sizes.quantized } else { 0 }),
+            starts: arena.take(if config.sparse { sizes.starts } else { 0 }),
             tables: arena.take_blocks(batch * sizes.tables),
             projected: arena.take(batch * sizes.projected),
             units: arena.take(sizes.units(batch)),

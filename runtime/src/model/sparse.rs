@@ -1,32 +1,44 @@
-//! Products with linears that are stored without their rows and columns of zeros ([`crate::image::kept`]).
+//! Products with linears that are stored without their zeros: without whole rows and columns ([`crate::image::kept`]), or without
+//! blocks ([`bitnet_kernel::blocks`]).
 use super::Machine;
 use super::linear::{Output, Quantized};
-use super::weights::{Kept, Linear};
+use super::weights::{Kept, Layout, Linear};
 use crate::error::SourceError;
-use crate::image::UNIT_ROWS;
 use crate::image::kept::kept;
-use crate::memory::padded_rows;
+use crate::image::{BlockTensor, Tensor, UNIT_ROWS};
+use crate::memory::{Limits, padded_rows};
+use crate::source::Extent;
+use bitnet_kernel::{BlockActivations, BlockMatrix};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// Memory that such linears need.
+#[derive(Debug)]
+pub(super) struct Room<'a> {
+    /// As many as the int8 activations have; on blocks.
+    pub bytes: &'a mut [i8],
+    /// One a unit of the highest linear.
+    pub starts: &'a mut [u32],
+}
 
 impl Machine<'_> {
-    /// Multiplies `linears`, which all read the same columns, with int8 activations, those that are compacted too. `gathered`
-    /// has room for as many values as `x`.
+    /// Multiplies `linears`, which all read the same columns, with int8 activations, however they are stored.
     pub(super) fn linears(
         &mut self,
         linears: &[Linear],
         mut x: Quantized<'_>,
-        gathered: &mut [i8],
+        mut room: Room<'_>,
         out: &mut Output<'_>,
     ) -> Result<(), SourceError> {
         let first = out.first;
-        for linears in linears.chunk_by(|a, b| a.kept.is_none() && b.kept.is_none()) {
-            match linears[0].kept {
-                Some(kept) => self.compact(&linears[0], &kept, &mut x, gathered, out)?,
-                None => {
-                    let mut tensors = [linears[0].tensor; 5];
-                    tensors.iter_mut().zip(linears).for_each(|(tensor, linear)| *tensor = linear.tensor);
-                    let Quantized { values, stride, scales, .. } = x;
-                    let x = Quantized { values, stride, scales, tables: x.tables };
-                    self.linear(&tensors[..linears.len()], x, out)?;
+        let whole = |linear: &Linear| matches!(linear.layout, Layout::Whole(_));
+        for linears in linears.chunk_by(|a, b| whole(a) && whole(b)) {
+            match linears[0].layout {
+                Layout::Kept(tensor, kept) => self.compact(&tensor, &kept, &mut x, room.bytes, out)?,
+                Layout::Blocks(tensor, starts) => self.blocks(&tensor, starts, &x, &mut room, out)?,
+                Layout::Whole(tensor) => {
+                    let mut tensors = [tensor; 5];
+                    tensors.iter_mut().zip(linears).for_each(|(tensor, linear)| *tensor = linear.whole());
+                    self.linear(&tensors[..linears.len()], &mut x, out)?;
                 }
             }
             out.first += linears.iter().map(|l| padded_rows(l.rows())).sum::<usize>();
@@ -38,13 +50,13 @@ impl Machine<'_> {
     /// Multiplies one compacted linear: gathers the activations of its columns, and scatters the results to its rows.
     fn compact(
         &mut self,
-        linear: &Linear,
+        tensor: &Tensor,
         whole: &Kept,
         x: &mut Quantized<'_>,
         gathered: &mut [i8],
         out: &mut Output<'_>,
     ) -> Result<(), SourceError> {
-        let (tensor, tokens, stride) = (linear.tensor, x.scales.len(), x.stride);
+        let (tokens, stride) = (x.scales.len(), x.stride);
         let cols = tensor.cols as usize;
         let values = if tensor.cols == whole.cols {
             x.values
@@ -62,9 +74,9 @@ impl Machine<'_> {
             gathered
         };
         let units = &mut out.units[..tokens * padded_rows(tensor.rows as usize)];
-        self.products(&[tensor], &mut Quantized { values, stride, scales: x.scales, tables: x.tables }, units)?;
+        self.products(&[*tensor], &mut Quantized { values, stride, scales: x.scales, tables: x.tables }, units)?;
 
-        let (rows, width) = (tensor.rows as usize, padded_rows(linear.rows()));
+        let (rows, width) = (tensor.rows as usize, padded_rows(whole.rows as usize));
         let mask = self.source.fetch(whole.row_mask)?;
         for t in 0..tokens {
             let y = &mut out.rows[t * out.stride + out.first..][..width];
@@ -74,6 +86,51 @@ impl Machine<'_> {
                     *y = units[(i / UNIT_ROWS * tokens + t) * UNIT_ROWS + i % UNIT_ROWS];
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Multiplies one block-sparse linear. A unit whose bitmaps disagree with its size has results of zero.
+    fn blocks(
+        &mut self,
+        tensor: &BlockTensor,
+        starts: Extent,
+        x: &Quantized<'_>,
+        room: &mut Room<'_>,
+        out: &mut Output<'_>,
+    ) -> Result<(), SourceError> {
+        let (kernels, tokens, cols) = (self.kernels, x.scales.len(), tensor.cols as usize);
+        let recorded = self.source.fetch(starts)?.as_bytes().as_chunks::<4>().0;
+        let starts = &mut room.starts[..tensor.units() as usize];
+        starts.iter_mut().zip(recorded).for_each(|(start, bytes)| *start = u32::from_le_bytes(*bytes));
+        tensor.sound_starts(starts);
+        let starts = &*starts;
+
+        // A sum for 16 columns or more: they never need more room than the values.
+        let sums = <[i32]>::mut_from_bytes(room.bytes.as_mut_bytes()).expect("blocks are aligned");
+        let across = tensor.shape.across(cols);
+        let (mut sums, mut rows) = (sums.chunks_exact_mut(across), x.values.chunks_exact(x.stride));
+        let inputs: [Option<BlockActivations<'_>>; Limits::BATCH_MAX as usize] = core::array::from_fn(|t| {
+            let values = rows.next().filter(|_| t < tokens)?;
+            Some(BlockActivations::new(tensor.shape, cols, values, sums.next()?))
+        });
+
+        let width = padded_rows(tensor.rows as usize);
+        let units = &mut out.units[..tokens * width];
+        let extent = |u| tensor.unit(starts, u);
+        self.run_units(tensor.units(), &extent, tokens * UNIT_ROWS, units, &|u, blocks, y| {
+            let rows = tensor.unit_rows(u);
+            let Some(w) = BlockMatrix::new(tensor.shape, rows, cols, blocks) else { return y.fill(0.0) };
+            for ((x, y), scale) in inputs.iter().flatten().zip(y.chunks_exact_mut(UNIT_ROWS)).zip(x.scales) {
+                let mut sums = [0; UNIT_ROWS];
+                kernels.matvec_blocks(w, *x, &mut sums[..rows]);
+                let factor = tensor.scale * (1.0 / scale);
+                y.iter_mut().zip(&sums[..rows]).for_each(|(y, &sum)| *y = sum as f32 * factor);
+            }
+        })?;
+        for (i, y) in units.chunks_exact(UNIT_ROWS).enumerate() {
+            let (unit, t) = (i / tokens, i % tokens);
+            out.rows[t * out.stride + out.first + unit * UNIT_ROWS..][..UNIT_ROWS].copy_from_slice(y);
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 use super::Config;
 use super::head::SplitHead;
 use crate::image::kept::mask_blocks;
-use crate::image::{Encoding, Image, Kind, Record, Tensor};
+use crate::image::{BlockTensor, Encoding, Image, Kind, Record, Tensor};
 use crate::source::Extent;
 
 /// The sections of one model.
@@ -20,10 +20,18 @@ pub(super) struct Weights<'m> {
 /// One linear, with the norm of its input if it has one.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Linear {
-    pub tensor: Tensor,
+    pub layout: Layout,
     pub input_norm: Option<Extent>,
-    /// What it is a part of, if it is compacted.
-    pub kept: Option<Kept>,
+}
+
+/// How a linear is stored.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Layout {
+    Whole(Tensor),
+    /// What is left of it, and what that is a part of.
+    Kept(Tensor, Kept),
+    /// Its live blocks, and where the starts of its units are.
+    Blocks(BlockTensor, Extent),
 }
 
 /// The shape of a whole linear, and the masks of what a compacted one keeps of it.
@@ -37,8 +45,17 @@ pub(super) struct Kept {
 
 impl Linear {
     /// Rows of the whole linear, those of zeros included.
-    pub(super) fn rows(&self) -> usize {
-        self.kept.map_or(self.tensor.rows, |kept| kept.rows) as usize
+    pub(super) const fn rows(&self) -> usize {
+        match self.layout {
+            Layout::Whole(tensor) => tensor.rows as usize,
+            Layout::Kept(_, kept) => kept.rows as usize,
+            Layout::Blocks(tensor, _) => tensor.rows as usize,
+        }
+    }
+    /// The matrix, of a linear that is never sparse.
+    pub(super) fn whole(&self) -> Tensor {
+        let Layout::Whole(tensor) = self.layout else { panic!("a linear without an index") };
+        tensor
     }
 }
 
@@ -105,12 +122,15 @@ impl Layer<'_> {
     /// A linear of this layer, with what the sections before it say of it.
     pub(super) fn linear(&self, kind: Kind) -> Linear {
         let find = |kind: Kind| self.0.iter().find(|r| r.kind == kind as u8);
-        let index = find(kind.index()).filter(|r| r.encoding == Encoding::Kept.tag());
-        Linear {
-            tensor: tensor(find(kind).expect("a checked layer has all its linears")),
-            input_norm: Some(kind.input_norm()).filter(|&norm| norm != kind).and_then(|norm| self.norm(norm)),
-            kept: index.map(kept),
-        }
+        let record = find(kind).expect("a checked layer has all its linears");
+        let index = find(kind.index()).map(|r| (r, Encoding::from_tag(r.encoding)));
+        let layout = match (index, record.block_tensor()) {
+            (Some((index, _)), Some(blocks)) => Layout::Blocks(blocks, index.extent()),
+            (Some((index, Some(Encoding::Kept))), None) => Layout::Kept(tensor(record), kept(index)),
+            _ => Layout::Whole(tensor(record)),
+        };
+        let input_norm = Some(kind.input_norm()).filter(|&norm| norm != kind).and_then(|norm| self.norm(norm));
+        Linear { layout, input_norm }
     }
 }
 

@@ -27,6 +27,7 @@ impl<'a, D: BlockDevice> Streamed<'a, D> {
     pub fn staging_blocks_min(image: &crate::Image<'_>) -> usize {
         let of = |r: &crate::image::Record| match r.tensor() {
             Some(tensor) if tensor.units() > 0 => tensor.unit(0).blocks,
+            None if let Some(tensor) = r.block_tensor() => r.blocks.get().min(tensor.unit_max() as u32),
             _ if r.kind == crate::image::Kind::HeadNorms as u8 => crate::image::split::NORM_BLOCKS as u32,
             _ => r.blocks.get(),
         };

@@ -5,11 +5,13 @@
 //!
 //! - `list`: every backend of this CPU, operation and format that there is.
 //! - `measure [--backend NAME]… [--op NAME]… [--format NAME]… [--shape ROWSxCOLS]… [--threads N]…`: see [`measure`].
+//! - `sparse [BACKEND]`, of which `cargo bench -p bitnet-tests --bench kernels -- sparse` prints the lines: see [`sparse`].
 //! - `once BACKEND OP FORMAT`: one product between two marks, for a trace of it. See [`once`].
 
 mod measure;
 mod once;
 mod product;
+mod sparse;
 
 use bitnet_kernel::Kernels;
 use bitnet_runtime::backend;
@@ -27,6 +29,8 @@ fn main() {
             Ok(())
         }
         ["measure", ref options @ ..] => Choice::read(options).map(|choice| measure::all(&choice)),
+        ["sparse"] => sparse::all(None),
+        ["sparse", backend] => sparse::all(Some(backend)),
         ["once", backend, op, format] => once::run(backend, op, format),
         _ => Err("start this as `cargo xtask bench` or `cargo xtask arm`".to_owned()),
     };

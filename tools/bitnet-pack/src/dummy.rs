@@ -133,7 +133,11 @@ pub fn dummy(
         chat_template: String::new(),
     };
     let name = parts.name.clone();
-    let layout = Layout::new(&parts, None, expected_sections(&parts.config).map(|s| (s, options.encoding(s.kind))))?;
+    let sections = expected_sections(&parts.config).map(|section| {
+        let encoding = options.encoding(section.kind);
+        (section, encoding, encoding.blocks(section.rows, section.cols))
+    });
+    let layout = Layout::new(&parts, None, sections)?;
     let image_bytes = layout.file_bytes();
     let peak_bytes = peak(&config, options);
     progress.say(&format!("peak memory: {} MiB", peak_bytes.div_ceil(1 << 20)));

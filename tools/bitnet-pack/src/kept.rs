@@ -1,8 +1,9 @@
-//! Which rows and columns of a linear hold anything but zeros: models that were pruned are recognised by their numbers.
+//! Which rows, columns and blocks of a linear hold anything but zeros: models that were pruned are recognised by their numbers.
 use crate::checkpoint::sections::Source;
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo};
-use crate::{Error, Progress};
-use bitnet_kernel::{Block, Format};
+use crate::{Error, Layouts, Progress};
+use bitnet_kernel::blocks::STRIP_ROWS;
+use bitnet_kernel::{Block, BlockShape, Format};
 use bitnet_runtime::image::kept::{mask_blocks, set_mask};
 use bitnet_runtime::image::{Encoding, Section, UNIT_ROWS};
 
@@ -14,6 +15,71 @@ pub struct Kept {
     /// The same for its columns.
     pub cols: Vec<bool>,
 }
+
+/// The blocks of a ternary linear that are not all zero.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Live {
+    /// The size of the blocks.
+    pub shape: BlockShape,
+    rows: usize,
+    cols: usize,
+    /// Strip after strip.
+    live: Vec<bool>,
+}
+
+impl Live {
+    /// Whether block `b` of strip `s` is live.
+    pub fn is_live(&self, s: usize, b: usize) -> bool {
+        self.live[s * self.shape.across(self.cols) + b]
+    }
+    /// Blocks of each unit in the image.
+    fn units(&self) -> impl Iterator<Item = usize> + '_ {
+        let strips = UNIT_ROWS / STRIP_ROWS;
+        self.live.chunks(strips * self.shape.across(self.cols)).enumerate().map(move |(u, live)| {
+            let rows = UNIT_ROWS.min(self.rows - u * UNIT_ROWS);
+            self.shape.unit_blocks(rows, self.cols, live.iter().filter(|&&live| live).count())
+        })
+    }
+    /// Blocks of the whole section.
+    pub fn blocks(&self) -> u64 {
+        self.units().map(|n| n as u64).sum()
+    }
+    /// Where units start, as the index has it.
+    pub fn starts(&self) -> Vec<u8> {
+        let mut start = 0;
+        let starts = self.units().flat_map(|n| {
+            let bytes = (start as u32).to_le_bytes();
+            start += n;
+            bytes
+        });
+        starts.collect()
+    }
+    /// The same with wide blocks, of square ones.
+    fn widened(&self) -> Self {
+        let (from, to) = (self.shape.across(self.cols), BlockShape::Wide.across(self.cols));
+        let four = BlockShape::Wide.cols() / self.shape.cols();
+        let mut live = vec![false; self.live.len() / from * to];
+        for (i, _) in self.live.iter().enumerate().filter(|(_, live)| **live) {
+            live[i / from * to + i % from / four] = true;
+        }
+        Self { shape: BlockShape::Wide, live, ..*self }
+    }
+}
+
+/// How a linear with zeros is best stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// With its zeros.
+    Whole,
+    /// Without rows and columns of zeros.
+    Kept(Kept),
+    /// Without blocks of zeros.
+    Live(Live),
+}
+
+/// What a block-sparse linear must save beside a compacted one: its kernels take so many hundredths longer for a byte. By the
+/// prototype of this kernel on a Zen 3 core, in cache; see the module of the kernel crate.
+const BLOCK_COST: u64 = 107;
 
 /// What a compacted linear must save at least: one block of so many. Less is not worth gathering activations and scattering
 /// results. Estimated, not timed.
@@ -38,14 +104,14 @@ impl Kept {
         [rows, cols].concat()
     }
     /// Keeps what makes the smallest matrix of `format` for kernels, and `None` if the whole one is about as small. Rows are
-    /// left out before columns, and neither if nothing is saved; groups of columns stay whole in grouped formats.
+    /// left out before columns, and neither if nothing is saved. Linears of grouped formats stay whole.
     fn worth(mut self, format: Format) -> Option<Self> {
         let whole = (self.rows.len() as u32, self.cols.len() as u32);
         let (rows, cols) = self.shape();
-        if rows == 0 || cols == 0 {
-            return None; // A matrix of zeros says nothing about the model.
+        // A matrix of zeros says nothing about the model.
+        if rows == 0 || cols == 0 || format.is_grouped() {
+            return None;
         }
-        let cols = if format.is_grouped() { whole.1 } else { cols };
         let blocks = |rows, cols| Encoding::Matrix(format).blocks(rows, cols);
         // The first of the smallest.
         let (rows, cols) = [whole, (rows, whole.1), (whole.0, cols), (rows, cols)]
@@ -67,7 +133,8 @@ impl Kept {
     }
 }
 
-/// Looks for rows and columns of zeros in a linear, and says what to keep if that is worth it.
+/// Looks for rows, columns and blocks of zeros in a linear, and says what to keep if that is worth it. Blocks only where the linear
+/// would be ternary.
 ///
 /// Only zeros of the checkpoint count, not what quantization makes zero. A matrix without columns of zeros is read as far as
 /// its first rows, and the start of each other row.
@@ -79,31 +146,81 @@ pub fn find(
     source: &Source,
     section: &Section,
     format: Format,
+    layouts: Layouts,
     progress: &dyn Progress,
-) -> Result<Option<Kept>, Error> {
-    let Some(tensor) = source.tensor() else { return Ok(None) };
+) -> Result<Found, Error> {
+    let Some(tensor) = source.tensor() else { return Ok(Found::Whole) };
+    if layouts == Layouts::Whole {
+        return Ok(Found::Whole);
+    }
     let kept = Kept { rows: vec![false; section.rows as usize], cols: vec![false; section.cols as usize] };
-    let mut finder = Finder { checkpoint, tensor, kept, raw: Vec::new(), floats: Vec::new() };
+    let (rows, cols) = (section.rows as usize, section.cols as usize);
+    let ternary = matches!(source, Source::Packed(..) | Source::Ternary(..) | Source::Masters(..))
+        && matches!(format, Format::T2 | Format::TL);
+    let squares = (ternary && layouts != Layouts::Kept).then(|| {
+        let live = vec![false; rows.div_ceil(STRIP_ROWS) * BlockShape::Square.across(cols)];
+        Live { shape: BlockShape::Square, rows, cols, live }
+    });
+    let mut finder = Finder { checkpoint, tensor, kept, squares, raw: Vec::new(), floats: Vec::new() };
     if tensor.dtype == Dtype::U8 {
         finder.packed(progress)?
     } else {
         finder.floats(progress)?
     }
-    Ok(finder.kept.worth(format))
+    let Finder { kept, squares, .. } = finder;
+    let whole = Encoding::Matrix(format).blocks(section.rows, section.cols);
+    let kept = if matches!(layouts, Layouts::Blocks(_)) { None } else { kept.worth(format) };
+    let compact = kept.as_ref().map_or(whole, |kept| Encoding::Matrix(format).blocks(kept.shape().0, kept.shape().1));
+    let live = squares.into_iter().flat_map(|squares| [squares.widened(), squares]);
+    let live = live.filter(|live| live.live.contains(&false));
+    let live = live.filter(|live| !matches!(layouts, Layouts::Blocks(shape) if shape != live.shape));
+    // Wide blocks, whose kernels are the faster ones, unless square ones are smaller by the same share.
+    let live =
+        live.reduce(|wide, square| if square.blocks() * BLOCK_COST < wide.blocks() * 100 { square } else { wide });
+    let worth = |live: &Live| {
+        live.blocks() * BLOCK_COST < compact * 100 && (whole.saturating_sub(live.blocks())) * WORTH >= whole
+    };
+    Ok(match (live.filter(worth), kept) {
+        (Some(live), _) => Found::Live(live),
+        (None, Some(kept)) => Found::Kept(kept),
+        (None, None) => Found::Whole,
+    })
 }
 
 struct Finder<'a> {
     checkpoint: &'a Checkpoint,
     tensor: &'a TensorInfo,
     kept: Kept,
+    /// Blocks of 16 by 16, while they are worth looking at.
+    squares: Option<Live>,
     raw: Vec<u8>,
     floats: Vec<f32>,
 }
 
 impl Finder<'_> {
-    /// Whether every column is known to be kept.
-    fn all_columns(&self) -> bool {
-        self.kept.cols.iter().all(|&kept| kept)
+    /// Whether rows need not be read to their end: every column is known to be kept, and no block of the first rows is all
+    /// zero, which the blocks of a ternary matrix are only where it was pruned by blocks.
+    fn is_dense(&mut self, read: usize) -> bool {
+        if read >= UNIT_ROWS
+            && let Some(squares) = &self.squares
+        {
+            let first = UNIT_ROWS / STRIP_ROWS * squares.shape.across(squares.cols);
+            if squares.live[..first].iter().all(|&live| live) {
+                self.squares = None;
+            }
+        }
+        self.squares.is_none() && self.kept.cols.iter().all(|&kept| kept)
+    }
+
+    /// Notes the blocks of `row` that hold something.
+    fn note(&mut self, row: usize, nonzero: impl Fn(usize) -> bool) {
+        if let Some(Live { shape, cols, live, .. }) = &mut self.squares {
+            let across = shape.across(*cols);
+            let strip = &mut live[row / STRIP_ROWS * across..][..across];
+            for (b, live) in strip.iter_mut().enumerate() {
+                *live |= (b * shape.cols()..(*cols).min((b + 1) * shape.cols())).any(&nonzero);
+            }
+        }
     }
 
     fn floats(&mut self, progress: &dyn Progress) -> Result<(), Error> {
@@ -113,7 +230,7 @@ impl Finder<'_> {
                 return Err(Error::Interrupted);
             }
             let unit = first..rows.min(first + UNIT_ROWS);
-            if !self.all_columns() {
+            if !self.is_dense(first) {
                 self.look(first, unit.len(), cols)?;
                 continue;
             }
@@ -133,12 +250,17 @@ impl Finder<'_> {
         let width = self.kept.cols.len();
         self.floats.resize(rows * cols, 0.0);
         self.checkpoint.read_floats(self.tensor, (first * width) as u64, &mut self.raw, &mut self.floats)?;
-        for (row, values) in (first..).zip(self.floats.chunks_exact(cols)) {
+        let floats = core::mem::take(&mut self.floats);
+        for (row, values) in (first..).zip(floats.chunks_exact(cols)) {
             for (kept, value) in self.kept.cols.iter_mut().zip(values) {
                 *kept |= *value != 0.0;
             }
             self.kept.rows[row] |= values.iter().any(|v| *v != 0.0);
+            if cols == width {
+                self.note(row, |c| values[c] != 0.0);
+            }
         }
+        self.floats = floats;
         Ok(())
     }
 
@@ -154,7 +276,7 @@ impl Finder<'_> {
             // Planes whose rounding left them without a row are not looked at.
             let planes = (0..4).filter(|plane| plane * quarter + byte_row < rows);
             let used = planes.clone().fold(0u8, |mask, plane| mask | 3 << (2 * plane));
-            let prefix = if cols as u64 > 2 * PREFIX && self.all_columns() { PREFIX as usize } else { cols };
+            let prefix = if self.is_dense(byte_row) && cols as u64 > 2 * PREFIX { PREFIX as usize } else { cols };
             for length in [prefix, cols] {
                 self.raw.resize(length, 0);
                 self.checkpoint.read(self.tensor, (byte_row * cols) as u64, &mut self.raw)?;
@@ -166,10 +288,38 @@ impl Finder<'_> {
                     break;
                 }
             }
+            if self.raw.len() == cols {
+                let raw = core::mem::take(&mut self.raw);
+                for plane in planes {
+                    self.note(plane * quarter + byte_row, |c| (raw[c] ^ ZEROS) >> (2 * plane) & 3 != 0);
+                }
+                self.raw = raw;
+            }
             for (kept, byte) in self.kept.cols.iter_mut().zip(&self.raw) {
                 *kept |= (byte ^ ZEROS) & used != 0;
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_saves_something_is_kept() {
+        let kept = |rows: usize, cols: usize| Kept {
+            rows: (0..512).map(|r| r < rows).collect(),
+            cols: (0..256).map(|c| c < cols).collect(),
+        };
+        let shape = |rows, cols, format| kept(rows, cols).worth(format).map(|kept| kept.shape());
+        assert_eq!(shape(100, 256, Format::TL), Some((100, 256)));
+        assert_eq!(shape(512, 256, Format::TL), None);
+        assert_eq!(shape(500, 256, Format::TL), None, "as many tiles");
+        assert_eq!(shape(448, 250, Format::T2), Some((448, 256)), "as many steps");
+        assert_eq!(shape(512, 64, Format::I8), Some((512, 64)));
+        assert_eq!(shape(100, 64, Format::I4G), None, "its scales belong to groups of columns");
+        assert_eq!(shape(0, 0, Format::TL), None);
     }
 }

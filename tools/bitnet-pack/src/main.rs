@@ -1,6 +1,6 @@
 //! `bitnet-pack`: the command a person types to make an image, and to know what is in one.
 #![forbid(unsafe_code)]
-use bitnet_kernel::Format;
+use bitnet_kernel::{BlockShape, Format};
 use bitnet_pack::calibrate::{Adaptive, Rule};
 use bitnet_pack::checkpoint::Dtype;
 use bitnet_pack::{Error, Layouts, Options, Preset, Progress, Report};
@@ -210,9 +210,10 @@ struct Formats {
     /// the activation is a squared ReLU.
     #[arg(long)]
     live_ffn: bool,
-    /// Layout of linears that have rows or columns of zeros, in models that were pruned: auto leaves zeros out of what is stored
-    /// and read where that saves a sixteenth or more, and results are the same; whole stores every linear with its zeros.
-    #[arg(long, default_value = "auto", value_parser = PossibleValuesParser::new(["auto", "whole"]).map(|l| layouts(&l)))]
+    /// Layout of linears of models that were pruned, where it saves a sixteenth or more: rowcol leaves rows and columns of zeros
+    /// out of what is stored and read, 16x64 and 16x16 blocks of zeros of ternary linears; auto what saves most. Results are
+    /// the same. whole stores every linear with its zeros.
+    #[arg(long, default_value = "auto", value_parser = PossibleValuesParser::new(["auto", "rowcol", "16x64", "16x16", "whole"]).map(|l| layouts(&l)))]
     layout: Layouts,
     /// The model's name in the image [default: the directory's].
     #[arg(long)]
@@ -307,7 +308,11 @@ fn preset() -> impl TypedValueParser<Value = Preset> {
 }
 
 fn layouts(name: &str) -> Layouts {
-    if name == "whole" { Layouts::Whole } else { Layouts::Auto }
+    match name {
+        "rowcol" => Layouts::Kept,
+        "whole" => Layouts::Whole,
+        name => BlockShape::ALL.into_iter().find(|s| s.name() == name).map_or(Layouts::Auto, Layouts::Blocks),
+    }
 }
 
 fn kv_format(name: &str) -> KvFormat {

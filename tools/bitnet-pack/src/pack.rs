@@ -3,14 +3,15 @@ use crate::calibrate::{Adaptive, Linear, Places, Prepared, adapt};
 use crate::checkpoint::sections::{self, Bound, Source};
 use crate::checkpoint::{Checkpoint, Dtype, Naming, TensorInfo};
 use crate::encode::{encode, encode_f16, encode_grouped};
-use crate::kept::Kept;
+use crate::kept::{Kept, Live};
 use crate::quantize::{self, Absmean, Distance, MagnitudeSum};
 use crate::report::{LayerBits, Progress, Report, SectionReport, planned_bits};
 use crate::split::{self, Energy, Plane};
 use crate::verify::{Opened, verify_with};
 use crate::write::{BUFFER_BYTES, Finished, ImageWriter, Layout, Parts};
 use crate::{Error, tokenizer};
-use bitnet_kernel::{Block, Format};
+use bitnet_kernel::blocks::{STRIP_ROWS, encode_unit};
+use bitnet_kernel::{Block, BlockShape, Format};
 use bitnet_runtime::image::split::{COLUMNS, Columns};
 use bitnet_runtime::image::{Encoding, Kind, UNIT_ROWS};
 use bitnet_runtime::memory::KvFormat;
@@ -55,8 +56,12 @@ pub struct Options {
 /// Which layouts of linears the packer may choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layouts {
-    /// Rows and columns of zeros are left out where that saves something: [`crate::kept`].
+    /// Rows, columns and blocks of zeros are left out, of these what saves most, where that saves something: [`crate::kept`].
     Auto,
+    /// Only rows and columns of zeros are left out.
+    Kept,
+    /// Only blocks of zeros of this size are left out.
+    Blocks(BlockShape),
     /// All linears are whole.
     Whole,
 }
@@ -194,7 +199,7 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
         stop: text.stop,
         chat_template: text.chat_template,
     };
-    let sections = |bound: &[Bound]| bound.iter().map(|b| (b.stored(), b.encoding)).collect::<Vec<_>>();
+    let sections = |bound: &[Bound]| bound.iter().map(|b| (b.stored(), b.encoding, b.blocks())).collect::<Vec<_>>();
     let tokenizer = text.tokenizer.as_ref().map(Vec::len);
     let mut layout = Layout::new(&parts, tokenizer, sections(&bound).into_iter())?;
     let prepared = match &options.adaptive {
@@ -273,6 +278,10 @@ fn check_written(finished: &Finished, bound: &[Bound], progress: &mut dyn Progre
     let image = opened.image()?;
     let found = LayerBits::of(&image);
     let planned = bound.iter().filter_map(|b| match b.encoding {
+        Encoding::Blocks(_) => {
+            let section = b.stored();
+            Some((section.layer, u64::from(section.rows) * u64::from(section.cols), 8 * 64 * b.blocks()))
+        }
         Encoding::Matrix(format) => {
             let section = b.stored();
             let (rows, cols) = (section.rows.into(), section.cols.into());
@@ -336,7 +345,7 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn of(Bound { section, source, encoding, kept }: &Bound) -> Self {
+    fn of(Bound { section, source, encoding, kept, live }: &Bound) -> Self {
         let transposed = section.kind == Kind::DownColumns;
         let stored = section;
         let section = sections::in_checkpoint(section);
@@ -345,7 +354,7 @@ impl Sizes {
             (Kind::HeadColumns | Kind::HeadApart | Kind::HeadNorms, Source::Rows(t)) => {
                 (t.shape[0] as usize, t.shape[1] as usize, Encoding::Matrix(split::FORMAT))
             }
-            _ => (section.rows as usize, section.cols as usize, *encoding),
+            _ => (section.rows as usize, section.cols as usize, coded(*encoding)),
         };
         let rows = UNIT_ROWS.min(rows);
         let (elements, bytes) = source.tensor().map_or((1, 0), |t| t.dtype.block());
@@ -369,7 +378,8 @@ impl Sizes {
             blocks: if transposed {
                 format.matrix_blocks(UNIT_ROWS.min(cols), stored.cols as usize)
             } else {
-                format.matrix_blocks(rows, cols)
+                // Bitmaps are beside the blocks.
+                format.matrix_blocks(rows, cols) + live.as_ref().map_or(0, |live| live.shape.bitmap_blocks(rows, cols))
             },
             columns: if transposed { cols * format.padded_cols(stored.cols as usize) } else { 0 },
             kept: if kept.is_some() { UNIT_ROWS * format.padded_cols(cols) } else { 0 },
@@ -427,17 +437,27 @@ struct Unit<'a> {
     transposed: bool,
     /// What the image keeps of it, if that is not all.
     kept: Option<&'a Kept>,
+    /// Its live blocks, if the image has only those.
+    live: Option<&'a Live>,
+}
+
+/// How weights are coded on their way into an image: those of a block-sparse matrix as T2's.
+const fn coded(encoding: Encoding) -> Encoding {
+    match encoding {
+        Encoding::Blocks(_) => Encoding::Matrix(Format::T2),
+        encoding => encoding,
+    }
 }
 
 /// The units of a matrix as the checkpoint has it.
 fn units<'a>(tensor: &'a TensorInfo, format: Format, bound: &'a Bound) -> impl Iterator<Item = Unit<'a>> + use<'a> {
     let transposed = bound.section.kind == Kind::DownColumns;
-    let kept = bound.kept.as_ref();
+    let (kept, live) = (bound.kept.as_ref(), bound.live.as_ref());
     let section = sections::in_checkpoint(&bound.section);
     let shape = (section.rows as usize, section.cols as usize);
     (0..shape.0).step_by(UNIT_ROWS).map(move |first| {
         let rows = UNIT_ROWS.min(shape.0 - first);
-        Unit { tensor, format, shape, first, rows, transposed, kept }
+        Unit { tensor, format, shape, first, rows, transposed, kept, live }
     })
 }
 
@@ -446,7 +466,7 @@ fn rows_of(tensor: &TensorInfo) -> impl Iterator<Item = Unit<'_>> {
     let shape = (tensor.shape[0] as usize, tensor.shape[1] as usize);
     (0..shape.0).step_by(UNIT_ROWS).map(move |first| {
         let rows = UNIT_ROWS.min(shape.0 - first);
-        Unit { tensor, format: split::FORMAT, shape, first, rows, transposed: false, kept: None }
+        Unit { tensor, format: split::FORMAT, shape, first, rows, transposed: false, kept: None, live: None }
     })
 }
 
@@ -463,15 +483,19 @@ struct Packer<'a> {
 
 impl Packer<'_> {
     fn section(&mut self, bound: &Bound, report: &mut SectionReport) -> Result<(), Error> {
-        let Bound { section, source, encoding, kept } = bound;
+        let Bound { section, source, encoding, kept, live } = bound;
         match section.layer {
             Some(layer) => self.progress.section(&format!("layer {layer}: {}", section.kind.name())),
             None => self.progress.section(section.kind.name()),
         }
-        match (source, *encoding) {
+        match (source, coded(*encoding)) {
             (Source::Index, _) => {
                 self.writer.begin(1.0)?;
-                self.put(kept.as_ref().map(Kept::masks).unwrap_or_default().as_bytes())?;
+                match (kept, live) {
+                    (Some(kept), _) => self.put(kept.masks().as_bytes())?,
+                    (None, Some(live)) => self.put(&live.starts())?,
+                    (None, None) => {}
+                }
             }
             (Source::Values(values), Encoding::Vector) => self.vector(values)?,
             (Source::Vector(tensor), Encoding::Vector) => {
@@ -744,6 +768,9 @@ impl Packer<'_> {
 
     /// Writes the codes of a unit and its row scales.
     fn put_unit(&mut self, unit: &Unit<'_>, scales: &[f32]) -> Result<(), Error> {
+        if let Some(live) = unit.live {
+            return self.put_live(unit, live);
+        }
         let Some(kept) = unit.kept else {
             self.put_codes(unit)?;
             return self.put_scales(unit, scales);
@@ -763,6 +790,20 @@ impl Packer<'_> {
         }
         let last = unit.first + unit.rows == unit.shape.0;
         if last && !self.buffers.kept_scales.is_empty() { self.put_kept(unit, cols) } else { Ok(()) }
+    }
+
+    /// Writes the live blocks of a unit.
+    fn put_live(&mut self, unit: &Unit<'_>, live: &Live) -> Result<(), Error> {
+        let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
+        let most = live.shape.unit_blocks(unit.rows, cols, unit.rows.div_ceil(STRIP_ROWS) * live.shape.across(cols));
+        let mut blocks = core::mem::take(&mut self.buffers.blocks);
+        let out = fit(&mut blocks, most, Block::ZERO);
+        let (first, codes) = (unit.first / STRIP_ROWS, &self.buffers.codes);
+        let is_live = |s, b| live.is_live(first + s, b);
+        let n = encode_unit(live.shape, unit.rows, cols, is_live, |r, c| codes[r * stride + c], out);
+        self.put(out[..n].as_bytes())?;
+        self.buffers.blocks = blocks;
+        Ok(())
     }
 
     /// Writes a unit of the rows that were kept.

@@ -59,7 +59,11 @@ impl SectionReport {
     pub fn of(record: &Record) -> Option<Self> {
         let layer = record.layer.get();
         let encoding = Encoding::from_tag(record.encoding)?;
-        let one_scale = matches!(encoding, Encoding::Matrix(f) if f.has_matrix_scale());
+        let one_scale = match encoding {
+            Encoding::Matrix(format) => format.has_matrix_scale(),
+            Encoding::Blocks(_) => true,
+            _ => false,
+        };
         Some(Self {
             kind: kind(record.kind)?,
             layer: (layer != Record::NO_LAYER).then_some(layer.into()),
@@ -76,7 +80,7 @@ impl SectionReport {
     pub const fn weights(&self) -> u64 {
         match self.encoding {
             _ if matches!(self.kind, Kind::HeadApart | Kind::HeadLow) => 0,
-            Encoding::Matrix(_) => self.rows as u64 * self.cols as u64,
+            Encoding::Matrix(_) | Encoding::Blocks(_) => self.rows as u64 * self.cols as u64,
             _ => 0,
         }
     }
@@ -88,6 +92,8 @@ impl SectionReport {
             Encoding::Bytes => "bytes",
             Encoding::Whole => "whole",
             Encoding::Kept => "kept",
+            Encoding::Starts => "starts",
+            Encoding::Blocks(shape) => shape.name(),
         }
     }
 }
@@ -173,7 +179,9 @@ impl LayerBits {
     pub fn of(image: &Image<'_>) -> Vec<Self> {
         let sections = image.sections().records().iter().filter_map(SectionReport::of);
         Self::sum(
-            sections.filter(|s| matches!(s.encoding, Encoding::Matrix(_))).map(|s| (s.layer, s.weights(), s.bytes * 8)),
+            sections
+                .filter(|s| matches!(s.encoding, Encoding::Matrix(_) | Encoding::Blocks(_)))
+                .map(|s| (s.layer, s.weights(), s.bytes * 8)),
         )
     }
     /// Bits a weight.

@@ -2,7 +2,7 @@
 use crate::Error;
 use crate::files::Input;
 use crate::report::{Progress, SectionReport};
-use bitnet_kernel::{Block, Format, Matrix};
+use bitnet_kernel::{Block, BlockMatrix, Format, Matrix};
 use bitnet_runtime::Image;
 use bitnet_runtime::error::ImageError;
 use bitnet_runtime::image::kept::{kept, mask_blocks};
@@ -145,6 +145,8 @@ impl Verifier<'_> {
             Encoding::Vector => self.vector(record, &report),
             Encoding::Kept => self.masks(image, index, record, &report),
             Encoding::Whole => Ok(()),
+            Encoding::Starts => self.starts(record, &report),
+            Encoding::Blocks(_) => self.blocks(image, index, record, &report),
             Encoding::Bytes if report.kind == Kind::HeadNorms => self.split_head(image, record),
             Encoding::Bytes => self.tokenizer(image),
         }
@@ -180,6 +182,56 @@ impl Verifier<'_> {
                 .then(|| format!("{}: the mask of {what} keeps {found} of {whole}, not {expected}", name(report)))
         });
         wrong.map_or(Ok(()), |what| Err(self.opened.damaged(offset, what)))
+    }
+
+    /// The padding of an index of starts; the starts themselves are looked at with their units.
+    fn starts(&mut self, record: &Record, report: &SectionReport) -> Result<(), Error> {
+        let offset = u64::from(record.start.get()) * Block::BYTES as u64;
+        let used = (report.rows as usize).div_ceil(UNIT_ROWS) * size_of::<u32>();
+        let blocks = self.read(offset, record.blocks.get() as usize)?;
+        match blocks.as_bytes()[used..].iter().position(|&byte| byte != 0) {
+            Some(at) => Err(self.opened.damaged(offset + (used + at) as u64, "padding that is not zero")),
+            None => Ok(()),
+        }
+    }
+
+    /// Units of a block-sparse matrix start where their index says and are as long as their bitmaps say, and no code is 3.
+    fn blocks(
+        &mut self,
+        image: &Image<'_>,
+        index: usize,
+        record: &Record,
+        report: &SectionReport,
+    ) -> Result<(), Error> {
+        let tensor = record.block_tensor().expect("a block-sparse matrix");
+        let starts = image.sections().records()[index - 1].extent();
+        let recorded = self.read(u64::from(starts.start) * Block::BYTES as u64, starts.blocks as usize)?;
+        let (recorded, _) = recorded.as_bytes().as_chunks::<4>();
+        let recorded: Vec<u32> =
+            recorded.iter().take(tensor.units() as usize).map(|bytes| u32::from_le_bytes(*bytes)).collect();
+        let mut sound = recorded.clone();
+        tensor.sound_starts(&mut sound);
+        let at = |block: u32| u64::from(block) * Block::BYTES as u64;
+        if sound != recorded || sound[0] != 0 {
+            let what = format!("{}: starts of units that do not rise from zero to the end", name(report));
+            return Err(self.opened.damaged(at(starts.start), what));
+        }
+        for u in 0..tensor.units() {
+            let (extent, rows) = (tensor.unit(&sound, u), tensor.unit_rows(u));
+            let blocks = self.read(at(extent.start), extent.blocks as usize)?;
+            let wrong = match BlockMatrix::new(tensor.shape, rows, tensor.cols as usize, blocks) {
+                None => Some((0, "bitmaps that disagree with the length")),
+                Some(_) => {
+                    let bitmaps = tensor.shape.bitmap_blocks(rows, tensor.cols as usize);
+                    invalid(Format::T2, &blocks[bitmaps..]).map(|(block, what)| (bitmaps + block, what))
+                }
+            };
+            if let Some((block, what)) = wrong {
+                let what = format!("{}: {what} in rows from {}", name(report), u as usize * UNIT_ROWS);
+                return Err(self.opened.damaged(at(extent.start) + (block * Block::BYTES) as u64, what));
+            }
+        }
+        Ok(())
     }
 
     fn matrix(&mut self, record: &Record, report: &SectionReport) -> Result<(), Error> {

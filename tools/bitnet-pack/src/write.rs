@@ -82,14 +82,14 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Lays out `sections`, which are those that `parts.config` asks for, with their encodings.
+    /// Lays out `sections`, which are those that `parts.config` asks for, with their encodings and the number of their blocks.
     ///
     /// # Errors
     /// If something is beyond the format's limits.
     pub fn new(
         parts: &Parts,
         tokenizer: Option<usize>,
-        sections: impl Iterator<Item = (Section, Encoding)>,
+        sections: impl Iterator<Item = (Section, Encoding, u64)>,
     ) -> Result<Self, Error> {
         let mut records = Vec::new();
         if let Some(bytes) = tokenizer {
@@ -98,9 +98,9 @@ impl Layout {
                 return Err(Error::Options(limit));
             }
             let section = Section { kind: Kind::Tokenizer, layer: None, rows: 1, cols: bytes as u32 };
-            records.push(record(&section, Encoding::Bytes));
+            records.push(record(&section, Encoding::Bytes, Encoding::Bytes.blocks(1, bytes as u32)));
         }
-        records.extend(sections.map(|(section, encoding)| record(&section, encoding)));
+        records.extend(sections.map(|(section, encoding, blocks)| record(&section, encoding, blocks)));
         let header_bytes = parts.encode(&records)?.len();
         let mut end = (PREFIX_BYTES + header_bytes).next_multiple_of(Block::BYTES) as u64;
         let first = usize::from(tokenizer.is_some());
@@ -124,8 +124,7 @@ impl Layout {
     }
 }
 
-fn record(section: &Section, encoding: Encoding) -> Record {
-    let blocks = encoding.blocks(section.rows, section.cols);
+fn record(section: &Section, encoding: Encoding, blocks: u64) -> Record {
     Record {
         kind: section.kind as u8,
         encoding: encoding.tag(),

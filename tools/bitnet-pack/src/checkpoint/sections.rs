@@ -1,9 +1,9 @@
 //! Which tensor each section of the image is made from. All names, types and shapes are checked here, before anything is
 //! written, and no tensor may be left over.
 use super::{Checkpoint, Dtype, Naming, Storage, Table, TensorInfo, llama2c};
-use crate::kept::{self, Kept};
+use crate::kept::{self, Found, Kept, Live};
 use crate::quantize::Evidence;
-use crate::{Error, Layouts, Options, Progress};
+use crate::{Error, Options, Progress};
 use bitnet_kernel::float::TAPS;
 use bitnet_runtime::Config;
 use bitnet_runtime::image::{Encoding, Kind, Section, UNIT_ROWS, expected_sections};
@@ -42,6 +42,8 @@ pub struct Bound {
     pub encoding: Encoding,
     /// What is kept of a linear that is compacted, and of which its index has the masks.
     pub kept: Option<Kept>,
+    /// The live blocks of one that is block-sparse, and of which its index has the starts of units.
+    pub live: Option<Live>,
 }
 
 impl Bound {
@@ -53,6 +55,13 @@ impl Bound {
                 Section { rows, cols, ..self.section }
             }
             _ => self.section,
+        }
+    }
+    /// Blocks of the section in the image.
+    pub fn blocks(&self) -> u64 {
+        match (&self.live, self.stored()) {
+            (Some(live), section) if section.kind.is_linear() => live.blocks(),
+            (_, section) => self.encoding.blocks(section.rows, section.cols),
         }
     }
 }
@@ -97,29 +106,38 @@ pub fn bind(
     for section in expected_sections(&table.config) {
         let source = binder.source(&section, table)?;
         let encoding = options.encoding_of(section.kind, &source);
-        let kept = match encoding {
+        let found = match encoding {
             Encoding::Matrix(format)
-                if options.layout == Layouts::Auto
-                    && !(options.adaptive.is_some() && matches!(source, Source::Rows(_)))
+                if !(options.adaptive.is_some() && matches!(source, Source::Rows(_)))
                     && section.kind.is_linear()
+                    && section.kind.index() != section.kind
                     && section.kind.linear_kind() == section.kind =>
             {
-                kept::find(checkpoint, &source, &section, format, progress)?
+                kept::find(checkpoint, &source, &section, format, options.layout, progress)?
             }
-            _ => None,
+            _ => Found::Whole,
         };
-        bound.push(Bound { section, source, encoding, kept });
+        let (encoding, kept, live) = match found {
+            Found::Whole => (encoding, None, None),
+            Found::Kept(kept) => (encoding, Some(kept), None),
+            Found::Live(live) => (Encoding::Blocks(live.shape), None, Some(live)),
+        };
+        bound.push(Bound { section, source, encoding, kept, live });
     }
     let left = |t: &&TensorInfo| !binder.used.contains(t.name.as_str()) && !is_computed(naming, &t.name);
     if let Some(tensor) = checkpoint.tensors().find(left) {
         let what = "unknown to this class of model; leaving it out would change what the model computes";
         return Err(Error::tensor(checkpoint.path_of(tensor), &tensor.name, what));
     }
-    let compacted = bound.iter().filter(|b| b.kept.is_some()).count();
-    if compacted > 0 {
+    let (compacted, blocks) = bound.iter().fold((0, 0), |(compacted, blocks), b| {
+        (compacted + usize::from(b.kept.is_some()), blocks + usize::from(b.live.is_some()))
+    });
+    if compacted + blocks > 0 {
         table.config.sparse = true;
         bound = indexed(&table.config, bound);
-        binder.notes.push(format!("{compacted} linears have rows or columns of zeros, which are left out"));
+        for (n, what) in [(compacted, "rows or columns"), (blocks, "blocks")].into_iter().filter(|(n, _)| *n > 0) {
+            binder.notes.push(format!("{n} linears have {what} of zeros, which are left out"));
+        }
     }
     table.config.formats = formats(&bound);
     let dense = bound.iter().filter(|b| b.section.kind.is_linear() && matches!(b.source, Source::Rows(_))).count();
@@ -137,8 +155,13 @@ fn indexed(config: &Config, bound: Vec<Bound>) -> Vec<Bound> {
     for bound in bound {
         let mut section = sections.next().expect("no fewer sections with an index");
         if section.kind.is_index() {
-            let encoding = if bound.kept.is_some() { Encoding::Kept } else { Encoding::Whole };
-            indexed.push(Bound { section, source: Source::Index, encoding, kept: bound.kept.clone() });
+            let encoding = match (&bound.kept, &bound.live) {
+                (Some(_), _) => Encoding::Kept,
+                (None, Some(_)) => Encoding::Starts,
+                (None, None) => Encoding::Whole,
+            };
+            let (kept, live) = (bound.kept.clone(), bound.live.clone());
+            indexed.push(Bound { section, source: Source::Index, encoding, kept, live });
             section = sections.next().expect("the linear comes after its index");
         }
         assert_eq!(section, bound.section, "an index is all that is new");
@@ -150,7 +173,7 @@ fn indexed(config: &Config, bound: Vec<Bound>) -> Vec<Bound> {
 /// The union of the linears' formats ([`bitnet_runtime::Config::formats`]).
 pub(crate) fn formats(bound: &[Bound]) -> u16 {
     bound.iter().filter(|b| b.section.kind.is_linear()).fold(0, |set, b| match b.encoding {
-        Encoding::Matrix(format) => set | 1 << format as u8,
+        Encoding::Matrix(_) | Encoding::Blocks(_) => set | 1 << b.encoding.tag(),
         _ => set,
     })
 }
