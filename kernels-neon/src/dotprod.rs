@@ -38,7 +38,9 @@ pub(crate) fn detect() -> Option<&'static Dotprod> {
     static DOTPROD: Dotprod = Dotprod(());
     #[cfg(feature = "std")]
     let present = std::arch::is_aarch64_feature_detected!("dotprod");
-    #[cfg(not(feature = "std"))]
+    #[cfg(all(not(feature = "std"), feature = "id-registers"))]
+    let present = crate::registers::dotprod();
+    #[cfg(not(any(feature = "std", feature = "id-registers")))]
     let present = cfg!(target_feature = "dotprod");
     present.then_some(&DOTPROD)
 }

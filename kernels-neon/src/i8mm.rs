@@ -20,7 +20,9 @@ pub(crate) fn detect() -> Option<&'static I8mm> {
     static I8MM: I8mm = I8mm(unsafe { Dotprod::assume() });
     #[cfg(feature = "std")]
     let present = std::arch::is_aarch64_feature_detected!("i8mm");
-    #[cfg(not(feature = "std"))]
+    #[cfg(all(not(feature = "std"), feature = "id-registers"))]
+    let present = crate::registers::i8mm();
+    #[cfg(not(any(feature = "std", feature = "id-registers")))]
     let present = cfg!(target_feature = "i8mm");
     (present && dotprod::detect().is_some()).then_some(&I8MM)
 }

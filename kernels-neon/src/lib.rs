@@ -34,12 +34,15 @@ mod lanes;
 mod neon;
 #[cfg(target_arch = "aarch64")]
 mod panel;
+#[cfg(all(target_arch = "aarch64", not(feature = "std"), feature = "id-registers"))]
+mod registers;
 
 use bitnet_kernel::Kernels;
 
 /// The NEON kernels with dot products, if this CPU runs them.
 ///
-/// With the feature `std` the CPU is asked; without it, only a build that may assume dot products throughout has them.
+/// With the feature `std` the system is asked, and with `id-registers` the CPU itself; without either, only a build that may
+/// assume dot products throughout has them.
 pub fn dotprod() -> Option<&'static dyn Kernels> {
     #[cfg(target_arch = "aarch64")]
     return dotprod::detect().map(|k| k as &dyn Kernels);

@@ -14,10 +14,12 @@ static SVE2: [Sve; 2] = [Sve { sve2: true, i8mm: false }, Sve { sve2: true, i8mm
 
 /// Whether the CPU has a feature, asked at run time where that can be.
 macro_rules! has {
-    ($feature:tt) => {{
+    ($feature:tt, $register:ident) => {{
         #[cfg(feature = "std")]
         let present = std::arch::is_aarch64_feature_detected!($feature);
-        #[cfg(not(feature = "std"))]
+        #[cfg(all(not(feature = "std"), feature = "id-registers"))]
+        let present = crate::registers::$register();
+        #[cfg(not(any(feature = "std", feature = "id-registers")))]
         let present = cfg!(target_feature = $feature);
         present
     }};
@@ -25,12 +27,12 @@ macro_rules! has {
 
 /// See [`crate::sve`].
 pub(crate) fn sve() -> Option<&'static dyn Kernels> {
-    has!("sve").then(|| &SVE[usize::from(has!("i8mm"))] as &dyn Kernels)
+    has!("sve", sve).then(|| &SVE[usize::from(has!("i8mm", i8mm))] as &dyn Kernels)
 }
 
 /// See [`crate::sve2`].
 pub(crate) fn sve2() -> Option<&'static dyn Kernels> {
-    has!("sve2").then(|| &SVE2[usize::from(has!("i8mm"))] as &dyn Kernels)
+    has!("sve2", sve2).then(|| &SVE2[usize::from(has!("i8mm", i8mm))] as &dyn Kernels)
 }
 
 impl Kernels for Sve {

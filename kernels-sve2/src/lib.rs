@@ -23,6 +23,8 @@ mod batch;
 mod grouped;
 #[cfg(target_arch = "aarch64")]
 mod planes;
+#[cfg(all(target_arch = "aarch64", not(feature = "std"), feature = "id-registers"))]
+mod registers;
 #[cfg(target_arch = "aarch64")]
 mod sparse;
 #[cfg(target_arch = "aarch64")]
@@ -32,7 +34,8 @@ use bitnet_kernel::Kernels;
 
 /// The SVE kernels, if this CPU runs them.
 ///
-/// With the feature `std` the CPU is asked; without it, only a build that may assume SVE throughout has them.
+/// With the feature `std` the system is asked, and with `id-registers` the CPU itself; without either, only a build that may
+/// assume SVE throughout has them.
 pub fn sve() -> Option<&'static dyn Kernels> {
     #[cfg(target_arch = "aarch64")]
     return backend::sve();

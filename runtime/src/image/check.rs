@@ -30,6 +30,14 @@ impl<'a> Image<'a> {
         Ok(PREFIX_BYTES + u32_at(prefix, 12) as usize)
     }
 
+    /// Bytes of the whole file, told from the first 64: for a medium that is longer than the image on it.
+    ///
+    /// # Errors
+    /// If they do not start an image.
+    pub fn stated_bytes(start: &[u8]) -> Result<u64, ImageError> {
+        Ok(u64_at(prefix(start)?, 16))
+    }
+
     /// Checks the start of a file, at least [`Image::header_bytes`] of it, in time proportional to the number of sections.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! `cargo xtask`: the project's own commands, so that what CI does is code that anyone can run.
 //!
 //! In the order in which they are used: [`workspace`] finds the tree, [`matrix`] is the table of everything that is
-//! checked, [`setup`] installs what the chosen steps need, [`riscv`] is one of these needs, [`run`] runs them and counts, [`bochs`] boots what needs a CPU that the machine may lack, [`tidy`] holds the rules about
+//! checked, [`setup`] installs what the chosen steps need, [`riscv`] is one of these needs, [`run`] runs them and counts, [`bochs`] boots what needs a CPU that the machine may lack, [`boot`] the boards' images, [`tidy`] holds the rules about
 //! the tree itself, [`elf`] looks into finished programs, [`mod@bench`] and [`arm`] say how fast the kernels are with what
 //! [`report`] has for both, [`fuzz`] searches for input that fails, and [`demo`] shows the project to a newcomer.
 #![forbid(unsafe_code)]
@@ -18,6 +18,7 @@ macro_rules! say {
 mod arm;
 mod bench;
 mod bochs;
+mod boot;
 mod demo;
 mod elf;
 mod fuzz;
@@ -49,6 +50,10 @@ Usage: cargo xtask COMMAND
                   --backend, --op, --format, --cpu choose; --json FILE and --page FILE write
   fuzz TARGET [SECONDS]
                   search for input that makes a reader fail: gguf, safetensors, llama2c, tokenizer, image, plan, text
+  boot BOARD      (qemu-virt or rpi5) build a board's image and boot it in QEMU, on every CPU or on that of --cpu MODEL, on --cores N cores, with the
+                  model in flash or on a disk (--medium flash|disk), and compare what it says with what `bitnet` says;
+                  --strict-align makes every unaligned access a fault and runs the whole self-test;
+                  --interactive gives you the console in place of the comparison (an empty line ends it)
   demo            build, pack the bundled checkpoint and let it tell a story (the same as `cargo demo`)
   deny            licences and advisories of the dependencies, by cargo-deny";
 
@@ -67,7 +72,7 @@ fn main() -> ExitCode {
 /// Runs one command; the answer is whether what it checked was right.
 fn command(arguments: &[String]) -> Result<bool> {
     let (name, rest) = arguments.split_first().map_or(("help", &[][..]), |(name, rest)| (name.as_str(), rest));
-    if !["test", "bench", "arm", "fuzz"].contains(&name) && !rest.is_empty() {
+    if !["test", "bench", "arm", "boot", "fuzz"].contains(&name) && !rest.is_empty() {
         bail!("`{name}` takes no arguments, but got `{}`\n\n{USAGE}", rest.join(" "));
     }
     match name {
@@ -94,6 +99,7 @@ fn command(arguments: &[String]) -> Result<bool> {
         "bench" => bench::run(&Workspace::load()?, rest),
         "arm" => arm::run(&Workspace::load()?, rest),
         "fuzz" => fuzz::run(&Workspace::load()?, rest),
+        "boot" => boot::run(&Workspace::load()?, rest),
         "demo" => demo::run(&Workspace::load()?),
         "deny" => run::deny(),
         "help" | "--help" | "-h" => {

@@ -4,8 +4,8 @@
 
 use anyhow::{Result, bail};
 
-use crate::bochs;
 use crate::riscv::TARGET as RISCV;
+use crate::{bochs, boot};
 
 /// Something that has to be on the machine before a step can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub(crate) enum Need {
     Target(&'static str),
     /// `qemu-aarch64` with every CPU of [`CPUS`].
     Qemu,
+    /// `qemu-system-aarch64` with every CPU of [`crate::boot::RUNS`].
+    QemuSystem,
     /// A C compiler, which links programs for the host.
     Linker,
     /// LLVM's disassembler and static model of CPUs, of the release that the figures are of.
@@ -37,6 +39,8 @@ pub(crate) enum Action {
     Tidy,
     /// The kernels' conformance on a CPU of Bochs.
     Bochs(crate::bochs::Cpu),
+    /// A board's image, booted and listened to.
+    Boot(crate::boot::Request),
     /// Release builds of the two programs for a target, each checked to be one static file for that machine.
     Static { target: &'static str, machine: crate::elf::Machine },
 }
@@ -133,7 +137,7 @@ pub(crate) const CPUS: &[Cpu] = &[
 ];
 
 const ARM_LINUX: &str = "aarch64-unknown-linux-musl";
-const ARM_BARE: &str = "aarch64-unknown-none";
+pub(crate) const ARM_BARE: &str = "aarch64-unknown-none";
 const PC_LINUX: &str = "x86_64-unknown-linux-musl";
 
 const CLIPPY: Need = Need::Component { name: "clippy", program: "cargo-clippy" };
@@ -216,6 +220,15 @@ pub(crate) fn steps() -> Vec<Step> {
     ] {
         let build = format!("build --release --target {ARM_BARE} {arguments}");
         steps.push(step(name, &[Need::Target(ARM_BARE)], cargo(&build)));
+    }
+    // (h) Bare metal that boots.
+    let boards =
+        "-p bitnet-support -p bitnet-qemu-virt -p bitnet-rpi5 --features bitnet-qemu-virt/image,bitnet-rpi5/image";
+    let clippy = format!("clippy --release --target {ARM_BARE} {boards} -- -D warnings");
+    steps.push(step("bare/boards", &[CLIPPY, Need::Target(ARM_BARE)], cargo(&clippy)));
+    let needs = [Need::Target(ARM_BARE), Need::QemuSystem, Need::Linker];
+    for request in boot::requests() {
+        steps.push(step(&format!("boot/{}", request.name()), &needs, Action::Boot(request)));
     }
     for (name, target, machine) in [
         ("static/x86_64", PC_LINUX, crate::elf::Machine::X86_64),

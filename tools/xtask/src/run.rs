@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::matrix::{Action, Command, Step, Toolchain};
 use crate::riscv::Way;
 use crate::workspace::{Workspace, cargo};
-use crate::{bochs, elf, riscv, tidy};
+use crate::{bochs, boot, elf, riscv, tidy};
 
 /// How many checks passed and failed: tests count one by one, any other command counts as one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,6 +81,7 @@ fn describe(action: &Action) -> String {
         Action::Bochs(cpu) => {
             format!("cargo {}  # booted in Bochs as {}", bochs::build_arguments().join(" "), cpu.model)
         }
+        Action::Boot(request) => request.describe(),
         Action::Static { target, .. } => {
             format!("cargo {}  # and no dynamic linker in the two programs", static_build(target).join(" "))
         }
@@ -103,6 +104,10 @@ fn one(workspace: &Workspace, step: &Step) -> Result<Count> {
         Action::Tests(command) => tests(workspace, command),
         Action::Tidy => {
             let (passed, failed) = tidy::report(workspace)?;
+            Ok(Count { passed, failed })
+        }
+        Action::Boot(request) => {
+            let (passed, failed) = boot::check(workspace, *request)?;
             Ok(Count { passed, failed })
         }
         Action::Bochs(cpu) => Ok(if bochs::run(workspace, *cpu)? { PASSED } else { FAILED }),

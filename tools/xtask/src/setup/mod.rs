@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::matrix::{CPUS, Need};
-use crate::{arm, bochs, riscv};
+use crate::{arm, bochs, boot, riscv};
 
 /// Makes sure of everything in `needs`. What cannot be installed is named, with what to do by hand.
 pub(crate) fn ensure<'a>(needs: impl IntoIterator<Item = &'a Need>) -> Result<()> {
@@ -38,6 +38,10 @@ fn present(need: Need) -> bool {
         Need::Target(target) => sysroot_has(target),
         Need::Qemu => {
             printed(Command::new("qemu-aarch64").args(["-cpu", "help"])).is_some_and(|(list, _)| has_cpus(&list))
+        }
+        Need::QemuSystem => {
+            let list = printed(Command::new("qemu-system-aarch64").args(["-M", "virt", "-cpu", "help"]));
+            list.is_some_and(|(list, _)| boot::RUNS.iter().all(|run| names_cpu(&list, run.cpu)))
         }
         Need::Linker => output(Command::new("cc").arg("--version")).is_some(),
         Need::Llvm => [arm::MCA, arm::OBJDUMP].iter().all(|name| output(Command::new(name).arg("--version")).is_some()),
@@ -73,10 +77,12 @@ fn printed(command: &mut Command) -> Option<(String, bool)> {
 
 /// Whether QEMU's list names every CPU of the matrix; what follows a comma is a property of that CPU.
 fn has_cpus(list: &str) -> bool {
-    CPUS.iter().all(|cpu| {
-        let model = cpu.qemu.split(',').next();
-        list.split_whitespace().any(|word| Some(word) == model)
-    })
+    CPUS.iter().all(|cpu| names_cpu(list, cpu.qemu))
+}
+
+fn names_cpu(list: &str, cpu: &str) -> bool {
+    let model = cpu.split(',').next();
+    list.split_whitespace().any(|word| Some(word) == model)
 }
 
 /// Adds targets and components to the toolchain that is in use.
@@ -111,7 +117,7 @@ fn packages(missing: &[Need]) -> Result<()> {
     if names.is_empty() || output(Command::new("apt-get").arg("--version")).is_none() {
         return Ok(());
     }
-    let qemu = names.contains(&"qemu-user");
+    let qemu = names.contains(&"qemu-user") || names.contains(&"qemu-system-arm");
     let Some(root) = root_prefix() else { return Ok(()) };
     let suite = if qemu { qemu_suite(&root)? } else { None };
     // An update that fails for one source of many (a vendor's that is down) need not matter to the packages wanted here.
@@ -135,6 +141,7 @@ fn package_names(missing: &[Need]) -> Vec<&'static str> {
     let of = |need: &Need| match need {
         Need::Component { .. } | Need::Target(_) => vec![],
         Need::Qemu => vec!["qemu-user"],
+        Need::QemuSystem => vec!["qemu-system-arm"],
         Need::Linker => vec!["gcc", "libc6-dev"],
         Need::Llvm => vec!["llvm-22"],
         Need::Bochs => bochs::PACKAGES.to_vec(),
@@ -226,6 +233,11 @@ fn by_hand(missing: &[Need]) -> String {
                      Debian 12 from bookworm-backports: apt-get install -t bookworm-backports qemu-user)",
                     models.join(", ")
                 )
+            }
+            Need::QemuSystem => {
+                "qemu-system-aarch64 8.2 or newer (Debian and Ubuntu: package qemu-system-arm; on Debian 12 from \
+                bookworm-backports)"
+                    .to_owned()
             }
             Need::Linker => "a C compiler named cc (Debian and Ubuntu: packages gcc and libc6-dev)".to_owned(),
             Need::Llvm => format!("{} and {} (Debian: package llvm-22)", arm::MCA, arm::OBJDUMP),

@@ -1,0 +1,492 @@
+//! Boards: builds their images, boots them in QEMU, and listens to what they say.
+//!
+//! What an image says on its serial port is compared with what the program for this machine says: the same model, the same prompt,
+//! and so the same text. Its log, in defmt's encoding, lies in `target/boot/BOARD/bitnet.defmt` afterwards; where `defmt-print` is
+//! installed, the figures in it are printed.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::matrix::{ARM_BARE, Need};
+use crate::workspace::{Workspace, cargo};
+use crate::{elf, run, setup};
+
+/// One boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    board: Board,
+    /// QEMU's name for it.
+    pub(crate) cpu: &'static str,
+    cores: u8,
+    medium: Medium,
+    /// The exception level that it starts at. At 3 there is no firmware that could start further cores.
+    level: u8,
+    /// The backend that must be chosen.
+    backend: &'static str,
+}
+
+/// A folder in `boards/`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Board {
+    QemuVirt,
+    /// On the Raspberry Pi 4 that QEMU has.
+    Rpi5,
+}
+
+impl Board {
+    const ALL: [Self; 2] = [Self::QemuVirt, Self::Rpi5];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::QemuVirt => "qemu-virt",
+            Self::Rpi5 => "rpi5",
+        }
+    }
+    /// The image as its machine takes it.
+    const fn file(self) -> &'static str {
+        match self {
+            Self::QemuVirt => "code.flash",
+            Self::Rpi5 => "kernel_2712.img",
+        }
+    }
+}
+
+/// Where the model is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Medium {
+    Flash,
+    Disk,
+    /// In RAM, where a loader has put it.
+    Ram,
+}
+
+const fn boot(cpu: &'static str, cores: u8, level: u8, backend: &'static str) -> Run {
+    Run { board: Board::QemuVirt, cpu, cores, medium: Medium::Flash, level, backend }
+}
+
+/// Every CPU on one core and on four, every level to start from, and both media; and the board that QEMU has not.
+pub(crate) const RUNS: [Run; 10] = [
+    boot("cortex-a76", 1, 1, "neon-dotprod"),
+    boot("cortex-a76", 4, 1, "neon-dotprod"),
+    Run { medium: Medium::Disk, ..boot("cortex-a76", 1, 1, "neon-dotprod") },
+    boot("neoverse-v1", 1, 1, "sve"),
+    boot("neoverse-v1", 4, 2, "sve"),
+    boot("neoverse-n2", 1, 3, "sve2"),
+    boot("neoverse-n2", 4, 1, "sve2"),
+    boot("max", 1, 1, "sve2"),
+    boot("max", 4, 1, "sve2"),
+    Run { board: Board::Rpi5, medium: Medium::Ram, ..boot("cortex-a72", 1, 2, "neon") },
+];
+
+/// What a step of `cargo xtask test` asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Request {
+    /// The runs on one CPU of `qemu-virt`.
+    Cpu(&'static str),
+    /// The run of `rpi5`.
+    Rpi5,
+}
+
+/// The CPU with most backends.
+const STRICT: Run = boot("max", 1, 1, "sve2");
+
+const CHECKPOINT: &str = "models/stories-ternary";
+const MODEL: &str = "stories-ternary.bitnet";
+/// Where `boards/rpi5/config.txt` has the model put.
+const RPI5_MODEL: u64 = 256 << 20;
+/// What an image says that has nobody to give an exit code to.
+const ENDED: &str = "\nended with 0\n";
+const PROMPT: &str = "Once upon a time";
+/// Most tokens of an answer, as boards/support has it.
+const TOKENS: &str = "64";
+/// A boot takes some seconds.
+const PATIENCE: Duration = Duration::from_secs(240);
+/// A bank of flash has this size, whatever is in it.
+const FLASH_BYTES: u64 = 64 << 20;
+/// Disks are whole sectors.
+const SECTOR_BYTES: u64 = 512;
+
+/// The steps.
+pub(crate) fn requests() -> Vec<Request> {
+    let virt = RUNS.iter().filter(|run| run.board == Board::QemuVirt);
+    let mut requests: Vec<Request> = virt.map(|run| Request::Cpu(run.cpu)).collect();
+    requests.dedup();
+    requests.push(Request::Rpi5);
+    requests
+}
+
+impl Request {
+    pub(crate) fn name(self) -> String {
+        match self {
+            Self::Cpu(cpu) => format!("qemu-virt/{cpu}"),
+            Self::Rpi5 => "rpi5".to_owned(),
+        }
+    }
+    pub(crate) fn describe(self) -> String {
+        match self {
+            Self::Cpu(cpu) => format!("cargo xtask boot qemu-virt --cpu {cpu}"),
+            Self::Rpi5 => "cargo xtask boot rpi5".to_owned(),
+        }
+    }
+}
+
+/// Does what a step asks for; the answer is how many runs passed and failed.
+pub(crate) fn check(workspace: &Workspace, request: Request) -> Result<(usize, usize)> {
+    let of = |board| RUNS.into_iter().filter(move |run| run.board == board);
+    let (board, alignment, runs) = match request {
+        Request::Cpu(cpu) => {
+            (Board::QemuVirt, Alignment::Free, of(Board::QemuVirt).filter(|run| run.cpu == cpu).collect())
+        }
+        Request::Rpi5 => (Board::Rpi5, Alignment::Free, of(Board::Rpi5).collect::<Vec<_>>()),
+    };
+    let image = Image::build(workspace, board, alignment)?;
+    let expected = image.expected()?;
+    let mut counts = (0, 0);
+    for run in runs {
+        match image.boot(run, &expected) {
+            Ok(()) => counts.0 += 1,
+            Err(error) => {
+                say!("error: {}: {error:#}", run.title());
+                counts.1 += 1;
+            }
+        }
+    }
+    Ok(counts)
+}
+
+/// Whether unaligned accesses fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Alignment {
+    Free,
+    Strict,
+}
+
+/// The command line.
+#[derive(Debug)]
+struct Options {
+    board: Board,
+    alignment: Alignment,
+    interactive: bool,
+    cpu: Option<String>,
+    cores: Option<u8>,
+    medium: Option<Medium>,
+}
+
+impl Options {
+    fn parse(arguments: &[String]) -> Result<Self> {
+        let mut words = arguments.iter().map(String::as_str);
+        let name = words.next().unwrap_or_default();
+        let Some(board) = Board::ALL.into_iter().find(|board| board.name() == name) else {
+            bail!("no board `{name}` boots here; {} do", Board::ALL.map(Board::name).join(" and "));
+        };
+        let mut options =
+            Self { board, alignment: Alignment::Free, interactive: false, cpu: None, cores: None, medium: None };
+        while let Some(word) = words.next() {
+            let mut value = || words.next().with_context(|| format!("{word} needs a value"));
+            match word {
+                "--strict-align" => options.alignment = Alignment::Strict,
+                "--interactive" => options.interactive = true,
+                "--cpu" => options.cpu = Some(value()?.to_owned()),
+                "--cores" => options.cores = Some(value()?.parse().context("--cores is a number")?),
+                "--medium" => {
+                    options.medium = Some(match value()? {
+                        "flash" => Medium::Flash,
+                        "disk" => Medium::Disk,
+                        other => bail!("--medium is `flash` or `disk`, not `{other}`"),
+                    });
+                }
+                other => bail!("`boot` has no option `{other}`"),
+            }
+        }
+        Ok(options)
+    }
+
+    /// The runs that are meant.
+    fn runs(&self) -> Result<Vec<Run>> {
+        let all = if self.alignment == Alignment::Strict { &[STRICT][..] } else { &RUNS };
+        let fits = |run: &&Run| {
+            run.board == self.board
+                && self.cpu.as_deref().is_none_or(|cpu| cpu == run.cpu)
+                && self.cores.is_none_or(|cores| cores == run.cores)
+                && self.medium.is_none_or(|medium| medium == run.medium)
+        };
+        let runs: Vec<Run> = all.iter().filter(fits).copied().collect();
+        if runs.is_empty() {
+            let titles: Vec<String> = all.iter().map(|run| run.title()).collect();
+            bail!("no run is like that; there are:\n  {}", titles.join("\n  "));
+        }
+        Ok(runs)
+    }
+}
+
+/// `cargo xtask boot`.
+pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<bool> {
+    let options = Options::parse(arguments)?;
+    let runs = options.runs()?;
+    setup::ensure(&[Need::Target(ARM_BARE), Need::QemuSystem, Need::Linker])?;
+    let image = Image::build(workspace, options.board, options.alignment)?;
+    if options.interactive {
+        let status = image.qemu(runs[0]).status().context("starting qemu-system-aarch64")?;
+        return Ok(status.success());
+    }
+    let expected = image.expected()?;
+    let mut good = true;
+    for run in runs {
+        if let Err(error) = image.boot(run, &expected) {
+            say!("error: {}: {error:#}", run.title());
+            good = false;
+        }
+    }
+    Ok(good)
+}
+
+impl Run {
+    fn title(&self) -> String {
+        let Self { board, cpu, cores, medium, level, .. } = self;
+        format!("{}, {cpu}, {cores} cores, model in {medium:?}, started at EL{level}", board.name())
+    }
+}
+
+/// What is booted: files in a folder of their own.
+#[derive(Debug)]
+struct Image {
+    board: Board,
+    folder: PathBuf,
+    bitnet: String,
+    elf: PathBuf,
+}
+
+impl Image {
+    /// Builds the image and the programs for this machine, packs the model, and makes flashes and a disk of them.
+    fn build(workspace: &Workspace, board: Board, alignment: Alignment) -> Result<Self> {
+        let name = board.name();
+        let features = if alignment == Alignment::Strict { "image,strict-align" } else { "image" };
+        let arguments =
+            ["build", "--release", "--target", ARM_BARE, "-p", &format!("bitnet-{name}"), "--features", features];
+        if !cargo().args(arguments).current_dir(&workspace.root).status()?.success() {
+            bail!("the image does not build");
+        }
+        let programs = run::build(workspace, &["build", "-p", "bitnet", "-p", "bitnet-pack"].map(str::to_owned))?;
+        let [(_, bitnet), (_, packer)] = &programs[..] else { unreachable!("there are two programs") };
+        let folder = workspace.target.join("boot").join(name);
+        fs::create_dir_all(&folder)?;
+        let elf = workspace.target.join(ARM_BARE).join("release").join(name);
+        let image = Self { board, folder, bitnet: bitnet.clone(), elf };
+        let mut pack = Command::new(packer);
+        pack.arg("pack").arg(workspace.root.join(CHECKPOINT)).arg("-o").arg(image.model()).stdout(Stdio::null());
+        if !pack.stderr(Stdio::null()).status()?.success() {
+            bail!("bitnet-pack could not pack {CHECKPOINT}");
+        }
+        let code = elf::flat(&fs::read(&image.elf)?).with_context(|| image.elf.display().to_string())?;
+        say!("{name}: {} bytes of code and constants, {features}", code.len());
+        let model = fs::read(image.model())?;
+        if board == Board::Rpi5 {
+            fs::write(image.folder.join(board.file()), &code)?;
+            return Ok(image);
+        }
+        padded(&image.folder.join(board.file()), &code, FLASH_BYTES)?;
+        padded(&image.folder.join("model.flash"), &model, FLASH_BYTES)?;
+        padded(&image.folder.join("model.disk"), &model, (model.len() as u64).next_multiple_of(SECTOR_BYTES))?;
+        Ok(image)
+    }
+
+    fn model(&self) -> PathBuf {
+        self.folder.join(MODEL)
+    }
+
+    /// What the program for this machine says.
+    fn expected(&self) -> Result<String> {
+        let mut command = Command::new(&self.bitnet);
+        command.arg("run").arg(self.model()).args([PROMPT, "--temperature", "0", "--max-tokens", TOKENS]);
+        let output = command.output().context("starting bitnet")?;
+        if !output.status.success() {
+            bail!("bitnet: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    fn qemu(&self, run: Run) -> Command {
+        let mut qemu = Command::new("qemu-system-aarch64");
+        qemu.args(["-nodefaults", "-display", "none", "-serial", "stdio"]).current_dir(&self.folder);
+        if run.medium == Medium::Ram {
+            let model = format!("loader,file={MODEL},addr={RPI5_MODEL:#x},force-raw=on");
+            qemu.args(["-M", "raspi4b", "-kernel", self.board.file(), "-device", &model]);
+            return qemu;
+        }
+        let machine =
+            ["virt", "virt,virtualization=on", "virt,virtualization=on,secure=on"][usize::from(run.level) - 1];
+        qemu.args(["-M", machine, "-cpu", run.cpu, "-smp", &run.cores.to_string(), "-m", "128M"])
+            .args(["-semihosting-config", "enable=on,target=native"])
+            .args(["-drive", "if=pflash,index=0,format=raw,readonly=on,file=code.flash"]);
+        match run.medium {
+            Medium::Flash => qemu.args(["-drive", "if=pflash,index=1,format=raw,readonly=on,file=model.flash"]),
+            Medium::Ram | Medium::Disk => qemu
+                .args(["-drive", "if=none,id=model,format=raw,readonly=on,file=model.disk"])
+                .args(["-device", "virtio-blk-device,drive=model"]),
+        };
+        qemu
+    }
+
+    /// One boot, whose transcript has to be right.
+    fn boot(&self, run: Run, expected: &str) -> Result<()> {
+        let log = self.folder.join("bitnet.defmt");
+        let _ = fs::remove_file(&log);
+        let start = Instant::now();
+        let mut child = self.qemu(run).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        child.stdin.take().context("the input of QEMU")?.write_all(format!("{PROMPT}\r\r").as_bytes())?;
+        let (transcript, first) = listen(&mut child, start)?;
+        fs::write(self.folder.join("transcript"), &transcript)?;
+        let status = child.wait()?;
+        if self.board == Board::Rpi5 {
+            judge(&transcript, expected, run)?;
+            return seen(run, first);
+        }
+        if !status.success() {
+            bail!("the image ended with {status}:\n{transcript}");
+        }
+        judge(&transcript, expected, run)?;
+        seen(run, first)?;
+        self.show_log(&log, &transcript)
+    }
+
+    /// Checks the log's first line, and prints the rest where it can be decoded.
+    fn show_log(&self, log: &Path, transcript: &str) -> Result<()> {
+        let bytes = fs::read(log).context("the log")?;
+        let end = bytes.iter().position(|&byte| byte == b'\n').context("the log has no first line")?;
+        if transcript.lines().next().map(str::as_bytes) != Some(&bytes[..end]) || bytes.len() < end + 2 {
+            bail!("the log does not begin as the transcript does, or ends there");
+        }
+        let decoder = Command::new("defmt-print").arg("-e").arg(&self.elf).stdin(Stdio::piped()).spawn();
+        // Whoever has not installed it loses nothing that is checked.
+        if let Ok(mut decoder) = decoder {
+            decoder.stdin.take().context("the input of defmt-print")?.write_all(&bytes[end + 1..])?;
+            decoder.wait()?;
+        }
+        Ok(())
+    }
+}
+
+/// Says that a run was good.
+fn seen(run: Run, first: Option<Duration>) -> Result<()> {
+    let first = first.context("no token was seen")?.as_secs_f64();
+    say!("{}: as expected; first token {first:.2} s after the start of QEMU", run.title());
+    Ok(())
+}
+
+/// Writes a file of a fixed size, zeros at the end.
+fn padded(path: &Path, content: &[u8], size: u64) -> Result<()> {
+    if content.len() as u64 > size {
+        bail!("{} would be {} bytes, and {size} fit", path.display(), content.len());
+    }
+    let mut file = File::create(path)?;
+    file.write_all(content)?;
+    Ok(file.set_len(size)?)
+}
+
+/// Reads all that QEMU prints, without carriage returns, and notes when the first token came.
+fn listen(child: &mut Child, start: Instant) -> Result<(String, Option<Duration>)> {
+    let mut output = child.stdout.take().context("the output of QEMU")?;
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(count @ 1..) = output.read(&mut buffer) {
+            if sender.send(buffer[..count].to_vec()).is_err() {
+                break;
+            }
+        }
+    });
+    let (mut bytes, mut first) = (Vec::new(), None);
+    loop {
+        match receiver.recv_timeout(PATIENCE.saturating_sub(start.elapsed())) {
+            Ok(more) => {
+                bytes.extend(more.into_iter().filter(|&byte| byte != b'\r'));
+                if bytes.ends_with(ENDED.as_bytes()) {
+                    child.kill()?;
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return Ok((String::from_utf8_lossy(&bytes).into_owned(), first)),
+            Err(RecvTimeoutError::Timeout) => {
+                child.kill()?;
+                child.wait()?;
+                bail!("not done after {} s:\n{}", PATIENCE.as_secs(), String::from_utf8_lossy(&bytes));
+            }
+        }
+        let mark = format!("> {PROMPT}\n{PROMPT}");
+        let token = bytes.windows(mark.len()).position(|window| window == mark.as_bytes());
+        if first.is_none() && token.is_some_and(|at| at + mark.len() < bytes.len()) {
+            first = Some(start.elapsed());
+        }
+    }
+}
+
+/// Whether a transcript is that of a good run.
+fn judge(transcript: &str, expected: &str, run: Run) -> Result<()> {
+    let Run { cores, level, backend, .. } = run;
+    let cores = if level == 3 { 1 } else { cores };
+    for part in [
+        format!("started at EL{level}, {cores} cores, {backend}\n"),
+        format!("self-test: {backend} conforms\n"),
+        format!("> {PROMPT}\n{expected}("),
+    ] {
+        if !transcript.contains(&part) {
+            bail!("the transcript lacks:\n{part}\nIt is:\n{transcript}");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(line: &str) -> Vec<String> {
+        line.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn options_choose_runs() {
+        let runs = |line| Options::parse(&words(line)).and_then(|options| options.runs());
+        assert_eq!(runs("qemu-virt").unwrap(), RUNS[..9]);
+        assert_eq!(runs("rpi5").unwrap(), [RUNS[9]]);
+        assert_eq!(runs("qemu-virt --cpu neoverse-v1 --cores 4").unwrap(), [RUNS[4]]);
+        assert_eq!(runs("qemu-virt --medium disk").unwrap(), [RUNS[2]]);
+        assert_eq!(runs("qemu-virt --strict-align").unwrap(), [STRICT]);
+        assert!(runs("rpi5 --strict-align").is_err(), "the other board stands for it");
+        for (line, complaint) in [
+            ("", "no board ``"),
+            ("toaster", "no board `toaster`"),
+            ("qemu-virt --cpu", "needs a value"),
+            ("qemu-virt --cores many", "a number"),
+            ("qemu-virt --cpu z80", "no run is like that"),
+            ("qemu-virt --fast", "no option `--fast`"),
+        ] {
+            let error = runs(line).unwrap_err().to_string();
+            assert!(error.contains(complaint), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_transcript_with_another_text_backend_or_start_is_not_good() {
+        let run = RUNS[3];
+        let good = format!(
+            "bitnet-edge\nx: started at EL1, 1 cores, sve\nself-test: sve conforms\n> {PROMPT}\n{PROMPT}, a fox.\n(5 tokens"
+        );
+        let expected = format!("{PROMPT}, a fox.\n");
+        judge(&good, &expected, run).unwrap();
+        for (from, to) in [
+            ("fox", "dog"),
+            ("EL1", "EL2"),
+            ("conforms", "differs"),
+            ("1 cores", "4 cores"),
+            ("cores, sve", "cores, neon"),
+        ] {
+            assert!(judge(&good.replace(from, to), &expected, run).is_err(), "{from}");
+        }
+    }
+}
