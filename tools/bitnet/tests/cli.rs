@@ -268,6 +268,30 @@ fn wrong_usage_is_code_2() {
     assert!(message.contains("context of 100000 asked for, 1 to 512 possible"), "{message}");
 }
 
+/// C17: whole numbers at and beyond the ends of their types are refused as usage or with the range there is, and never wrap.
+#[test]
+fn numbers_out_of_range_are_refused() {
+    let (wide, negative) = (u64::MAX.to_string() + "0", "-1");
+    for option in ["--context", "--max-tokens", "--top-k", "--threads", "--seed", "--batch"] {
+        for value in [&*wide, negative, "1e3", "0x10", ""] {
+            failure(&["run", image(), "x", &format!("{option}={value}")], 2);
+        }
+    }
+    for value in ["4294967295", "512", "2147483648"] {
+        let message = failure(&["run", image(), &format!("--ids={value}"), "--max-tokens=1"], 1);
+        assert!(message.contains(&format!("token {value} is outside the vocabulary of 512")), "{message}");
+    }
+    for (option, value, expected) in [
+        ("--context", "0", "context of 0 asked for, 1 to 512 possible"),
+        ("--context", "4294967295", "context of 4294967295 asked for"),
+        ("--batch", "0", "batch of 0 asked for, 1 to 16 possible"),
+        ("--batch", "4294967295", "batch of 4294967295 asked for"),
+    ] {
+        let message = failure(&["run", image(), "x", &format!("{option}={value}")], 1);
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
 /// Replay A-18: a small image may plan for more memory than there is; that is said before any is taken.
 #[test]
 fn a_plan_beyond_the_machine_is_refused() {
