@@ -9,9 +9,11 @@
 
 pub mod calibrate;
 pub mod checkpoint;
+pub mod diff;
 pub mod dummy;
 pub mod encode;
 pub mod error;
+pub mod export;
 pub mod inspect;
 pub mod kept;
 pub mod pack;
@@ -23,9 +25,12 @@ pub mod verify;
 pub mod write;
 
 mod files;
+mod weights;
 
+pub use diff::{Difference, SectionDifference, diff};
 pub use dummy::{Preset, Shape, dummy};
 pub use error::Error;
+pub use export::{Exported, export};
 pub use inspect::{Summary, inspect};
 pub use pack::{Layouts, Options, pack};
 pub use report::{Progress, Report};

@@ -3,6 +3,7 @@
 use bitnet_kernel::{BlockShape, Format};
 use bitnet_pack::calibrate::{Adaptive, Rule};
 use bitnet_pack::checkpoint::Dtype;
+use bitnet_pack::export::Ternary;
 use bitnet_pack::{Error, Layouts, Options, Preset, Progress, Report};
 use bitnet_runtime::memory::KvFormat;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -30,6 +31,8 @@ Examples:
   bitnet-pack pack ./bitnet-b1.58-2B-4T -o 2b4t.bitnet
   bitnet-pack verify 2b4t.bitnet
   bitnet-pack inspect 2b4t.bitnet
+  bitnet-pack diff 2b4t.bitnet other.bitnet
+  bitnet-pack export 2b4t.bitnet -o 2b4t.gguf
   bitnet-pack dummy --preset 2b4t -o dummy.bitnet
 
 Exit codes: 0 done, 1 something failed (the reason is on standard error), 2 wrong usage.";
@@ -39,6 +42,8 @@ enum Command {
     Pack(Box<Pack>),
     Verify(Verify),
     Inspect(Inspect),
+    Diff(Diff),
+    Export(Export),
     Dummy(Dummy),
 }
 
@@ -252,6 +257,40 @@ struct Verify {
     image: PathBuf,
 }
 
+/// Say where two images differ: in the header, and in the weights of each section.
+///
+/// The exit code is 0 whether they differ or not.
+#[derive(Args, Debug)]
+struct Diff {
+    /// One image.
+    a: PathBuf,
+    /// The other.
+    b: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Write an image as a GGUF file, for llama.cpp and its kin.
+///
+/// Ternary weights stay what they are, and packing the file again gives them back. Linears and heads of eight bits or fewer
+/// become Q8_0 with the same integers. Tokenizers of sentencepiece's kind go with it. Which programs run a BitNet
+/// architecture, and whether with the right activation, is for you to check: several do not.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Example:
+  bitnet-pack export stories.bitnet -o stories.gguf")]
+struct Export {
+    /// The image.
+    image: PathBuf,
+    /// The GGUF file to write; a GGUF file that is there already is replaced.
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// Type of ternary linears: tq2_0 takes 2.06 bits a weight and is faster, tq1_0 takes 1.69.
+    #[arg(long, default_value = "tq2_0", value_parser = ternary())]
+    ternary: Ternary,
+}
+
 /// Make an image of a known shape with random weights, to measure speed without a download.
 ///
 /// It has no tokenizer: use it with `bitnet bench`, `bitnet logits --ids`, or `bitnet run --ids 1,2,3 --print-ids`.
@@ -300,6 +339,10 @@ fn format(names: &'static [&'static str]) -> impl TypedValueParser<Value = Forma
 
 fn i2s_group() -> impl TypedValueParser<Value = Dtype> {
     PossibleValuesParser::new(["128", "64"]).map(|n| if n == "64" { Dtype::I2_S_64 } else { Dtype::I2_S })
+}
+
+fn ternary() -> impl TypedValueParser<Value = Ternary> {
+    PossibleValuesParser::new(["tq2_0", "tq1_0"]).map(|n| if n == "tq1_0" { Ternary::Five } else { Ternary::Two })
 }
 
 fn preset() -> impl TypedValueParser<Value = Preset> {
@@ -406,6 +449,14 @@ fn run(command: Command) -> Result<String, Error> {
         Command::Inspect(Inspect { image, json }) => {
             let summary = bitnet_pack::inspect(&image)?;
             Ok(if json { format!("{:#}\n", summary.to_json()) } else { summary.to_string() })
+        }
+        Command::Diff(Diff { a, b, json }) => {
+            let difference = bitnet_pack::diff(&a, &b)?;
+            Ok(if json { format!("{:#}\n", difference.to_json()) } else { difference.to_string() })
+        }
+        Command::Export(Export { image, output, ternary }) => {
+            let exported = bitnet_pack::export(&image, &output, ternary, &mut Bar::new().listen())?;
+            Ok(format!("{exported}written: {}\n", output.display()))
         }
         Command::Dummy(Dummy { preset, output, layers, vocab, seed, formats, plan }) => {
             let mut shape = preset.shape();

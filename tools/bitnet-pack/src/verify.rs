@@ -55,6 +55,10 @@ impl Opened {
     pub fn image(&self) -> Result<Image<'_>, Error> {
         Image::check(&self.header, self.input.bytes).map_err(|error| self.wrong(error))
     }
+    /// Reads bytes of a section.
+    pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        self.input.read_at(offset, into)
+    }
     fn wrong(&self, error: ImageError) -> Error {
         Error::Image { path: self.input.path.clone(), error }
     }

@@ -164,7 +164,7 @@ impl ImageWriter {
     /// # Errors
     /// If `target` is something that must not be replaced, or the system refuses.
     pub fn create(target: &Path, parts: Parts, layout: Layout) -> Result<Self, Error> {
-        refuse_to_replace(target)?;
+        replaceable(target, Replaces::Image)?;
         let name = target.file_name().ok_or_else(|| Error::not_readable(target, "not the name of a file"))?;
         let directory = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut builder = tempfile::Builder::new();
@@ -295,19 +295,28 @@ impl Finished {
     }
 }
 
-/// An image may be replaced, anything else is most likely a slip of the hand.
-fn refuse_to_replace(target: &Path) -> Result<(), Error> {
+/// What may be replaced: what was written before. Anything else is most likely a slip of the hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Replaces {
+    Image,
+    Gguf,
+}
+
+/// Refuses a target that is there and is something else.
+pub(crate) fn replaceable(target: &Path, what: Replaces) -> Result<(), Error> {
     let Ok(metadata) = target.metadata() else { return Ok(()) };
     if !metadata.is_file() {
         return Err(Error::not_readable(target, "exists and is not a regular file; nothing was written"));
     }
+    let (magic, name) = match what {
+        Replaces::Image => (&MAGIC[..], "an image"),
+        Replaces::Gguf => (&b"GGUF"[..], "a GGUF file"),
+    };
     let mut start = Vec::new();
-    let read = File::open(target).and_then(|f| f.take(MAGIC.len() as u64).read_to_end(&mut start));
-    if read.is_ok() && (start.is_empty() || start == MAGIC) {
+    let read = File::open(target).and_then(|f| f.take(magic.len() as u64).read_to_end(&mut start));
+    if read.is_ok() && (start.is_empty() || start == magic) {
         return Ok(());
     }
-    Err(Error::not_readable(
-        target,
-        "exists and is not an image, so it is not replaced; remove it or choose another name",
-    ))
+    let what = format!("exists and is not {name}, so it is not replaced; remove it or choose another name");
+    Err(Error::not_readable(target, what))
 }

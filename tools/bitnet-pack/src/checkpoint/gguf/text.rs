@@ -76,7 +76,7 @@ pub(crate) fn text(metadata: &Metadata, architecture: &str, wanted: bool) -> Res
         text.notes.push("chat template: the one of BitNet b1.58 2B4T, as the file's is missing or wrong".into());
     }
     let bos_by_default = match metadata.text(MODEL)?.as_deref() {
-        None => false,
+        None | Some("no_vocab") => false,
         Some(model) if !wanted => model == "llama" || bitnet,
         Some("gpt2") => {
             let tokens = Tokens::read(metadata)?;
