@@ -1,6 +1,6 @@
 //! The two backends: which loop serves what.
 use crate::{batch, grouped, lanes, planes, sparse};
-use bitnet_kernel::{Activations, Batch, Block, BlockActivations, BlockMatrix, Format, Kernels, Matrix, blocks};
+use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
 
 /// Invariant: a value exists only where the CPU has SVE and what its fields say. [`sve`] and [`sve2`] make the only ones.
 #[derive(Debug)]
@@ -91,12 +91,10 @@ impl Kernels for Sve {
         // SAFETY: `self` says that the CPU has these features.
         unsafe { sparse::sum_rows(w, rows, x, y) }
     }
-    fn matvec_blocks(&self, w: BlockMatrix<'_>, x: BlockActivations<'_>, y: &mut [i32]) {
-        // SAFETY: `self` says that the CPU has these features.
-        unsafe { matvec_blocks_sve(w, x, y) }
-    }
-    // The floating-point methods are the bodies of `float` as they are: the compiler makes NEON of them, and their order of sums is
-    // one of 16 lanes, which longer vectors would not serve better on CPUs of 128 and 256 bits.
+    // Blocks are the portable body, of which the compiler makes NEON: compiled with SVE it ends LLVM 22 with an error where
+    // unaligned accesses are not allowed, as on boards. The floating-point methods are the bodies of `float` as they are: the
+    // compiler makes NEON of them, and their order of sums is one of 16 lanes, which longer vectors would not serve better on
+    // CPUs of 128 and 256 bits.
 }
 
 impl Sve {
@@ -110,12 +108,6 @@ impl Sve {
             }
         }
     }
-}
-
-/// The portable body, of which the compiler makes vectors.
-#[target_feature(enable = "sve")]
-fn matvec_blocks_sve(w: BlockMatrix<'_>, x: BlockActivations<'_>, y: &mut [i32]) {
-    blocks::matvec_blocks(w, x, y);
 }
 
 #[target_feature(enable = "sve")]
