@@ -1,6 +1,7 @@
 //! `bitnet bench`: prefill and decode, beside what the memory can give.
-use crate::open::{ModelArgs, Opened, mib, with_model};
-use crate::{output, system};
+use crate::output;
+use bitnet_host::open::{ModelArgs, Opened, mib, with_model};
+use bitnet_host::system;
 use bitnet_kernel::Block;
 use bitnet_runtime::image::Kind;
 use bitnet_runtime::model::{HeadStats, LiveRows, Need};

@@ -1,9 +1,9 @@
 //! `bitnet chat`: talk with a model.
-use crate::open::{ModelArgs, Opened, with_model};
 use crate::output;
 use crate::sampling::SamplingArgs;
-use crate::template::{self, Message};
 use anyhow::{Context as _, ensure};
+use bitnet_host::open::{ModelArgs, Opened, with_model};
+use bitnet_host::template::{self, Message};
 use bitnet_runtime::generate::{Event, Finish, Until};
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
 use std::io::IsTerminal as _;

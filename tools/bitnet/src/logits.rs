@@ -1,6 +1,6 @@
 //! `bitnet logits`: the logits of every position, in a file that numpy reads.
-use crate::open::{ModelArgs, with_model};
 use anyhow::{Context as _, ensure};
+use bitnet_host::open::{ModelArgs, with_model};
 use bitnet_runtime::tokenizer::Tokenizer;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};

@@ -1,17 +1,14 @@
 //! `bitnet`: the command a person types to run a packed model.
 //!
-//! In the order of use: [`open`] turns arguments into a model in memory, then each subcommand is a file.
+//! In the order of use: `bitnet_host::open` turns arguments into a model in memory, then each subcommand is a file.
 mod bench;
 mod chat;
 mod logits;
-mod open;
 mod output;
 mod perplexity;
 mod run;
 mod sampling;
 mod selftest;
-mod system;
-mod template;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -20,11 +17,14 @@ use std::process::ExitCode;
 ///
 /// An image is made by `bitnet-pack pack CHECKPOINT -o IMAGE`. The same image gives the same text on every machine.
 #[derive(Debug, Parser)]
-#[command(version = system::VERSION, after_help = EXAMPLES)]
+#[command(version = VERSION, after_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
+
+/// The version and what it was built for.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("BITNET_TARGET"), ")");
 
 const EXAMPLES: &str = "\
 Examples:

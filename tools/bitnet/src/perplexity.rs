@@ -1,7 +1,7 @@
 //! `bitnet perplexity`: how well a model predicts a text.
-use crate::open::{ModelArgs, Opened, with_model};
 use crate::output;
 use anyhow::{Context as _, ensure};
+use bitnet_host::open::{ModelArgs, Opened, with_model};
 use bitnet_runtime::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;

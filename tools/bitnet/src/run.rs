@@ -1,9 +1,10 @@
 //! `bitnet run`: continue a prompt.
 use crate::bench::{ffn_live, head_rows};
-use crate::open::{ModelArgs, Opened, Source, mib, with_model};
+use crate::output;
 use crate::sampling::SamplingArgs;
-use crate::{output, system};
 use anyhow::{Context as _, ensure};
+use bitnet_host::open::{ModelArgs, Opened, Source, mib, with_model};
+use bitnet_host::system;
 use bitnet_runtime::generate::{Event, Finish, Until};
 use bitnet_runtime::lookup;
 use bitnet_runtime::model::{HeadStats, LiveRows};

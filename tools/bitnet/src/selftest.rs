@@ -1,6 +1,6 @@
 //! `bitnet selftest`: is this CPU's arithmetic what it should be?
-use crate::open::BackendArgs;
-use crate::{output, system};
+use crate::output;
+use bitnet_host::open::BackendArgs;
 use bitnet_kernel::Kernels;
 use bitnet_kernel::conformance::{Workspace, check};
 use bitnet_runtime::backend;
@@ -20,7 +20,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         // The reference is not compared with itself: that takes it longer than all others together.
         None => backend::available().filter(|k| k.name() != REFERENCE).collect(),
     };
-    output::write(&format!("bitnet {}\n", system::VERSION))?;
+    output::write(&format!("bitnet {}\n", crate::VERSION))?;
     let mut memory = Box::new(Workspace::ZERO);
     let mut failed = None;
     for kernels in &chosen {

@@ -1,7 +1,7 @@
 //! The arrows: which package may depend on which.
 //!
 //! ```text
-//! bitnet-kernel <- kernels-* <- bitnet-runtime <- boards/*, tools/* <- tests
+//! bitnet-kernel <- kernels-* <- bitnet-runtime <- bitnet-host <- boards/*, tools/* <- tests
 //! ```
 //!
 //! The place of a package in the tree decides its layer, and dev-dependencies count as much as others: a kernel crate
@@ -19,12 +19,13 @@ struct Layer {
 const LAYERS: &[Layer] = &[
     Layer { folders: "runtime/kernel", may_use: &[] },
     Layer { folders: "kernels-*", may_use: &["runtime/kernel"] },
+    Layer { folders: "runtime/host", may_use: &["runtime/kernel", "runtime"] },
     Layer { folders: "runtime", may_use: &["runtime/kernel", "kernels-*"] },
     Layer { folders: "boards/support", may_use: &["runtime/kernel", "runtime"] },
-    Layer { folders: "boards/*", may_use: &["runtime/kernel", "runtime", "boards/support"] },
+    Layer { folders: "boards/*", may_use: &["runtime/kernel", "runtime", "runtime/host", "boards/support"] },
     Layer { folders: "tools/xtask", may_use: &[] },
     Layer { folders: "tools/bitnet-pack", may_use: &["runtime/kernel", "runtime"] },
-    Layer { folders: "tools/*", may_use: &["runtime/kernel", "runtime", "tools/bitnet-pack"] },
+    Layer { folders: "tools/*", may_use: &["runtime/kernel", "runtime", "runtime/host", "tools/bitnet-pack"] },
     Layer {
         folders: "tests",
         may_use: &["runtime/kernel", "kernels-*", "runtime", "boards/*", "tools/bitnet", "tools/bitnet-pack"],

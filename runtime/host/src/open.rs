@@ -8,17 +8,20 @@ use bitnet_runtime::parallel::{Threads, Tuned};
 use bitnet_runtime::source::{ImageFile, Mapped, Streamed, WeightSource, load_file, map_file};
 use bitnet_runtime::{Image, Limits, Model, Plan, State, backend};
 use clap::ValueEnum;
+use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// The image and how to run it.
 #[derive(Clone, Debug, clap::Args)]
-pub(crate) struct ModelArgs {
+pub struct ModelArgs {
     /// The image, made by `bitnet-pack pack`.
     pub image: PathBuf,
+    /// Threads.
     #[command(flatten)]
     pub threads: ThreadArgs,
+    /// Kernels.
     #[command(flatten)]
     pub backend: BackendArgs,
     /// Positions a conversation can have [default: what the image plans].
@@ -37,7 +40,7 @@ pub(crate) struct ModelArgs {
 
 /// How many threads compute, and where. The number changes the time and never the result.
 #[derive(Clone, Debug, clap::Args)]
-pub(crate) struct ThreadArgs {
+pub struct ThreadArgs {
     /// Threads: a number, or `auto` for as many as prove fastest of those that affinity, cpuset and the cgroup's quota let
     /// run at once.
     #[arg(long, default_value = "auto", value_parser = threads)]
@@ -67,7 +70,7 @@ fn threads(text: &str) -> Result<Threads, String> {
 
 /// Which kernels compute.
 #[derive(Clone, Debug, clap::Args)]
-pub(crate) struct BackendArgs {
+pub struct BackendArgs {
     /// Kernels to use in place of the best that this CPU runs.
     #[arg(long, env = backend::VARIABLE, value_parser = backend_names())]
     pub backend: Option<String>,
@@ -79,7 +82,7 @@ fn backend_names() -> clap::builder::PossibleValuesParser {
 
 /// How keys and values are kept.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum Kv {
+pub enum Kv {
     /// Single precision.
     F32,
     /// Half precision.
@@ -90,7 +93,7 @@ pub(crate) enum Kv {
 
 /// Where weights are read from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Source {
+pub enum Source {
     /// A memory map: the system's page cache holds what fits.
     Mapped,
     /// A copy in memory of its own, on pages of 2 MiB where the system gives them: faster to read, and never dropped.
@@ -101,7 +104,7 @@ pub(crate) enum Source {
 
 impl BackendArgs {
     /// The kernels to use.
-    pub(crate) fn kernels(&self) -> anyhow::Result<&'static dyn Kernels> {
+    pub fn kernels(&self) -> anyhow::Result<&'static dyn Kernels> {
         let Some(name) = &self.backend else { return Ok(backend::best()) };
         let available = || backend::available().map(Kernels::name).collect::<Vec<_>>().join(", ");
         backend::by_name(name).with_context(|| {
@@ -111,25 +114,42 @@ impl BackendArgs {
 }
 
 /// A model that is open but not yet in memory.
-pub(crate) struct Opened<'a> {
+pub struct Opened<'a> {
+    /// Its checked header.
     pub image: Image<'a>,
+    /// What was asked for.
     pub limits: Limits,
+    /// The memory that follows.
     pub plan: Plan,
+    /// What computes.
     pub kernels: &'static dyn Kernels,
+    /// Where it computes.
     pub threads: &'a Tuned,
+    /// Where the weights are.
     pub source: &'a mut dyn WeightSource,
     /// Bytes of weights in memory: the mapped file, or the staging buffer.
     pub weight_bytes: u64,
+    /// Room for one conversation and its model.
     pub memory: &'a mut Memory,
+}
+
+impl fmt::Debug for Opened<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = f.debug_struct("Opened");
+        f.field("limits", &self.limits)
+            .field("plan", &self.plan)
+            .field("kernels", &self.kernels)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Opened<'_> {
     /// Memory that running takes, in bytes: weights, conversation, activations and sampler.
-    pub(crate) const fn plan_bytes(&self) -> u64 {
+    pub const fn plan_bytes(&self) -> u64 {
         self.weight_bytes + self.plan.bytes()
     }
     /// The plan in words.
-    pub(crate) fn plan_text(&self) -> String {
+    pub fn plan_text(&self) -> String {
         let block = |n: usize| mib((n * Block::BYTES) as u64);
         let Plan { state, scratch, sampler } = self.plan;
         format!(
@@ -145,7 +165,7 @@ impl Opened<'_> {
 
 /// Memory for a model and one conversation, as large as the plan says.
 #[derive(Debug)]
-pub(crate) struct Memory {
+pub struct Memory {
     state: Vec<Block>,
     scratch: Vec<Block>,
     sampler: Vec<Block>,
@@ -176,7 +196,7 @@ impl Memory {
 
 impl<'a> Opened<'a> {
     /// Makes a model and an empty conversation of it, and gives the memory of a sampler.
-    pub(crate) fn load(self) -> anyhow::Result<(Model<'a>, State<'a>, &'a mut [Block])> {
+    pub fn load(self) -> anyhow::Result<(Model<'a>, State<'a>, &'a mut [Block])> {
         let Self { image, limits, kernels, threads, source, memory, .. } = self;
         let state = State::new(&image.header().config, &limits, &mut memory.state)?;
         Ok((Model::new(&image, limits, kernels, threads, source, &mut memory.scratch)?, state, &mut memory.sampler))
@@ -184,7 +204,7 @@ impl<'a> Opened<'a> {
 }
 
 /// Opens the image and runs `f` with it on the threads that were asked for.
-pub(crate) fn with_model<R>(args: &ModelArgs, f: impl FnOnce(Opened<'_>) -> anyhow::Result<R>) -> anyhow::Result<R> {
+pub fn with_model<R>(args: &ModelArgs, f: impl FnOnce(Opened<'_>) -> anyhow::Result<R>) -> anyhow::Result<R> {
     let kernels = args.backend.kernels()?;
     let threads = args.threads.start()?;
     let path = args.image.display();
@@ -266,6 +286,6 @@ fn read_header(file: &File, file_bytes: u64) -> anyhow::Result<Vec<u8>> {
 }
 
 /// Mebibytes for people.
-pub(crate) fn mib(bytes: u64) -> String {
+pub fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }

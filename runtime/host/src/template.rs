@@ -9,8 +9,10 @@ use minijinja::{Environment, Error, ErrorKind, Value, context};
 
 /// One turn of a conversation.
 #[derive(Clone, Debug)]
-pub(crate) struct Message {
+pub struct Message {
+    /// Who speaks: `system`, `user` or `assistant`.
     pub role: &'static str,
+    /// What they say.
     pub content: String,
 }
 
@@ -27,7 +29,10 @@ const EDGE: char = '\u{2003}';
 /// The tokens of a conversation, up to where the model's next turn begins.
 ///
 /// `eos` is the token that ends a turn, which many templates write by name.
-pub(crate) fn encode(
+///
+/// # Errors
+/// If the template is not sound or refuses the conversation, or the vocabulary lacks something.
+pub fn encode(
     template: &str,
     messages: &[Message],
     eos: Option<u32>,

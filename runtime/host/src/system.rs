@@ -3,21 +3,18 @@ use bitnet_runtime::parallel::{Parallel, Pool};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-/// The version and what it was built for.
-pub(crate) const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("BITNET_TARGET"), ")");
-
 /// The most memory this process has had at one time, in bytes, where the system tells.
-pub(crate) fn peak_rss() -> Option<u64> {
+pub fn peak_rss() -> Option<u64> {
     status_bytes("VmHWM:")
 }
 
 /// The memory this process has that no file backs, in bytes, where the system tells.
-pub(crate) fn anonymous_rss() -> Option<u64> {
+pub fn anonymous_rss() -> Option<u64> {
     status_bytes("RssAnon:")
 }
 
 /// The memory that can be had without swapping, in bytes, where the system tells.
-pub(crate) fn available_memory() -> Option<u64> {
+pub fn available_memory() -> Option<u64> {
     field_bytes("/proc/meminfo", "MemAvailable:")
 }
 
@@ -35,7 +32,7 @@ fn field_bytes(list: &str, field: &str) -> Option<u64> {
 
 /// Bytes a second that `threads` threads of `pool` read from memory, the best of several passes over more than the caches
 /// hold.
-pub(crate) fn read_bandwidth(pool: &Pool, threads: usize) -> f64 {
+pub fn read_bandwidth(pool: &Pool, threads: usize) -> f64 {
     const BYTES: usize = 256 << 20;
     const PASSES: usize = 5;
     let mut words = vec![1.0_f32; BYTES / 4];
