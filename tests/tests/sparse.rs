@@ -3,9 +3,10 @@ use bitnet_kernel::portable::Portable;
 use bitnet_kernel::{BlockShape, Format};
 use bitnet_pack::{Layouts, Options};
 use bitnet_runtime::backend;
-use bitnet_runtime::image::{Encoding, Kind, checksum};
+use bitnet_runtime::image::{Encoding, Image, Kind, checksum};
 use bitnet_tests::images::{Packed, Way, fingerprint};
 use bitnet_tests::tiny::Tiny;
+use zerocopy::IntoBytes;
 
 /// Neurons of the feed-forward layer that are left of 512, and heads' elements left of each value head.
 fn pruned() -> Tiny {
@@ -83,13 +84,18 @@ fn verify_repaired(sound: &Packed, broken: &Packed, kind: Kind) -> String {
     let sum = checksum(content).to_le_bytes();
     let place = bytes.windows(8).position(|w| w == section.checksum.get().to_le_bytes()).unwrap();
     bytes[place..place + 8].copy_from_slice(&sum);
+    repair_header(&mut bytes);
+    std::fs::write(&path, bytes).unwrap();
+    bitnet_pack::verify(&path).unwrap_err().to_string()
+}
+
+/// Gives a header that was changed its checksum.
+fn repair_header(bytes: &mut [u8]) {
     let header = 64 + u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
     bytes[24..32].fill(0);
     let sums = [&bytes[..64], &bytes[64..header]].map(|part| checksum(part).to_le_bytes());
     let sum = checksum(sums.as_flattened());
     bytes[24..32].copy_from_slice(&sum.to_le_bytes());
-    std::fs::write(&path, bytes).unwrap();
-    bitnet_pack::verify(&path).unwrap_err().to_string()
 }
 
 /// Masks are input: whatever they keep, a pass ends, and `verify` says what is wrong with them.
@@ -112,6 +118,20 @@ fn masks_that_lie_are_found_and_harmless() {
         let refused = verify_repaired(&compact, &broken, Kind::DownIndex);
         assert!(refused.contains("mask of"), "{refused}");
     }
+}
+
+/// A compacted linear is gathered as int8, so it cannot have half precision.
+#[test]
+fn compacted_linears_have_no_floats() {
+    let (_, compact) = both(&pruned(), &Options { format: Format::I8, ..Options::default() });
+    let record = *compact.image().sections().find(Kind::Down, Some(0)).unwrap();
+    let mut blocks = compact.blocks().to_vec();
+    let at = compact.bytes().windows(32).position(|w| w == record.as_bytes()).unwrap() + 1;
+    blocks[at / 64].0[at % 64] = Format::F16 as u8;
+    let mut bytes = blocks.as_bytes().to_vec();
+    repair_header(&mut bytes);
+    let refused = Image::check(&bytes, bytes.len() as u64).unwrap_err().to_string();
+    assert!(refused.contains("should be down: its encoding"), "{refused}");
 }
 
 /// Blocks of 16 by 64 and of 16 by 16, scattered.

@@ -121,10 +121,12 @@ impl<'a> Image<'a> {
             };
             let found_encoding = Encoding::from_tag(record.encoding);
             let in_blocks = matches!(found_encoding, Some(Encoding::Blocks(_)));
-            if in_blocks != (layout == Some(Encoding::Starts)) {
+            let kept = layout == Some(Encoding::Kept);
+            // Half-precision linears are whole: what a compacted one gathers is int8.
+            let is_f16 = found_encoding == Some(Encoding::Matrix(Format::F16));
+            if in_blocks != (layout == Some(Encoding::Starts)) || (kept && is_f16) {
                 return Err(ImageError::Section { index, expected: expected.kind, field: "encoding" });
             }
-            let kept = layout == Some(Encoding::Kept);
             let expected = if kept { kept_section(index, record, &expected)? } else { expected };
             layout = found_encoding.filter(|_| expected.kind.is_index());
             check_record(index, record, &expected, &mut end)?;

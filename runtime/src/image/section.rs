@@ -236,7 +236,7 @@ impl Kind {
             Self::UpRows | Self::DownColumns => matches!(encoding, Encoding::Matrix(Format::T2R)),
             _ if self.is_index() => matches!(encoding, Encoding::Whole | Encoding::Kept | Encoding::Starts),
             _ if self.is_linear() => {
-                matches!(encoding, Encoding::Matrix(f) if f.is_integer() && !matches!(f, Format::T2R))
+                matches!(encoding, Encoding::Matrix(f) if !matches!(f, Format::T2R))
                     || matches!(encoding, Encoding::Blocks(_))
             }
             _ => matches!(encoding, Encoding::Vector),

@@ -224,8 +224,8 @@ impl Config {
         let eps = |name, v: f32| field(name, v as u32, (0.0..1.0).contains(&v));
         eps("norm_eps", self.norm_eps)?;
         eps("linear_norm_eps", self.linear_norm_eps.unwrap_or(0.0))?;
-        let integer = Format::ALL.iter().filter(|f| f.is_integer()).fold(0, |set, &f| set | 1 << f as u8);
-        let integer = BlockShape::ALL.iter().fold(integer, |set, &shape| set | 1 << shape as u8);
-        field("formats", u32::from(self.formats), self.formats != 0 && self.formats & !integer == 0)
+        let known = Format::ALL.iter().fold(0, |set, &f| set | 1 << f as u8);
+        let known = BlockShape::ALL.iter().fold(known, |set, &shape| set | 1 << shape as u8);
+        field("formats", u32::from(self.formats), self.formats != 0 && self.formats & !known == 0)
     }
 }

@@ -430,7 +430,14 @@ impl Model<'_> {
         // Linears that normalize their own input have inputs of their own, the others share one.
         let apart = if self.config.linear_norm_eps.is_some() { 1 } else { linears.len() };
         let mut first = at;
-        for linears in linears.chunks(apart) {
+        for linears in linears.chunks(apart).flat_map(|linears| linears.chunk_by(|a, b| a.is_f16() == b.is_f16())) {
+            if linears[0].is_f16() {
+                for linear in linears {
+                    self.linear_f16(layer, linear, cols, n, width, first)?;
+                    first += padded_rows(linear.rows());
+                }
+                continue;
+            }
             let mut scales = [0.0; Limits::BATCH_MAX as usize];
             self.quantize(layer, linears[0].input_norm, quantizer, cols, &mut scales[..n])?;
             let stride = self.quantized_stride();
@@ -440,6 +447,39 @@ impl Model<'_> {
             let room = Room { bytes: s.gathered, starts: s.starts };
             self.machine.linears(linears, x, room, &mut out)?;
             first += linears.iter().map(|l| padded_rows(l.rows())).sum::<usize>();
+        }
+        Ok(())
+    }
+
+    /// `projected = linear(norm)` of one linear in [`Format::F16`], for `n` tokens of `cols`, from `first` on in rows of `width`:
+    /// floats by floats, nothing is quantized.
+    fn linear_f16(
+        &mut self,
+        layer: u32,
+        linear: &Linear,
+        cols: usize,
+        n: usize,
+        width: usize,
+        first: usize,
+    ) -> Result<(), Error> {
+        for t in 0..n {
+            let weight = match linear.input_norm {
+                Some(extent) => Some(ops::floats(self.machine.source.fetch(extent)?)),
+                None => None,
+            };
+            let s = &mut self.scratch;
+            let mut x = &s.norm[t * cols..][..cols];
+            if let (Some(weight), Some(eps)) = (weight, self.config.linear_norm_eps) {
+                let input = &mut s.input[..cols];
+                input.copy_from_slice(x);
+                self.machine.kernels.rmsnorm(input, weight, eps);
+                x = input;
+            }
+            if !ops::finite(x) {
+                return Err(Error::NotFinite { layer });
+            }
+            let out = &mut s.projected[t * width + first..][..padded_rows(linear.rows())];
+            self.machine.linear_f16(linear.whole(), x, out)?;
         }
         Ok(())
     }

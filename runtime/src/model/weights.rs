@@ -4,6 +4,7 @@ use super::head::SplitHead;
 use crate::image::kept::mask_blocks;
 use crate::image::{BlockTensor, Encoding, Image, Kind, Record, Tensor};
 use crate::source::Extent;
+use bitnet_kernel::Format;
 
 /// The sections of one model.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +52,10 @@ impl Linear {
             Layout::Kept(_, kept) => kept.rows as usize,
             Layout::Blocks(tensor, _) => tensor.rows as usize,
         }
+    }
+    /// Whether it multiplies floats, which are not quantized before.
+    pub(super) const fn is_f16(&self) -> bool {
+        matches!(self.layout, Layout::Whole(tensor) if matches!(tensor.format, Format::F16))
     }
     /// The matrix, of a linear that is never sparse.
     pub(super) fn whole(&self) -> Tensor {

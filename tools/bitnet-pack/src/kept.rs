@@ -104,12 +104,12 @@ impl Kept {
         [rows, cols].concat()
     }
     /// Keeps what makes the smallest matrix of `format` for kernels, and `None` if the whole one is about as small. Rows are
-    /// left out before columns, and neither if nothing is saved. Linears of grouped formats stay whole.
+    /// left out before columns, and neither if nothing is saved. Linears of grouped formats and of half precision stay whole.
     fn worth(mut self, format: Format) -> Option<Self> {
         let whole = (self.rows.len() as u32, self.cols.len() as u32);
         let (rows, cols) = self.shape();
         // A matrix of zeros says nothing about the model.
-        if rows == 0 || cols == 0 || format.is_grouped() {
+        if rows == 0 || cols == 0 || format.is_grouped() || format == Format::F16 {
             return None;
         }
         let blocks = |rows, cols| Encoding::Matrix(format).blocks(rows, cols);

@@ -199,9 +199,10 @@ struct Formats {
     #[arg(long, default_value = "tl", value_parser = format(&["tl", "t2", "b1", "i4", "i8", "tlg128", "b1g128", "i4g128", "i3g128", "i2g128"]))]
     format: Format,
     /// Format of linears that are not ternary, in models that have such; the digit is the bits of a weight, and 3 and 2 cost
-    /// much of a model's quality. Those that are ternary but for a scale for every 128 columns become tlg128, or b1g128 if no
+    /// much of a model's quality. f16 multiplies them with activations that are not quantized: large and slow, to see what
+    /// quantizing costs. Those that are ternary but for a scale for every 128 columns become tlg128, or b1g128 if no
     /// weight is zero.
-    #[arg(long, default_value = "i8", value_parser = format(&["i8", "i4", "i4g128", "i3g128", "i2g128"]))]
+    #[arg(long, default_value = "i8", value_parser = format(&["i8", "i4", "f16", "i4g128", "i3g128", "i2g128"]))]
     dense: Format,
     /// Format of the head, which scores the tokens. two-stage has 8 bits in two planes, and reads the second for the few
     /// tokens only that can be the best: the same tokens from

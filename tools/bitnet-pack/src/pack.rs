@@ -116,12 +116,13 @@ impl Options {
     pub(crate) fn check(&self) -> Result<(), Error> {
         for (option, kind) in [("--format", Kind::Query), ("--head", Kind::Head), ("--embedding", Kind::Embedding)] {
             let encoding = self.encoding(kind);
-            if !kind.allows(encoding) {
+            let is_ternary_f16 = kind.is_linear() && encoding == Encoding::Matrix(Format::F16);
+            if is_ternary_f16 || !kind.allows(encoding) {
                 let Encoding::Matrix(format) = encoding else { unreachable!("{kind:?}") };
                 return Err(Error::Options(format!("{option} cannot be {}", format.name())));
             }
         }
-        if !matches!(self.dense, Format::I4 | Format::I8 | Format::I4G | Format::I3G | Format::I2G) {
+        if !matches!(self.dense, Format::I4 | Format::I8 | Format::F16 | Format::I4G | Format::I3G | Format::I2G) {
             return Err(Error::Options(format!("--dense cannot be {}", self.dense.name())));
         }
         if self.adaptive.is_some() && self.live_ffn {

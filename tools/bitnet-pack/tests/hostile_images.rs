@@ -261,7 +261,7 @@ fn other_fields_of_the_section_table() {
         ("another layer", |t| t[2].layer = 1.into(), "section 2 should be query: its layer"),
         ("no layer", |t| t[2].layer = u16::MAX.into(), "section 2 should be query: its layer"),
         ("unknown encoding", |t| t[2].encoding = 31, "section 2 should be query: its encoding"),
-        ("a linear as floats", |t| t[2].encoding = Format::F16 as u8, "section 2 should be query: its encoding"),
+        ("a linear by rows", |t| t[2].encoding = Format::T2R as u8, "section 2 should be query: its encoding"),
         ("a norm as bytes", |t| t[1].encoding = Encoding::Bytes.tag(), "section 1 should be attention_norm: its enc"),
         ("another format", |t| t[2].encoding = Format::T2 as u8, "section 2 should be query: its length"),
         ("scale not a number", |t| t[2].scale = f32::NAN.into(), "section 2 should be query: its scale"),
