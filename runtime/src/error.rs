@@ -47,6 +47,15 @@ pub enum Error {
     },
     /// The state was made for another model or other limits.
     State,
+    /// A snapshot is damaged, or of another image or of other limits.
+    Snapshot {
+        /// What is wrong with it.
+        what: &'static str,
+        /// What it should be.
+        expected: u64,
+        /// What it is.
+        found: u64,
+    },
     /// The tokenizer in the image cannot be read, or a text cannot be encoded with it.
     Tokenizer,
 }
@@ -223,6 +232,9 @@ impl fmt::Display for Error {
             Self::Token { token, vocab } => write!(f, "token {token} is outside the vocabulary of {vocab}"),
             Self::ContextFull { context } => write!(f, "the conversation fills its context of {context} tokens"),
             Self::NotFinite { layer } => write!(f, "an activation in layer {layer} is infinite or not a number"),
+            Self::Snapshot { what, expected, found } => {
+                write!(f, "the snapshot of a conversation: {what} is {found}, {expected} is expected")
+            }
             Self::State => write!(f, "the state belongs to another model or other limits"),
             Self::Tokenizer => write!(f, "the image's tokenizer is missing, unreadable or cannot encode this text"),
         }

@@ -183,3 +183,125 @@ fn a_window_and_an_idle_memory_change_nothing_within_the_window() {
         assert_ne!(longer[0], longer[1], "what has left the window is not seen");
     }
 }
+
+/// A conversation that was saved goes on as if it had not been interrupted, in another state, with another batch, in a fork.
+#[test]
+fn a_snapshot_goes_on_where_it_was_taken() {
+    for set in ["bitrnn_m", "window", "bitnet_online_bf16"] {
+        let packed = pack(set);
+        let prompt = prompt(set);
+        let image = packed.image();
+        for kv in [KvFormat::F32, KvFormat::F16, KvFormat::I8] {
+            let way = Way { kv, batch: 5, ..Way::plain(backend::best()) };
+            let expected = way.logits(&packed, &prompt);
+            for at in [0, 1, 7, prompt.len() - 1] {
+                let snapshot = way.run(&packed, |model, state| {
+                    if at > 0 {
+                        model.prefill(state, &prompt[..at]).unwrap();
+                    }
+                    let mut bytes = vec![0; state.snapshot_len()];
+                    state.save(&image, &mut bytes);
+                    bytes
+                });
+                for batch in [1, 5, 16] {
+                    Way { batch, ..way }.run(&packed, |model, state| {
+                        model.prefill(state, &[3, 1, 4]).unwrap();
+                        state.restore(&image, &snapshot).unwrap();
+                        assert_eq!(state.position(), at);
+                        let mut rows = Vec::new();
+                        model.prefill_each(state, &prompt[at..], &mut |_, logits| rows.push(logits.to_vec())).unwrap();
+                        assert_eq!(fingerprint(&rows), fingerprint(&expected[at..]), "{set}, {kv:?}, {at}, {batch}");
+                    });
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_fork_is_a_conversation_of_its_own() {
+    let (packed, prompt) = (pack("bitrnn_m"), prompt("bitrnn_m"));
+    let way = Way::plain(backend::best());
+    let expected = way.logits(&packed, &prompt);
+    let image = packed.image();
+    let limits = Limits { context: image.header().plan.limits.context, batch: 1, kv: KvFormat::F16 };
+    let plan = Plan::new(&image.header().config, &limits);
+    let mut memory = vec![Block::ZERO; plan.state];
+    let mut fork = State::new(&image.header().config, &limits, &mut memory).unwrap();
+    way.run(&packed, |model, state| {
+        model.prefill(state, &prompt[..20]).unwrap();
+        fork.fork_from(state).unwrap();
+        model.prefill(state, &[9; 30]).unwrap();
+        let found = model.prefill(&mut fork, &prompt[20..]).unwrap();
+        assert_eq!(found, expected[prompt.len() - 1]);
+        assert_eq!((state.position(), fork.position()), (50, prompt.len()));
+    });
+}
+
+/// Whatever byte of a snapshot is wrong, it is refused by name and the conversation is what it was.
+#[test]
+fn a_damaged_snapshot_is_refused() {
+    let (packed, prompt) = (pack("window"), prompt("window"));
+    let image = packed.image();
+    let other = pack("bitrnn_m");
+    let way = Way::plain(backend::best());
+    let expected = way.logits(&packed, &prompt);
+    way.run(&packed, |model, state| {
+        model.prefill(state, &prompt[..20]).unwrap();
+        let mut bytes = vec![0; state.snapshot_len()];
+        state.save(&image, &mut bytes);
+        for at in (0..64).chain((64..bytes.len()).step_by(97)) {
+            let mut wrong = bytes.clone();
+            wrong[at] ^= 1;
+            let error = state.restore(&image, &wrong).unwrap_err();
+            assert!(matches!(error, bitnet_runtime::Error::Snapshot { .. }), "byte {at}: {error}");
+        }
+        for length in [0, 1, 63, 64, bytes.len() - 1] {
+            assert!(state.restore(&image, &bytes[..length]).is_err());
+        }
+        let mut longer = bytes.clone();
+        longer.push(0);
+        assert!(state.restore(&image, &longer).is_err());
+        let error = state.restore(&other.image(), &bytes).unwrap_err().to_string();
+        assert!(error.contains("image"), "{error}");
+        // A head whose checksum is right may still say what cannot be.
+        for (at, value) in [(24, u64::MAX), (24, 3), (32, 0), (32, 19), (32, u64::MAX)] {
+            let mut wrong = bytes.clone();
+            wrong[at..at + 8].copy_from_slice(&value.to_le_bytes());
+            let sum = bitnet_runtime::image::checksum(&wrong[..48]);
+            wrong[48..56].copy_from_slice(&sum.to_le_bytes());
+            assert!(state.restore(&image, &wrong).is_err(), "{at}: {value}");
+        }
+        assert_eq!(model.step(state, prompt[20]).unwrap(), expected[20]);
+    });
+}
+
+/// Replay A-17: the second request, a third with another prompt and one with a shorter prompt answer as a fresh process does.
+#[test]
+fn requests_one_after_another_answer_as_fresh_ones() {
+    let packed = pack("bitrnn_m");
+    let limits = Limits { context: 64, batch: 4, kv: KvFormat::F16 };
+    let answer = |session: &mut bitnet_runtime::generate::Session<'_>, prompt: &[u32]| {
+        session.prompt(prompt).unwrap();
+        let until = bitnet_runtime::generate::Until { max_tokens: 20, stop_ids: &[] };
+        let mut tokens = Vec::new();
+        let finish = session.generate(until, None, &mut |event| {
+            if let bitnet_runtime::generate::Event::Token(token) = event {
+                tokens.push(token);
+            }
+            core::ops::ControlFlow::Continue(())
+        });
+        finish.unwrap();
+        tokens
+    };
+    let prompts: [&[u32]; 5] =
+        [&[1, 2, 3, 4, 5, 6, 7], &[1, 2, 9, 9], &[1, 2, 3, 4, 5, 6, 7], &[1], &[1, 2, 3, 4, 5, 6, 7]];
+    let fresh = prompts
+        .map(|prompt| packed.converse(backend::best(), limits, Sampling::GREEDY, |mut s| answer(&mut s, prompt)));
+    packed.converse(backend::best(), limits, Sampling::GREEDY, |mut session| {
+        for (prompt, fresh) in prompts.iter().zip(&fresh) {
+            assert_eq!(answer(&mut session, prompt), *fresh, "{prompt:?}");
+        }
+    });
+    assert_ne!(fresh[0], fresh[1]);
+}

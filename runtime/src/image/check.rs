@@ -18,6 +18,7 @@ pub struct Image<'a> {
     header: Header<'a>,
     sections: Sections<'a>,
     file_bytes: u64,
+    id: u64,
 }
 
 impl<'a> Image<'a> {
@@ -67,7 +68,8 @@ impl<'a> Image<'a> {
             return Err(ImageError::HeaderEncoding);
         }
         let sections = <[Record]>::ref_from_bytes(decoded.sections).map_err(|_| ImageError::HeaderEncoding)?;
-        let image = Self { header: decoded, sections: Sections(sections), file_bytes };
+        let id = u64_at(prefix, 24);
+        let image = Self { header: decoded, sections: Sections(sections), file_bytes, id };
         image.header.config.check()?;
         image.check_text()?;
         image.check_sections(PREFIX_BYTES as u64 + u64::from(header_len))?;
@@ -170,6 +172,10 @@ impl<'a> Image<'a> {
     /// The section table.
     pub const fn sections(&self) -> Sections<'a> {
         self.sections
+    }
+    /// One number for the whole image: the checksum of its header, which has those of all sections.
+    pub const fn id(&self) -> u64 {
+        self.id
     }
     /// Length of the file.
     pub const fn file_bytes(&self) -> u64 {

@@ -1,9 +1,12 @@
 //! One conversation in a fixed size: the keys and values of its past positions, or of those in a window, and a memory of the others.
+mod snapshot;
+
 use super::Config;
 use crate::error::Error;
 use crate::memory::{Arena, KvFormat, Limits, Plan, kv_blocks, kv_head_blocks, kv_positions, kv_scales};
 use bitnet_kernel::Block;
 use bitnet_kernel::float::{Cache, f16_to_f32, f32_to_f16};
+use core::ops::Range;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// One conversation in memory of [`Plan::state`] blocks.
@@ -20,6 +23,8 @@ pub struct State<'m> {
     now: usize,
     /// Where the last pass began, if the copy from before it is still there.
     before: Option<usize>,
+    /// The first position, with a window after the sinks, whose keys and values are there.
+    oldest: usize,
     config: Config,
     limits: Limits,
     position: usize,
@@ -51,7 +56,19 @@ impl<'m> State<'m> {
         };
         let memory = [recurrent(), recurrent()];
         arena.finish();
-        Ok(Self { keys, values, memory, now: 0, before: None, config: *config, limits: *limits, position: 0 })
+        let mut state = Self {
+            keys,
+            values,
+            memory,
+            now: 0,
+            before: None,
+            oldest: 0,
+            config: *config,
+            limits: *limits,
+            position: 0,
+        };
+        state.oldest = state.oldest_after(0);
+        Ok(state)
     }
     /// Tokens in the conversation so far.
     pub const fn position(&self) -> usize {
@@ -59,7 +76,7 @@ impl<'m> State<'m> {
     }
     /// Positions that are left: with a window as many as can be counted.
     pub const fn remaining(&self) -> usize {
-        let end = if self.config.window.is_some() { usize::MAX } else { self.limits.context as usize };
+        let end = if self.config.window.is_some() { usize::MAX / 2 } else { self.limits.context as usize };
         end - self.position
     }
     /// Forgets everything after the first `position` tokens, and more where that cannot be undone alone: returns how many tokens
@@ -72,15 +89,10 @@ impl<'m> State<'m> {
     /// If there are not so many.
     pub fn rewind(&mut self, position: usize) -> usize {
         assert!(position <= self.position, "a conversation of {} tokens cannot be cut to {position}", self.position);
-        let kept = match self.config.window {
-            Some(window) => {
-                let whole = self.position <= kv_positions(&self.config, &self.limits);
-                let near = position + self.limits.batch as usize >= self.position || position <= window.sinks as usize;
-                whole || near
-            }
-            None => true,
-        };
-        let position = if kept { position } else { 0 };
+        let position = if self.first_seen(position) < self.oldest { 0 } else { position };
+        if position == 0 {
+            self.oldest = self.oldest_after(0);
+        }
         if self.config.memory.is_none() || position == self.position {
             self.position = position;
         } else if self.before == Some(position) {
@@ -92,6 +104,7 @@ impl<'m> State<'m> {
             now.matrices.fill(0.0);
             now.past.fill(0.0);
             self.before = None;
+            self.oldest = self.oldest_after(0);
             self.position = 0;
         }
         self.position
@@ -115,6 +128,27 @@ impl<'m> State<'m> {
             None => position,
         }
     }
+    /// The first position, with a window after the sinks, that the token after `position` others sees.
+    const fn first_seen(&self, position: usize) -> usize {
+        match self.config.window {
+            Some(window) => {
+                let (sinks, first) = (window.sinks as usize, (position + 1).saturating_sub(window.positions as usize));
+                if first > sinks { first } else { sinks }
+            }
+            None => 0,
+        }
+    }
+    /// The first position that is still there when the first `positions` were written, one after another.
+    const fn oldest_after(&self, positions: usize) -> usize {
+        match self.config.window {
+            Some(window) => {
+                let ring = (window.positions + self.limits.batch - 1) as usize;
+                let (sinks, first) = (window.sinks as usize, positions.saturating_sub(ring));
+                if first > sinks { first } else { sinks }
+            }
+            None => 0,
+        }
+    }
     /// One layer's matrices and last inputs: as they are, and where those after this pass go.
     pub(super) fn recurrent(&mut self, layer: usize) -> (&[f32], &[f32], &mut [f32], &mut [f32]) {
         let (matrices, past) = self.config.memory.map_or((0, 0), |memory| (memory.matrices_len(), memory.past_len()));
@@ -136,6 +170,7 @@ impl<'m> State<'m> {
     /// Keeps the keys and values, `[kv_heads · head_dim]`, of one layer and position.
     pub(super) fn put(&mut self, layer: usize, position: usize, keys: &[f32], values: &[f32]) {
         let slot = self.slot(position);
+        self.oldest = self.oldest.max(self.oldest_after(position + 1));
         self.keys.put(layer, slot, keys);
         self.values.put(layer, slot, values);
     }
@@ -191,6 +226,25 @@ struct Store<'m> {
 }
 
 impl Store<'_> {
+    /// Heads of all layers.
+    const fn heads(&self) -> usize {
+        self.blocks.len() / self.shape.head_blocks
+    }
+    /// One row of head `head` of all layers', as it is kept, and its scale if it has one.
+    fn bytes(&self, head: usize, slot: usize) -> (&[u8], &[f32]) {
+        let (row, scale) = self.places(head, slot);
+        (&self.blocks.as_bytes()[row], &self.scales[scale])
+    }
+    fn bytes_mut(&mut self, head: usize, slot: usize) -> (&mut [u8], &mut [f32]) {
+        let (row, scale) = self.places(head, slot);
+        (&mut self.blocks.as_mut_bytes()[row], &mut self.scales[scale])
+    }
+    fn places(&self, head: usize, slot: usize) -> (Range<usize>, Range<usize>) {
+        let Shape { kv, head_dim, context, head_blocks, .. } = self.shape;
+        let (row, scale) = (head * head_blocks * Block::BYTES + slot * head_dim * kv.bytes(), head * context + slot);
+        let scales = if kv == KvFormat::I8 { scale..scale + 1 } else { 0..0 };
+        (row..row + head_dim * kv.bytes(), scales)
+    }
     fn put(&mut self, layer: usize, position: usize, x: &[f32]) {
         let Shape { kv, kv_heads, head_dim, context, head_blocks } = self.shape;
         for (h, x) in x.chunks_exact(head_dim).enumerate() {
@@ -215,19 +269,15 @@ impl Store<'_> {
     }
     /// One row, in the numbers that [`Cache`] stands for.
     fn row(&self, layer: usize, kv_head: usize, slot: usize, out: &mut [f32]) {
-        let Shape { kv, kv_heads, head_dim, context, head_blocks } = self.shape;
-        let head = layer * kv_heads + kv_head;
-        let bytes = self.blocks[head * head_blocks..][..head_blocks].as_bytes();
-        let row = &bytes[slot * head_dim * kv.bytes()..][..head_dim * kv.bytes()];
-        match kv {
+        let (row, scale) = self.bytes(layer * self.shape.kv_heads + kv_head, slot);
+        match self.shape.kv {
             KvFormat::F32 => out.copy_from_slice(<[f32]>::ref_from_bytes(row).expect("blocks are aligned")),
             KvFormat::F16 => {
                 let halves = <[u16]>::ref_from_bytes(row).expect("blocks are aligned");
                 out.iter_mut().zip(halves).for_each(|(out, &half)| *out = f16_to_f32(half));
             }
             KvFormat::I8 => {
-                let scale = self.scales[head * context + slot];
-                let codes = <[i8]>::ref_from_bytes(row).expect("bytes");
+                let (codes, scale) = (<[i8]>::ref_from_bytes(row).expect("bytes"), scale[0]);
                 out.iter_mut().zip(codes).for_each(|(out, &code)| *out = f32::from(code) * scale);
             }
         }
