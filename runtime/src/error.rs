@@ -207,6 +207,13 @@ pub enum SourceError {
     Device,
     /// The device did not answer in time.
     Timeout,
+    /// The file was written to while it was in use.
+    Changed,
+    /// What was read is not what was there when the image was opened.
+    Checksum {
+        /// First block of what was read.
+        start: u32,
+    },
 }
 
 impl From<ImageError> for Error {
@@ -285,6 +292,10 @@ impl fmt::Display for SourceError {
             }
             Self::Device => write!(f, "the device failed"),
             Self::Timeout => write!(f, "the device did not answer in time"),
+            Self::Changed => write!(f, "the file was written to while it was in use"),
+            Self::Checksum { start } => {
+                write!(f, "what was read from block {start} on is not what its checksum says: the medium is failing")
+            }
         }
     }
 }

@@ -18,6 +18,8 @@ compile_error!("images are little-endian, and weights are used where they lie");
 compile_error!("sizes of a plan within the limits can pass 32 bits");
 
 pub mod backend;
+#[cfg(feature = "std")]
+pub mod cgroup;
 pub mod error;
 #[cfg(feature = "alloc")]
 pub mod generate;

@@ -33,7 +33,7 @@ impl Tokenizer {
     pub fn load(image: &Image<'_>, source: &mut dyn WeightSource) -> Result<Self, Error> {
         let (extent, len) = image.tokenizer().ok_or(Error::Tokenizer)?;
         let mut bytes = Vec::with_capacity(extent.blocks as usize * Block::BYTES);
-        let piece = source.piece_blocks().clamp(1, 1 << 14);
+        let piece = source.piece_from(extent.start).clamp(1, 1 << 14);
         let mut start = extent.start;
         while start < extent.end() {
             let blocks = piece.min(extent.end() - start);

@@ -4,3 +4,4 @@
 pub mod open;
 pub mod system;
 pub mod template;
+pub mod weights;

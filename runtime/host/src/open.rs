@@ -1,11 +1,12 @@
 //! From arguments to a model in memory.
-use crate::system;
+use crate::weights::{Place, Stream, WeightArgs, Weights};
 use anyhow::{Context as _, bail, ensure};
 use bitnet_kernel::{Block, Kernels};
+use bitnet_runtime::cgroup::available_memory;
 use bitnet_runtime::image::{HEADER_BYTES_MAX, PREFIX_BYTES};
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::parallel::{Threads, Tuned};
-use bitnet_runtime::source::{ImageFile, Mapped, Streamed, WeightSource, load_file, map_file};
+use bitnet_runtime::source::{ImageFile, Mapped, WeightSource, load_file, map_file};
 use bitnet_runtime::{Image, Limits, Model, Plan, State, backend};
 use clap::ValueEnum;
 use std::fmt;
@@ -33,9 +34,9 @@ pub struct ModelArgs {
     /// How keys and values are kept [default: what the image plans].
     #[arg(long, value_enum)]
     pub kv: Option<Kv>,
-    /// Where weights are read from.
-    #[arg(long, value_enum, default_value_t = Source::Mapped)]
-    pub source: Source,
+    /// Where weights are.
+    #[command(flatten)]
+    pub weights: WeightArgs,
 }
 
 /// How many threads compute, and where. The number changes the time and never the result.
@@ -91,17 +92,6 @@ pub enum Kv {
     I8,
 }
 
-/// Where weights are read from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Source {
-    /// A memory map: the system's page cache holds what fits.
-    Mapped,
-    /// A copy in memory of its own, on pages of 2 MiB where the system gives them: faster to read, and never dropped.
-    Resident,
-    /// Read piece by piece into one small buffer for every pass: slow, but memory stays small.
-    Streamed,
-}
-
 impl BackendArgs {
     /// The kernels to use.
     pub fn kernels(&self) -> anyhow::Result<&'static dyn Kernels> {
@@ -127,8 +117,10 @@ pub struct Opened<'a> {
     pub threads: &'a Tuned,
     /// Where the weights are.
     pub source: &'a mut dyn WeightSource,
-    /// Bytes of weights in memory: the mapped file, or the staging buffer.
-    pub weight_bytes: u64,
+    /// How much memory the weights take.
+    pub weights: Weights,
+    /// Tells what streaming does, if weights are streamed.
+    pub stream: Option<&'a Stream>,
     /// Room for one conversation and its model.
     pub memory: &'a mut Memory,
 }
@@ -146,16 +138,16 @@ impl fmt::Debug for Opened<'_> {
 impl Opened<'_> {
     /// Memory that running takes, in bytes: weights, conversation, activations and sampler.
     pub const fn plan_bytes(&self) -> u64 {
-        self.weight_bytes + self.plan.bytes()
+        self.weights.bytes() + self.plan.bytes()
     }
     /// The plan in words.
     pub fn plan_text(&self) -> String {
         let block = |n: usize| mib((n * Block::BYTES) as u64);
         let Plan { state, scratch, sampler } = self.plan;
         format!(
-            "{} (weights {}, conversation of {} tokens {}, activations {})",
+            "{} ({}, conversation of {} tokens {}, activations {})",
             mib(self.plan_bytes()),
-            mib(self.weight_bytes),
+            self.weights,
             self.limits.context,
             block(state),
             block(scratch + sampler),
@@ -172,26 +164,27 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Takes what the plan says, or says why not: an image may plan for more than this machine has.
+    /// Refuses a plan beyond what this machine has: an image may plan for more.
+    fn check(plan: &Plan, limits: &Limits) -> anyhow::Result<()> {
+        let available = available_memory().unwrap_or(u64::MAX);
+        ensure!(plan.bytes() <= available, "{} and {} are available", too_large(plan, limits), mib(available));
+        Ok(())
+    }
+    /// Takes what the plan says, or says why not.
     fn new(plan: &Plan, limits: &Limits) -> anyhow::Result<Self> {
-        let (needed, available) = (plan.bytes(), system::available_memory().unwrap_or(u64::MAX));
-        let too_large = || {
-            format!(
-                "a context of {} needs {} of memory and {} are available; use a smaller --context or --kv i8",
-                limits.context,
-                mib(needed),
-                mib(available)
-            )
-        };
-        ensure!(needed <= available, too_large());
         let blocks = |n| {
             let mut blocks = Vec::new();
-            blocks.try_reserve_exact(n).with_context(too_large)?;
+            blocks.try_reserve_exact(n).with_context(|| too_large(plan, limits))?;
             blocks.resize(n, Block::ZERO);
             anyhow::Ok(blocks)
         };
         Ok(Self { state: blocks(plan.state)?, scratch: blocks(plan.scratch)?, sampler: blocks(plan.sampler)? })
     }
+}
+
+fn too_large(plan: &Plan, limits: &Limits) -> String {
+    let needed = mib(plan.bytes());
+    format!("a context of {} needs {needed} of memory (a smaller --context or --kv i8 needs less)", limits.context)
 }
 
 impl<'a> Opened<'a> {
@@ -213,39 +206,33 @@ pub fn with_model<R>(args: &ModelArgs, f: impl FnOnce(Opened<'_>) -> anyhow::Res
     let image = Image::check(&header, file_bytes).with_context(|| format!("{path}"))?;
     let limits = limits(args, &image)?;
     let plan = Plan::new(&image.header().config, &limits);
+    Memory::check(&plan, &limits)?;
+    let place = args.weights.place(&image, &plan, &limits).with_context(|| format!("{path}"))?;
     let (threads, memory) = (&threads, &mut Memory::new(&plan, &limits)?);
-    match args.source {
-        Source::Mapped | Source::Resident => {
-            let map = if args.source == Source::Mapped {
-                map_file(&file).with_context(|| format!("mapping {path}"))?
+    let open = |source: &mut dyn WeightSource, weights, stream: Option<&Stream>| {
+        threads.pool().enter(|| f(Opened { image, limits, plan, kernels, threads, source, weights, stream, memory }))
+    };
+    match place {
+        Place::Mapped | Place::Resident => {
+            let (map, weights) = if let Place::Mapped = place {
+                (map_file(&file).with_context(|| format!("mapping {path}"))?, Weights::Mapped(file_bytes))
             } else {
-                let available = system::available_memory().unwrap_or(u64::MAX);
-                let needed = file_bytes + plan.bytes();
-                let too_large = || format!("{path} needs {} resident, and {} are there", mib(needed), mib(available));
-                ensure!(needed <= available, too_large());
-                load_file(&file, file_bytes as usize).with_context(|| format!("reading {path}"))?
+                let map = load_file(&file, file_bytes as usize).with_context(|| format!("reading {path}"))?;
+                (map, Weights::Resident(file_bytes))
             };
             // Between the check and the map the file may have become another one.
             ensure!(map.len() as u64 == file_bytes, "{path}: the file changed while it was opened");
-            threads.pool().enter(|| {
-                let source = &mut Mapped::from_bytes(&map)?;
-                f(Opened { image, limits, plan, kernels, threads, source, weight_bytes: file_bytes, memory })
-            })
+            open(&mut Mapped::from_bytes(&map)?, weights, None)
         }
-        Source::Streamed => {
-            let blocks = Streamed::<ImageFile>::staging_blocks_min(&image).max(STAGING_BLOCKS);
-            let mut staging = vec![Block::ZERO; blocks];
-            let weight_bytes = (blocks * Block::BYTES) as u64;
-            threads.pool().enter(|| {
-                let source = &mut Streamed::new(ImageFile(file), &mut staging);
-                f(Opened { image, limits, plan, kernels, threads, source, weight_bytes, memory })
-            })
+        Place::Streamed { pieces, slots } => {
+            let device = ImageFile::new(file).with_context(|| format!("{path}"))?;
+            let (mut ring, stream) = args.weights.stream(device, &image, pieces, slots, &args.image)?;
+            let done = open(&mut ring, stream.weights(), Some(&stream));
+            args.weights.write_timeline(&stream)?;
+            done
         }
     }
 }
-
-/// A megabyte: long enough for a disk to read at full speed.
-const STAGING_BLOCKS: usize = (1 << 20) / Block::BYTES;
 
 fn limits(args: &ModelArgs, image: &Image<'_>) -> anyhow::Result<Limits> {
     let mut limits = image.header().plan.limits;

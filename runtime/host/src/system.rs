@@ -13,18 +13,14 @@ pub fn anonymous_rss() -> Option<u64> {
     status_bytes("RssAnon:")
 }
 
-/// The memory that can be had without swapping, in bytes, where the system tells.
-pub fn available_memory() -> Option<u64> {
-    field_bytes("/proc/meminfo", "MemAvailable:")
+/// The memory that this process has now, in bytes, where the system tells.
+pub fn rss() -> Option<u64> {
+    status_bytes("VmRSS:")
 }
 
+/// A field in kilobytes of what the system says of this process.
 fn status_bytes(field: &str) -> Option<u64> {
-    field_bytes("/proc/self/status", field)
-}
-
-/// A field in kilobytes of one of the system's lists.
-fn field_bytes(list: &str, field: &str) -> Option<u64> {
-    let status = std::fs::read_to_string(list).ok()?;
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix(field))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)

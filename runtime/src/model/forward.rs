@@ -16,6 +16,13 @@ use core::ops::Range;
 /// Multiplications of queries and keys below which attention is not worth waking other threads for. Estimated, not timed.
 const PARALLEL_WORK_MIN: usize = 1 << 17;
 
+/// The passes after which logits are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heads {
+    Last,
+    All,
+}
+
 impl Model<'_> {
     /// Advances the conversation by one token and returns the logits of the next, `[vocab]`.
     ///
@@ -56,7 +63,7 @@ impl Model<'_> {
     /// If there is no token, or no logit is needed.
     pub fn prefill_for(&mut self, state: &mut State<'_>, tokens: &[u32], need: Need) -> Result<&[f32], Error> {
         assert!(!tokens.is_empty() && need != Need::Best(0), "a pass needs at least one token and one result");
-        self.passes(state, tokens, &mut |model, tokens, last| {
+        self.passes(state, tokens, Heads::Last, &mut |model, tokens, last| {
             if last { model.head(tokens - 1, need) } else { Ok(()) }
         })?;
         Ok(self.logits())
@@ -73,7 +80,7 @@ impl Model<'_> {
         each: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), Error> {
         let mut done = 0;
-        self.passes(state, tokens, &mut |model, tokens, _| {
+        self.passes(state, tokens, Heads::All, &mut |model, tokens, _| {
             for t in 0..tokens {
                 model.head(t, Need::All)?;
                 each(done + t, model.logits());
@@ -96,7 +103,7 @@ impl Model<'_> {
             !tokens.is_empty() && tokens.len() <= self.limits.batch as usize,
             "one pass reads 1 to a batch of tokens"
         );
-        self.passes(state, tokens, &mut |_, _, _| Ok(()))
+        self.passes(state, tokens, Heads::Last, &mut |_, _, _| Ok(()))
     }
 
     /// The logits after token `t` of the last pass, `[vocab]`, those at least that are needed, as [`Model::step_for`] would have
@@ -118,6 +125,7 @@ impl Model<'_> {
         &mut self,
         state: &mut State<'_>,
         tokens: &[u32],
+        heads: Heads,
         then: &mut dyn FnMut(&mut Self, usize, bool) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let vocab = self.config.vocab;
@@ -135,6 +143,8 @@ impl Model<'_> {
         while let Some(batch) = batches.next() {
             let parallel = self.machine.parallel;
             parallel.begin(batch.len());
+            let has_head = heads == Heads::All || batches.peek().is_none();
+            self.machine.source.expect(if has_head { self.weights.all() } else { self.weights.before_head() });
             let done = self.pass(state, batch).and_then(|()| then(self, batch.len(), batches.peek().is_none()));
             parallel.end();
             if let Err(e) = done {
@@ -176,9 +186,9 @@ impl Model<'_> {
         let mut found = [weights.linear(Kind::Query); 5];
         found.iter_mut().zip(linears).for_each(|(found, kind)| *found = weights.linear(*kind));
         self.linears(layer, &found[..linears.len()], c.quantizers.attention, hidden, n, width, 0)?;
-        self.remember(state, layer, n, width)?;
         self.head_norms(weights.norm(Kind::QueryNorm), width, 0..query_width, n)?;
         self.head_norms(weights.norm(Kind::KeyNorm), width, key_at..key_at + kv_width, n)?;
+        self.remember(state, layer, n, width)?;
 
         let s = &mut self.scratch;
         let position = state.position();
@@ -333,7 +343,7 @@ impl Model<'_> {
             (self.weights.embedding(), self.config.hidden as usize, &mut self.machine.source);
         let x = &mut self.scratch.x[t * hidden..][..hidden];
         let (tile, row, scale) = tensor.row(token);
-        let steps = source.fetch(tile)?.chunks_exact(tensor.format.step_blocks());
+        let steps = source.fetch_row(tile)?.chunks_exact(tensor.format.step_blocks());
         for (step, x) in steps.zip(x.chunks_mut(tensor.format.step_cols())) {
             for (c, x) in x.iter_mut().enumerate() {
                 *x = match tensor.format {
@@ -353,7 +363,7 @@ impl Model<'_> {
             return Ok(self.machine.split_embedding(&head, token, x)?);
         }
         if let Some((extent, i)) = scale {
-            let scale = ops::floats(source.fetch(extent)?)[i];
+            let scale = ops::floats(source.fetch_row(extent)?)[i];
             x.iter_mut().for_each(|x| *x *= scale);
         }
         Ok(())

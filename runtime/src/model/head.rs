@@ -216,17 +216,17 @@ impl Machine<'_> {
     /// Makes of `x`, row `row` of the high plane, that row of the embedding that the head is too.
     pub(super) fn split_embedding(&mut self, head: &SplitHead, row: u32, x: &mut [f32]) -> Result<(), SourceError> {
         let (tile, place, _) = head.low.row(row);
-        let steps = self.source.fetch(tile)?.chunks_exact(Format::I4.step_blocks());
+        let steps = self.source.fetch_row(tile)?.chunks_exact(Format::I4.step_blocks());
         for (step, x) in steps.zip(x.chunks_mut(Format::I4.step_cols())) {
             for (c, x) in x.iter_mut().enumerate() {
                 *x = 16.0 * *x + 8.0 + f32::from(decode(Format::I4, step, place, c));
             }
         }
-        let columns = Columns::from_floats(floats(self.source.fetch(head.columns)?));
+        let columns = Columns::from_floats(floats(self.source.fetch_row(head.columns)?));
         let (tile, place, scale) = head.apart.row(row);
         let (block, at) = scale.expect(ROW_SCALES);
-        let step_of_row = step(floats(self.source.fetch(block)?)[at]) as f32;
-        let tile = self.source.fetch(tile)?;
+        let step_of_row = step(floats(self.source.fetch_row(block)?)[at]) as f32;
+        let tile = self.source.fetch_row(tile)?;
         for (c, &column) in columns.indices().iter().enumerate() {
             if let Some(x) = x.get_mut(column as usize) {
                 *x = f32::from(decode(Format::I8, tile, place, c)) * step_of_row;
@@ -234,7 +234,7 @@ impl Machine<'_> {
         }
         let (_, _, scale) = head.low.row(row);
         let (block, at) = scale.expect(ROW_SCALES);
-        let scale = floats(self.source.fetch(block)?)[at];
+        let scale = floats(self.source.fetch_row(block)?)[at];
         x.iter_mut().for_each(|x| *x *= scale);
         Ok(())
     }
@@ -286,9 +286,9 @@ impl Machine<'_> {
         for (exact, &(_, row)) in exact.iter_mut().zip(&seeds.rows) {
             let (tile, place, scale) = head.low.row(row);
             let (block, at) = scale.expect(ROW_SCALES);
-            let factor = floats(self.source.fetch(block)?)[at] * x.inverse;
+            let factor = floats(self.source.fetch_row(block)?)[at] * x.inverse;
             let mut low = [0; TILE_ROWS];
-            let w = Matrix::new(Format::I4, TILE_ROWS, head.low.cols as usize, self.source.fetch(tile)?);
+            let w = Matrix::new(Format::I4, TILE_ROWS, head.low.cols as usize, self.source.fetch_row(tile)?);
             self.kernels.matvec(w.expect("a tile"), x.values, &mut low);
             let (unit, row) = (row as usize / UNIT_ROWS, row as usize % UNIT_ROWS);
             *exact = logit(Coarse::of(coarse, unit).sums[row], low[place], factor);
@@ -379,7 +379,7 @@ impl Machine<'_> {
         let (tile_blocks, mut first) = (Format::I4.tile_blocks(cols), 0);
         while first < units {
             let start = low.unit(first).start;
-            let piece_blocks = self.source.piece_blocks();
+            let piece_blocks = self.source.piece_from(start);
             let fits = |u: u32| low.unit(u).end() - start <= piece_blocks;
             // All at once where weights lie in memory; elsewhere only units in which there is a row to read.
             let end = if fits(units - 1) {

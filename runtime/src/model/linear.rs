@@ -134,7 +134,8 @@ impl Machine<'_> {
         while first < count {
             // As many units as the source lends at once: all of them if the image is mapped.
             let start = extent(first).start;
-            let fits = |i: &u32| extent(*i).end() - start <= self.source.piece_blocks();
+            let lent = self.source.piece_from(start);
+            let fits = |i: &u32| extent(*i).end() - start <= lent;
             let end = (first + 1..count).take_while(fits).last().unwrap_or(first) + 1;
             let piece = self.source.fetch(Extent { start, blocks: extent(end - 1).end() - start })?;
 

@@ -192,9 +192,10 @@ fn rows_from<'a>(
     first: usize,
 ) -> Result<(&'a [Block], Range<usize>), SourceError> {
     let row_blocks = Format::T2R.tile_blocks(tensor.cols as usize);
-    let units = (source.piece_blocks() as usize / (UNIT_ROWS * row_blocks)).max(1);
+    let start = tensor.start + (first * row_blocks) as u32;
+    let units = (source.piece_from(start) as usize / (UNIT_ROWS * row_blocks)).max(1);
     let end = (tensor.rows as usize).min(first.saturating_add(units.saturating_mul(UNIT_ROWS)));
-    let (start, blocks) = (tensor.start + (first * row_blocks) as u32, ((end - first) * row_blocks) as u32);
+    let blocks = ((end - first) * row_blocks) as u32;
     Ok((source.fetch(Extent { start, blocks })?, first..end))
 }
 

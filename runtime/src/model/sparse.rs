@@ -77,7 +77,8 @@ impl Machine<'_> {
         self.products(&[*tensor], &mut Quantized { values, stride, scales: x.scales, tables: x.tables }, units)?;
 
         let (rows, width) = (tensor.rows as usize, padded_rows(whole.rows as usize));
-        let mask = self.source.fetch(whole.row_mask)?;
+        // It lies before the matrix.
+        let mask = self.source.fetch_row(whole.row_mask)?;
         for t in 0..tokens {
             let y = &mut out.rows[t * out.stride + out.first..][..width];
             y.fill(0.0);

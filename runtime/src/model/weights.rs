@@ -81,6 +81,16 @@ impl<'m> Weights<'m> {
     pub(super) fn embedding(&self) -> Tensor {
         if self.first == 2 { tensor(&self.records[1]) } else { self.head() }
     }
+    /// All that one pass reads, head included.
+    pub(super) fn all(&self) -> Extent {
+        let start = self.records[0].start.get();
+        Extent { start, blocks: self.end()[self.last - 1].extent().end() - start }
+    }
+    /// What a pass reads that computes no logits.
+    pub(super) fn before_head(&self) -> Extent {
+        let start = self.records[0].start.get();
+        Extent { start, blocks: self.final_norm().start - start }
+    }
     /// The sections after the last layer.
     fn end(&self) -> &'m [Record] {
         &self.records[self.records.len() - self.last..]

@@ -1,6 +1,6 @@
 //! The cores that the system grants this process: which ones (affinity and cpuset), and how much of them (a cgroup's quota).
+use crate::cgroup::{Read, group, with_ancestors};
 use alloc::format;
-use alloc::string::String;
 use alloc::vec::Vec;
 use core::cmp::Reverse;
 use core::fmt;
@@ -103,9 +103,6 @@ fn order(cores: &[usize], read: Read<'_>) -> Vec<usize> {
     cores
 }
 
-/// Reads a small file.
-type Read<'a> = &'a dyn Fn(&str) -> Option<String>;
-
 /// How many cores' time this process's cgroup gives, version 1 or 2: the least that it or a group around it has.
 ///
 /// The groups are looked for where systemd and container engines mount them. Inside a container the name of the group can be
@@ -133,23 +130,6 @@ fn quota(read: Read<'_>) -> Option<f64> {
         }
     }
     least
-}
-
-/// The controllers and the path of a line of `/proc/self/cgroup`: `number:controllers:path` (cgroups(7)). Version 2 has no
-/// controllers.
-fn group(line: &str) -> Option<(&str, &str)> {
-    line.split_once(':')?.1.split_once(':')
-}
-
-/// `/a/b`, `/a`, and nothing for the root. A path that leaves the root that is seen (`/../x`) is the root.
-fn with_ancestors(path: &str) -> impl Iterator<Item = &str> {
-    let inside = path.starts_with('/') && path.split('/').all(|name| name != "." && name != "..");
-    let mut rest = Some(if inside { path.trim_end_matches('/') } else { "" });
-    core::iter::from_fn(move || {
-        let path = rest?;
-        rest = path.rfind('/').map(|at| &path[..at]);
-        Some(path)
-    })
 }
 
 /// The limit in a `cpu.max` of version 2, `QUOTA PERIOD` or `max PERIOD`, in cores. `None` if it limits nothing or says
@@ -191,6 +171,7 @@ fn parse_list(text: &str) -> Option<Vec<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use alloc::string::String;
     use proptest::prelude::*;
     use std::collections::HashMap;
 

@@ -27,11 +27,17 @@ pub fn map_file(file: &File) -> std::io::Result<Mmap> {
 /// # Errors
 /// If there is not so much memory, or the file is shorter or cannot be read.
 pub fn load_file(mut file: &File, bytes: usize) -> std::io::Result<Mmap> {
-    let mut memory = MmapMut::map_anon(bytes)?;
-    // A wish: what is right does not depend on the size of pages.
-    #[cfg(target_os = "linux")]
-    let _ = memory.advise(memmap2::Advice::HugePage);
+    let mut memory = anonymous(bytes)?;
     file.seek(SeekFrom::Start(0))?;
     file.read_exact(&mut memory)?;
     memory.make_read_only()
+}
+
+/// Zeros in memory that begins with a page, on pages of 2 MiB where they fit and the system has them to give.
+pub(super) fn anonymous(bytes: usize) -> std::io::Result<MmapMut> {
+    let memory = MmapMut::map_anon(bytes)?;
+    // A wish: what is right does not depend on the size of pages.
+    #[cfg(target_os = "linux")]
+    let _ = memory.advise(memmap2::Advice::HugePage);
+    Ok(memory)
 }

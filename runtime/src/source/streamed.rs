@@ -9,6 +9,20 @@ pub trait BlockDevice {
     /// # Errors
     /// If not all of it could be read.
     fn read(&mut self, start: u32, into: &mut [Block]) -> Result<(), SourceError>;
+
+    /// Reads are fastest from multiples of so many blocks on, and of such a length.
+    fn align_blocks(&self) -> u32 {
+        1
+    }
+}
+
+impl<D: BlockDevice + ?Sized> BlockDevice for &mut D {
+    fn read(&mut self, start: u32, into: &mut [Block]) -> Result<(), SourceError> {
+        (**self).read(start, into)
+    }
+    fn align_blocks(&self) -> u32 {
+        (**self).align_blocks()
+    }
 }
 
 /// A device behind one staging buffer, which bounds the memory that weights take.

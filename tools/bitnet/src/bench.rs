@@ -39,16 +39,19 @@ struct Report {
     prefill_range: [f64; 2],
     decode_tokens_per_s: f64,
     decode_range: [f64; 2],
-    /// Bytes of weights and of the cache that decoding one token reads.
+    /// Bytes of weights and of the cache that decoding one token reads; of streamed weights, those that are read from the file.
     bytes_per_token: u64,
     /// Rows of the second plane of a two-stage head that were read for a token; absent for other heads and with --best 0.
     head_rows: Option<f64>,
     /// Shares of up's rows and of down's columns that were read; absent in images that have them read whole.
     ffn_live: Option<[f64; 2]>,
-    /// What as many threads read from memory in this run, at most.
+    /// What as many threads read from memory in this run, at most; of streamed weights, what the same reads with nothing else
+    /// to do give.
     read_gb_per_s: f64,
     /// Bytes that decoding read a second, as a share of that. Above 1 if the caches hold the model.
     bandwidth_share: f64,
+    /// Present if weights are streamed.
+    stream: Option<StreamReport>,
     plan_bytes: u64,
     peak_rss_bytes: Option<u64>,
     /// While decoding.
@@ -62,12 +65,32 @@ struct Report {
     repetitions: u32,
 }
 
+/// How decoding streamed, without the measurement that came before.
+#[derive(Debug, Serialize)]
+struct StreamReport {
+    /// Read for each token.
+    bytes_per_token: u64,
+    resident_bytes: u64,
+    buffer_bytes: u64,
+    buffers: usize,
+    read_bytes: u64,
+    /// Whether reads go past the page cache.
+    direct: bool,
+    /// Of what was read, what the computation did not use.
+    dropped_share: f64,
+    /// Of the time, what the computation waited for the reader.
+    waited_share: f64,
+    /// Of the time, what the reader read.
+    reading_share: f64,
+}
+
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let report = with_model(&args.model, |opened| measure(args, opened))?;
     let read = report.bytes_per_token as f64 * report.decode_tokens_per_s / 1e9;
     if args.json {
         return Ok(output::write(&format!("{}\n", serde_json::to_string(&report)?))?);
     }
+    let from = if report.stream.is_some() { "file" } else { "memory" };
     let Report { prefill_range: [p0, p1], decode_range: [d0, d1], .. } = report;
     let peak = report.peak_rss_bytes.map_or("unknown".to_owned(), mib);
     let head = report
@@ -82,7 +105,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
          prefill    {:.2} tokens/s ({p0:.2} to {p1:.2}), {} tokens\n\
          decode     {:.2} tokens/s ({d0:.2} to {d1:.2}), {} tokens, median of {}\n\
 {head}{live}\
-         reads      {} a token, {read:.2} GB/s: {:.0} % of the {:.2} GB/s that this memory gives\n\
+         reads      {} a token, {read:.2} GB/s: {:.0} % of the {:.2} GB/s that this {from} gives\n\
          RAM        {} planned, {peak} used at most\n",
         report.backend,
         report.threads_because,
@@ -100,7 +123,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 
 fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let (backend, threads, plan_bytes) = (opened.kernels.name(), opened.threads, opened.plan_bytes());
-    let image = opened.image;
+    let (image, stream) = (opened.image, opened.stream);
     let room = opened.limits.context;
     let tokens = args.tokens.min(room.saturating_sub(1)).max(1);
     let prompt_tokens = args.prompt_tokens.min(room - tokens).max(1);
@@ -119,6 +142,8 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     } {}
     let before = model.head_stats();
     let live_before = model.live_rows();
+    let stream = stream.map(|stream| (stream, stream.watch.stats()));
+    let start = Instant::now();
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     for _ in 0..args.repetitions {
         let (p, d) = repetition(&mut model, &mut state, &prompt, tokens, need)?;
@@ -129,9 +154,30 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let (ffn_live, dead) = ffn_live(&image, live_before, model.live_rows());
     let ((prefill_tokens_per_s, prefill_range), (decode_tokens_per_s, decode_range)) =
         (median(prefill), median(decode));
-    let bytes_per_token = weight_bytes_per_token(&image) + kv_bytes - unread - dead;
     let peak_rss_bytes = system::peak_rss();
-    let read_gb_per_s = system::read_bandwidth(threads.pool(), threads.decode().threads) / 1e9;
+    let stream_report = stream.map(|(stream, before)| {
+        let (now, time) = (stream.watch.stats(), start.elapsed().as_secs_f64());
+        StreamReport {
+            bytes_per_token: stream.watch.pieces().streamed_blocks() * Block::BYTES as u64,
+            resident_bytes: stream.resident,
+            buffer_bytes: stream.buffers,
+            buffers: stream.slots,
+            read_bytes: u64::from(stream.watch.pieces().piece_blocks()) * Block::BYTES as u64,
+            direct: stream.direct,
+            dropped_share: (now.dropped - before.dropped) as f64 / (now.blocks - before.blocks).max(1) as f64,
+            waited_share: (now.waiting - before.waiting).as_secs_f64() / time,
+            reading_share: (now.reading - before.reading).as_secs_f64() / time,
+        }
+    });
+    let (bytes_per_token, read_gb_per_s) = match (&stream_report, stream) {
+        (Some(report), Some((stream, _))) if report.bytes_per_token > 0 => {
+            (report.bytes_per_token, stream.storage_speed()? / 1e9)
+        }
+        _ => {
+            let bytes = weight_bytes_per_token(&image) + kv_bytes - unread - dead;
+            (bytes, system::read_bandwidth(threads.pool(), threads.decode().threads) / 1e9)
+        }
+    };
     Ok(Report {
         prefill_tokens_per_s,
         prefill_range,
@@ -142,6 +188,7 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
         ffn_live,
         read_gb_per_s,
         bandwidth_share: bytes_per_token as f64 * decode_tokens_per_s / 1e9 / read_gb_per_s,
+        stream: stream_report,
         plan_bytes,
         peak_rss_bytes,
         threads: threads.decode().threads,

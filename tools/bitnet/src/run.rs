@@ -3,12 +3,14 @@ use crate::bench::{ffn_live, head_rows};
 use crate::output;
 use crate::sampling::SamplingArgs;
 use anyhow::{Context as _, ensure};
-use bitnet_host::open::{ModelArgs, Opened, Source, mib, with_model};
+use bitnet_host::open::{ModelArgs, Opened, mib, with_model};
 use bitnet_host::system;
+use bitnet_kernel::Block;
 use bitnet_runtime::generate::{Event, Finish, Until};
 use bitnet_runtime::lookup;
 use bitnet_runtime::model::{HeadStats, LiveRows};
 use bitnet_runtime::parallel::Tuned;
+use bitnet_runtime::source::RingStats;
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
 use std::fmt::Write as _;
 use std::io::Read as _;
@@ -91,6 +93,7 @@ fn generate(args: &Args, prompt: &str, opened: Opened<'_>) -> anyhow::Result<()>
 
     let (backend, threads) = (opened.kernels.name(), opened.threads);
     let (planned, file_bytes) = (opened.plan_text(), image.file_bytes());
+    let (mapped, streamed) = (opened.weights.mapped(), opened.stream);
     let (model, state, sampler) = opened.load()?;
     let mut session = args.sampling.session(model, state, sampler)?;
 
@@ -128,8 +131,14 @@ fn generate(args: &Args, prompt: &str, opened: Opened<'_>) -> anyhow::Result<()>
     if args.stats {
         let speed = Speed { prompt: ids.len(), prefill, produced, decode, lookup: session.lookup() };
         let head = head_rows(&image, HeadStats::default(), session.model().head_stats());
-        let mapped = if args.model.source == Source::Mapped { file_bytes } else { 0 };
         output::note(&stats(&speed, backend, threads, &planned, file_bytes, mapped));
+        if let Some(stream) = streamed {
+            let RingStats { blocks, reading, waiting, .. } = stream.watch.stats();
+            let read = blocks * Block::BYTES as u64;
+            let rate = read as f64 / 1e6 / reading.as_secs_f64().max(1e-9);
+            let (read, waiting) = (mib(read), waiting.as_secs_f64());
+            output::note(&format!("stream: {read} read at {rate:.0} MB/s, computation waited {waiting:.2} s\n"));
+        }
         if let (Some([up, down]), dead) = ffn_live(&image, LiveRows::default(), session.model().live_rows()) {
             let (up, down) = (100.0 * up, 100.0 * down);
             output::note(&format!("ffn: {up:.0} % of up and {down:.0} % of down read, {} a token not\n", mib(dead)));

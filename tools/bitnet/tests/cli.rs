@@ -67,7 +67,12 @@ fn run_tells_the_story_however_it_is_run() {
         ["--pin", "--threads=2"],
         ["--lookup", "--threads=2"],
         ["--lookup", "--batch=1"],
+        ["--source", "mapped"],
+        ["--source", "resident"],
         ["--source", "streamed"],
+        ["--source=streamed", "--verify-stream"],
+        ["--source=streamed", "--ram=64M"],
+        ["--ram", "1G"],
         ["--batch", "1"],
         ["--batch", "16"],
         ["--context", "64"],
@@ -169,7 +174,7 @@ fn bench_reports_what_scripts_read() {
     assert!(report["backend"].is_string());
     assert!(report["threads_because"].as_str().unwrap().contains("decode 2 threads (fixed)"), "{report}");
     let bytes = std::fs::metadata(image()).unwrap().len();
-    assert!(report["plan_bytes"].as_u64().unwrap() > bytes, "the image is mapped and part of the plan");
+    assert!(report["plan_bytes"].as_u64().unwrap() > bytes, "the image is resident and part of the plan");
     assert!(output(&args[..4]).contains("tokens/s"));
 }
 
@@ -306,6 +311,43 @@ fn a_plan_beyond_the_machine_is_refused() {
     let message = failure(&run, 1);
     assert!(message.contains("a context of 1048576 needs") && message.contains("--context"), "{message}");
     assert!(output(&[&run[..], &["--context", "16"]].concat()).contains(','));
+}
+
+/// What fits --ram stays in memory, the rest is streamed; what does not fit at all is refused, with the least that would.
+#[test]
+fn ram_is_a_promise() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("large");
+    let preset = bitnet_pack::Preset::Tiny.shape();
+    let config = bitnet_runtime::Config { vocab: 1 << 16, hidden: 1024, ..preset.config };
+    let options = bitnet_pack::Options { context: Some(64), ..Default::default() };
+    bitnet_pack::dummy(&path, &bitnet_pack::Shape { config, ..preset }, &options, 1, &mut ()).unwrap();
+    let run = |more: &[&str]| {
+        let args =
+            [&["run", path.to_str().unwrap(), "--ids", "1", "--print-ids", "--max-tokens", "3", "--stats"], more];
+        let Output { status, stdout, stderr } = bitnet(&args.concat()).output().unwrap();
+        let stderr = String::from_utf8(stderr).unwrap();
+        assert!(status.success(), "{more:?}: {stderr}");
+        (String::from_utf8(stdout).unwrap(), stderr)
+    };
+    let resident = run(&["--source", "resident"]);
+    let timeline = dir.path().join("timeline.json");
+    let (ids, stats) = run(&["--ram", "64M", "--timeline", timeline.to_str().unwrap()]);
+    assert_eq!(ids, resident.0);
+    assert!(stats.contains("(streaming: it needs") && stats.contains("stream: "), "{stats}");
+    let timeline: serde_json::Value = serde_json::from_slice(&std::fs::read(timeline).unwrap()).unwrap();
+    assert!(timeline["traceEvents"].as_array().unwrap().iter().any(|event| event["name"] == "read"));
+    let refused =
+        |more: &[&str]| failure(&[&["run", path.to_str().unwrap(), "--ids", "1", "--print-ids"], more].concat(), 1);
+    let message = refused(&["--ram", "6M"]);
+    let least = message.split("needs at least ").nth(1).and_then(|m| m.split(' ').next()).unwrap();
+    assert!(message.contains("conversation of 64 tokens") && message.contains("--ram gives 6.0 MiB"), "{message}");
+    // What is said to be enough is enough; a mebibyte for what differs from one start to the next.
+    let least = format!("{}K", ((least.parse::<f64>().unwrap() + 1.0) * 1024.0) as u64);
+    assert_eq!(run(&["--ram", &least]).0, resident.0);
+    assert!(refused(&["--source", "resident", "--ram", "64M"]).contains("resident it needs"));
+    assert!(refused(&["--source", "mapped", "--ram", "64M"]).contains("--ram says nothing of mapped weights"));
+    failure(&["run", path.to_str().unwrap(), "x", "--ram", "64X"], 2);
 }
 
 /// Notes on standard error are no reason to fail when nobody reads them.
