@@ -381,31 +381,32 @@ fn flipped_bits_are_found_before_they_are_used() {
 #[test]
 fn a_stalled_device_is_an_error_in_time() {
     let packed = tiny();
-    let patience = Duration::from_millis(60);
+    // Long enough for a busy machine on which nothing is wrong.
+    let patience = Duration::from_millis(500);
     let faults = no_faults();
     let options = RingOptions { patience, ..OPTIONS };
     let start = Instant::now();
     streamed(&packed, (0, 0), (1, options), &faults, |model, state, _| {
         let expected = model.step(state, 5).unwrap().to_vec();
         state.rewind(0);
-        *faults.lock().unwrap() = vec![Fault(0, Kind::Late(400))];
+        *faults.lock().unwrap() = vec![Fault(0, Kind::Late(2000))];
         let start = Instant::now();
         let mut errors = 0;
         while let Err(e) = model.step(state, 5) {
             assert_eq!(e, Error::Source(SourceError::Timeout));
             assert_eq!(state.position(), 0);
             errors += 1;
-            assert!(start.elapsed() < Duration::from_secs(10));
+            assert!(start.elapsed() < Duration::from_secs(60));
         }
         assert!(errors >= 1);
         assert_eq!(model.logits(), expected);
-        *faults.lock().unwrap() = vec![Fault(0, Kind::Late(5000))];
+        *faults.lock().unwrap() = vec![Fault(0, Kind::Late(120_000))];
         // Read ahead by now; what the token after it needs is not.
         let late = (0..3).find_map(|_| model.step(state, 5).err());
         assert_eq!(late, Some(Error::Source(SourceError::Timeout)));
     })
     .unwrap();
-    assert!(start.elapsed() < Duration::from_secs(4), "nobody waited for the device");
+    assert!(start.elapsed() < Duration::from_secs(60), "nobody waited for the device");
 }
 
 /// A file that is cut, or written to, while it is streamed: an error and no signal. One that is replaced by renaming another
