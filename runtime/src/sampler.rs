@@ -66,6 +66,11 @@ impl<'m> Sampler<'m> {
         Ok(Self { sampling, random: sampling.seed, scores, candidates })
     }
 
+    /// Begins anew with other settings, as a new sampler would.
+    pub const fn restart(&mut self, sampling: Sampling) {
+        (self.sampling, self.random) = (sampling, sampling.seed);
+    }
+
     /// The logits that [`Sampler::sample`] needs.
     pub fn need(&self) -> Need {
         self.sampling.need()

@@ -4,6 +4,7 @@ pub mod definition;
 use crate::error::Error;
 use crate::image::{Image, Text, checksum};
 use crate::source::WeightSource;
+use alloc::borrow::Cow;
 use alloc::string::String;
 use alloc::vec::Vec;
 use bitnet_kernel::Block;
@@ -139,7 +140,7 @@ fn first_byte_token(tokens: &[Token]) -> Option<u32> {
 #[derive(Debug)]
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
-    stops: &'t [String],
+    stops: Cow<'t, [String]>,
     /// Bytes not given out yet: the start of a character or of a stop string.
     pending: Vec<u8>,
     stopped: bool,
@@ -150,7 +151,8 @@ impl<'t> TextStream<'t> {
     ///
     /// # Panics
     /// If one of them is empty.
-    pub fn new(tokenizer: &'t Tokenizer, stops: &'t [String]) -> Self {
+    pub fn new(tokenizer: &'t Tokenizer, stops: impl Into<Cow<'t, [String]>>) -> Self {
+        let stops = stops.into();
         assert!(stops.iter().all(|stop| !stop.is_empty()), "an empty stop string is everywhere");
         let longest_stop = stops.iter().map(String::len).max().unwrap_or(0);
         let pending = Vec::with_capacity(longest_stop + 4 + tokenizer.longest());

@@ -152,7 +152,7 @@ fn continue_text(
 ) -> (String, Finish) {
     let tokens: Vec<u32> = tokenizer.bos().into_iter().chain(tokenizer.encode(prompt).unwrap()).collect();
     session.prompt(&tokens).unwrap();
-    let mut stream = TextStream::new(tokenizer, &[]);
+    let mut stream = TextStream::new(tokenizer, Vec::new());
     let mut text = prompt.to_owned();
     let until = Until { max_tokens, stop_ids: &[2] };
     let finish = session.generate(until, Some(&mut stream), &mut |event| {

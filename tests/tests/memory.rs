@@ -44,7 +44,7 @@ fn memory_is_what_the_plan_says_and_tokens_allocate_nothing() {
             if lookup {
                 session = session.with_lookup();
             }
-            let mut stream = TextStream::new(&tokenizer, &[]);
+            let mut stream = TextStream::new(&tokenizer, Vec::new());
             session.prompt(&[1, 403, 407, 261, 378, 403, 407, 261]).unwrap();
             let mut generate = |max_tokens| {
                 let calls = alloc::calls();

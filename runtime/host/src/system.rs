@@ -60,3 +60,24 @@ fn sum(words: &[f32]) -> u32 {
     }
     lanes.iter().copied().chain(rest.iter().map(|word| word.to_bits())).fold(0, u32::wrapping_add)
 }
+
+/// Degrees Celsius of the first thermal zone, where there is one.
+pub fn temperature() -> Option<f64> {
+    Some(number("/sys/class/thermal/thermal_zone0/temp", 10)? / 1e3)
+}
+
+/// The clock of the first CPU in hertz, where the system tells.
+pub fn clock() -> Option<f64> {
+    Some(number("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq", 10)? * 1e3)
+}
+
+/// What a Raspberry Pi's firmware says of voltage and heat, as bits: `vcgencmd get_throttled` has their meaning.
+pub fn throttled() -> Option<f64> {
+    number("/sys/devices/platform/soc/soc:firmware/get_throttled", 16)
+}
+
+/// The number that a file of the system holds.
+fn number(path: &str, radix: u32) -> Option<f64> {
+    let text = std::fs::read_to_string(path).ok()?;
+    u64::from_str_radix(text.trim(), radix).ok().map(|n| n as f64)
+}

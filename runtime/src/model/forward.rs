@@ -23,6 +23,14 @@ enum Heads {
     All,
 }
 
+/// Whose token `t` of a pass is, and its position: one conversation has all of them, or each of several has one.
+fn place(states: &[&mut State<'_>], t: usize) -> (usize, usize) {
+    match states {
+        [state] => (0, state.position() + t),
+        _ => (t, states[t].position()),
+    }
+}
+
 impl Model<'_> {
     /// Advances the conversation by one token and returns the logits of the next, `[vocab]`.
     ///
@@ -120,6 +128,66 @@ impl Model<'_> {
         Ok(self.logits())
     }
 
+    /// Advances each of several conversations by one token, `tokens[i]` that of `states[i]`, in one pass over the weights.
+    /// The logits after them go to `logits`, `[tokens][vocab]`: of each those at least that are in `needs`.
+    ///
+    /// The logits are those of [`Model::step_for`] with each alone, bit for bit. In a model with a memory beside attention they
+    /// are computed one after another: its state is read and written by one conversation at a time. After an error all states
+    /// are as [`Model::prefill`] leaves one.
+    ///
+    /// # Errors
+    /// As [`Model::prefill`].
+    ///
+    /// # Panics
+    /// If the lengths differ, there is no token, or more than a batch, or no logit is needed.
+    pub fn step_each(
+        &mut self,
+        states: &mut [&mut State<'_>],
+        tokens: &[u32],
+        needs: &[Need],
+        logits: &mut [f32],
+    ) -> Result<(), Error> {
+        let (n, vocab) = (tokens.len(), self.config.vocab as usize);
+        assert!(n > 0 && n <= self.limits.batch as usize, "one pass reads 1 to a batch of tokens");
+        assert!(
+            states.len() == n && needs.len() == n && logits.len() == n * vocab,
+            "one of each for each conversation"
+        );
+        assert!(!needs.contains(&Need::Best(0)), "a pass needs at least one result");
+        for (state, token) in states.iter().zip(tokens) {
+            self.check(state, core::slice::from_ref(token))?;
+        }
+        let parallel = self.machine.parallel;
+        let mut done = Ok(());
+        let mut read = 0;
+        if self.config.memory.is_some() {
+            let rows = logits.chunks_exact_mut(vocab).zip(needs);
+            for ((state, token), (logits, need)) in states.iter_mut().zip(tokens).zip(rows) {
+                done = self.step_for(state, *token, *need).map(|row| logits.copy_from_slice(row));
+                if done.is_err() {
+                    break;
+                }
+                read += 1;
+            }
+        } else {
+            parallel.begin(n);
+            self.machine.source.expect(self.weights.all());
+            done = self.pass(states, tokens);
+            if done.is_ok() {
+                read = n;
+                done = self.heads(needs, logits);
+            }
+            parallel.end();
+        }
+        if done.is_err() {
+            for state in &mut states[..read] {
+                let before = state.position() - 1;
+                state.rewind(before);
+            }
+        }
+        done
+    }
+
     /// One pass a batch, each followed by `then(model, tokens in the batch, whether it is the last)`.
     fn passes(
         &mut self,
@@ -128,6 +196,27 @@ impl Model<'_> {
         heads: Heads,
         then: &mut dyn FnMut(&mut Self, usize, bool) -> Result<(), Error>,
     ) -> Result<(), Error> {
+        self.check(state, tokens)?;
+        let before = state.position();
+        let mut batches = tokens.chunks(self.limits.batch as usize).peekable();
+        while let Some(batch) = batches.next() {
+            let parallel = self.machine.parallel;
+            parallel.begin(batch.len());
+            let has_head = heads == Heads::All || batches.peek().is_none();
+            self.machine.source.expect(if has_head { self.weights.all() } else { self.weights.before_head() });
+            let done =
+                self.pass(&mut [&mut *state], batch).and_then(|()| then(self, batch.len(), batches.peek().is_none()));
+            parallel.end();
+            if let Err(e) = done {
+                state.rewind(before);
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a conversation can go on with these tokens.
+    fn check(&self, state: &State<'_>, tokens: &[u32]) -> Result<(), Error> {
         let vocab = self.config.vocab;
         if let Some(&token) = tokens.iter().find(|&&t| t >= vocab) {
             return Err(Error::Token { token, vocab });
@@ -138,42 +227,29 @@ impl Model<'_> {
         if tokens.len() > state.remaining() {
             return Err(Error::ContextFull { context: state.context() });
         }
-        let before = state.position();
-        let mut batches = tokens.chunks(self.limits.batch as usize).peekable();
-        while let Some(batch) = batches.next() {
-            let parallel = self.machine.parallel;
-            parallel.begin(batch.len());
-            let has_head = heads == Heads::All || batches.peek().is_none();
-            self.machine.source.expect(if has_head { self.weights.all() } else { self.weights.before_head() });
-            let done = self.pass(state, batch).and_then(|()| then(self, batch.len(), batches.peek().is_none()));
-            parallel.end();
-            if let Err(e) = done {
-                state.rewind(before);
-                return Err(e);
-            }
-        }
         Ok(())
     }
 
-    /// The whole pass, all but the head.
-    fn pass(&mut self, state: &mut State<'_>, tokens: &[u32]) -> Result<(), Error> {
+    /// The whole pass, all but the head: several tokens of one conversation, or one token of each of several.
+    fn pass(&mut self, states: &mut [&mut State<'_>], tokens: &[u32]) -> Result<(), Error> {
         let n = tokens.len();
         self.read = 0;
         for (t, &token) in tokens.iter().enumerate() {
             self.embed(t, token)?;
         }
-        self.angles(state.position(), n)?;
+        self.angles(states, n)?;
         for layer in 0..self.config.layers {
-            self.attention(state, layer, n)?;
+            self.attention(states, layer, n)?;
             self.feed_forward(layer, n)?;
         }
-        state.advance(n);
+        let each = n / states.len();
+        states.iter_mut().for_each(|state| state.advance(each));
         self.read = n;
         Ok(())
     }
 
     /// `x += output(sub_norm(attend(rope(head_norm(query(norm(x)))), rope(head_norm(key(…))), value(…))))`
-    fn attention(&mut self, state: &mut State<'_>, layer: u32, n: usize) -> Result<(), Error> {
+    fn attention(&mut self, states: &mut [&mut State<'_>], layer: u32, n: usize) -> Result<(), Error> {
         let (c, weights) = (self.config, self.weights.layer(layer));
         let (hidden, head_dim) = (c.hidden as usize, c.head_dim as usize);
         let (query_width, kv_width) = (c.query_width() as usize, c.kv_width() as usize);
@@ -188,12 +264,12 @@ impl Model<'_> {
         self.linears(layer, &found[..linears.len()], c.quantizers.attention, hidden, n, width, 0)?;
         self.head_norms(weights.norm(Kind::QueryNorm), width, 0..query_width, n)?;
         self.head_norms(weights.norm(Kind::KeyNorm), width, key_at..key_at + kv_width, n)?;
-        self.remember(state, layer, n, width)?;
+        self.remember(states[0], layer, n, width)?;
 
         let s = &mut self.scratch;
-        let position = state.position();
         for (t, row) in s.projected.chunks_exact_mut(width).take(n).enumerate() {
-            let at = c.window.map_or(t, |window| (position + t).min(window.span() as usize - 1));
+            let (conversation, position) = place(states, t);
+            let at = c.window.map_or(t, |window| position.min(window.span() as usize - 1));
             let rotation = &s.rotation[at * head_dim..][..head_dim];
             for head in row[..query_width].chunks_exact_mut(head_dim) {
                 ops::rotate(c.rope, head, rotation);
@@ -209,11 +285,11 @@ impl Model<'_> {
             if !(ops::finite(keys) && ops::finite(values)) {
                 return Err(Error::NotFinite { layer });
             }
-            state.put(layer as usize, position + t, keys, values);
+            states[conversation].put(layer as usize, position, keys, values);
         }
         match c.window {
-            Some(window) => self.attend_window(state, window, layer, n, width),
-            None => self.attend_all(state, layer, n, width),
+            Some(window) => self.attend_window(states, window, layer, n, width),
+            None => self.attend_all(states, layer, n, width),
         }
 
         self.add_remembered(layer, n, width)?;
@@ -225,18 +301,18 @@ impl Model<'_> {
     }
 
     /// `norm[t] = attend(query)` over all positions up to that of token `t`.
-    fn attend_all(&mut self, state: &State<'_>, layer: u32, n: usize, width: usize) {
+    fn attend_all(&mut self, states: &[&mut State<'_>], layer: u32, n: usize, width: usize) {
         let (c, s) = (self.config, &mut self.scratch);
         let (head_dim, heads, query_width) = (c.head_dim as usize, c.heads as usize, c.query_width() as usize);
-        let position = state.position();
         let scale = 1.0 / libm::sqrtf(head_dim as f32);
         let group = heads / c.kv_heads as usize;
         let (kernels, projected) = (self.machine.kernels, &*s.projected);
-        let work = n * (position + n) * query_width;
+        let work = (0..n).map(|t| place(states, t).1 + 1).sum::<usize>() * query_width;
         let parallel: &dyn Parallel = if work < PARALLEL_WORK_MIN { &Serial } else { self.machine.parallel };
         parallel.for_each_chunk(&mut s.norm[..n * query_width], head_dim, &|i, out| {
             let (t, head) = (i / heads, i % heads);
-            let (keys, values) = state.head(layer as usize, head / group, position + t + 1);
+            let (conversation, position) = place(states, t);
+            let (keys, values) = states[conversation].head(layer as usize, head / group, position + 1);
             let query = &projected[t * width + head * head_dim..][..head_dim];
             kernels.attend(query, keys, values, scale, out);
         });
@@ -244,14 +320,15 @@ impl Model<'_> {
 
     /// `norm[t] = attend(query)` over the sinks and then the window of token `t`, oldest first, turned by their places in what is
     /// seen. Token by token: with each the window moves, and all in it turn.
-    fn attend_window(&mut self, state: &State<'_>, window: Window, layer: u32, n: usize, width: usize) {
+    fn attend_window(&mut self, states: &[&mut State<'_>], window: Window, layer: u32, n: usize, width: usize) {
         let (c, s) = (self.config, &mut self.scratch);
         let (head_dim, query_width) = (c.head_dim as usize, c.query_width() as usize);
         let (span, sinks, group) = (window.span() as usize, window.sinks as usize, (c.heads / c.kv_heads) as usize);
         let scale = 1.0 / libm::sqrtf(head_dim as f32);
         let (kernels, projected, rotation) = (self.machine.kernels, &*s.projected, &*s.rotation);
         for t in 0..n {
-            let last = state.position() + t;
+            let (conversation, last) = place(states, t);
+            let state = &*states[conversation];
             let first = sinks.max((last + 1).saturating_sub(window.positions as usize)).min(last + 1);
             let count = sinks.min(last + 1) + (last + 1).saturating_sub(first.max(sinks));
             let work = count * query_width;
@@ -337,6 +414,33 @@ impl Model<'_> {
         Ok(())
     }
 
+    /// The logits after each token of the pass, `[tokens][vocab]`, those at least that are needed: in one pass over the head
+    /// where all of them are computed from int8.
+    fn heads(&mut self, needs: &[Need], logits: &mut [f32]) -> Result<(), Error> {
+        let (c, tensor, n) = (self.config, self.weights.head(), needs.len());
+        if n == 1 || tensor.format == Format::F16 || self.weights.split_head().is_some() {
+            for (t, (logits, need)) in logits.chunks_exact_mut(c.vocab as usize).zip(needs).enumerate() {
+                self.head(t, *need)?;
+                logits.copy_from_slice(self.logits());
+            }
+            return Ok(());
+        }
+        let (hidden, stride) = (c.hidden as usize, self.quantized_stride());
+        let weight = ops::floats(self.machine.source.fetch(self.weights.final_norm())?);
+        let s = &mut self.scratch;
+        let mut scales = [0.0; Limits::BATCH_MAX as usize];
+        for (t, scale) in scales.iter_mut().take(n).enumerate() {
+            let norm = &mut s.norm[..hidden];
+            norm.copy_from_slice(&s.x[t * hidden..][..hidden]);
+            self.machine.kernels.rmsnorm(norm, weight, c.norm_eps);
+            let q = &mut s.quantized[t * stride..][..stride];
+            *scale = self.machine.kernels.quantize(norm, q).ok_or(Error::NotFinite { layer: c.layers })?;
+        }
+        let x = Quantized { values: s.quantized, stride, scales: &scales[..n], tables: s.tables };
+        self.machine.linear_in_parts(tensor, x, s.units, logits)?;
+        Ok(())
+    }
+
     /// Token `t`'s row of the embedding, into `x`.
     fn embed(&mut self, t: usize, token: u32) -> Result<(), Error> {
         let (tensor, hidden, source) =
@@ -369,20 +473,21 @@ impl Model<'_> {
         Ok(())
     }
 
-    /// Cosines and sines of the angles of positions `first..first + n`, or of all places in a window.
-    fn angles(&mut self, first: usize, n: usize) -> Result<(), Error> {
-        let (first, n) = match self.config.window {
-            Some(_) if self.scratch.rotation_is_set => return Ok(()),
-            Some(window) => (0, window.span() as usize),
-            None => (first, n),
-        };
+    /// Cosines and sines of the angles of the positions of `n` tokens, or of all places in a window.
+    fn angles(&mut self, states: &[&mut State<'_>], n: usize) -> Result<(), Error> {
+        let window = self.config.window;
+        if window.is_some() && self.scratch.rotation_is_set {
+            return Ok(());
+        }
+        let n = window.map_or(n, |window| window.span() as usize);
         let frequencies = ops::floats(self.machine.source.fetch(self.weights.rope_frequencies())?);
         let head_dim = self.config.head_dim as usize;
         self.scratch.rotation_is_set = true;
         for (t, rotation) in self.scratch.rotation.chunks_exact_mut(head_dim).take(n).enumerate() {
+            let position = if window.is_some() { t } else { place(states, t).1 };
             let (cos, sin) = rotation.split_at_mut(head_dim / 2);
             for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(frequencies) {
-                let angle = (first + t) as f32 * frequency;
+                let angle = position as f32 * frequency;
                 (*cos, *sin) = (libm::cosf(angle), libm::sinf(angle));
             }
         }

@@ -5,6 +5,7 @@ use crate::image::{Tensor, UNIT_ROWS};
 use crate::memory::{Limits, padded_rows};
 use crate::source::Extent;
 use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
+use core::ops::Range;
 
 const BATCH_MAX: usize = Limits::BATCH_MAX as usize;
 
@@ -65,11 +66,49 @@ impl Machine<'_> {
         Ok(())
     }
 
+    /// Multiplies one tensor with the int8 activations of several tokens, in as many parts as fit `units`: `out` has
+    /// `[tokens][rows]`, which need not be whole units. A head is larger than what there is room for at once.
+    pub(super) fn linear_in_parts(
+        &mut self,
+        tensor: Tensor,
+        mut x: Quantized<'_>,
+        units: &mut [f32],
+        out: &mut [f32],
+    ) -> Result<(), SourceError> {
+        let (tokens, rows) = (x.scales.len(), tensor.rows as usize);
+        let most = (units.len() / (tokens * UNIT_ROWS)).max(1) as u32;
+        let mut first = 0;
+        while first < tensor.units() {
+            let part = first..tensor.units().min(first + most);
+            let y = &mut units[..part.len() * tokens * UNIT_ROWS];
+            self.products_of(&[tensor], part.clone(), &mut x, y)?;
+            for (i, y) in y.chunks_exact(UNIT_ROWS).enumerate() {
+                let (unit, t) = (first as usize + i / tokens, i % tokens);
+                let there = &mut out[t * rows..][..rows][unit * UNIT_ROWS..];
+                let count = there.len().min(UNIT_ROWS);
+                there[..count].copy_from_slice(&y[..count]);
+            }
+            first = part.end;
+        }
+        Ok(())
+    }
+
     /// Multiplies `tensors`, which all have the same format and columns, with int8 activations. `y` has
     /// `[units][tokens][UNIT_ROWS]`.
     pub(super) fn products(
         &mut self,
         tensors: &[Tensor],
+        x: &mut Quantized<'_>,
+        y: &mut [f32],
+    ) -> Result<(), SourceError> {
+        self.products_of(tensors, 0..tensors.iter().map(Tensor::units).sum(), x, y)
+    }
+
+    /// [`Machine::products`] for some of the units of all tensors.
+    fn products_of(
+        &mut self,
+        tensors: &[Tensor],
+        units: Range<u32>,
         x: &mut Quantized<'_>,
         y: &mut [f32],
     ) -> Result<(), SourceError> {
@@ -85,7 +124,7 @@ impl Machine<'_> {
         let inert = prepared[0].expect("a pass has at least one token");
         let prepared = prepared.map(|x| x.unwrap_or(inert));
         let x = &prepared[..tokens];
-        self.run(tensors, tokens, y, &|tensor, u, blocks, y| match x {
+        self.run_some(tensors, units, tokens, y, &|tensor, u, blocks, y| match x {
             [_] => unit::<1>(kernels, tensor, u, blocks, x, scales, y),
             _ => unit::<BATCH_MAX>(kernels, tensor, u, blocks, x, scales, y),
         })
@@ -109,12 +148,24 @@ impl Machine<'_> {
         y: &mut [f32],
         task: UnitTask<'_>,
     ) -> Result<(), SourceError> {
+        self.run_some(tensors, 0..tensors.iter().map(Tensor::units).sum(), tokens, y, task)
+    }
+
+    /// [`Machine::run`] for some of the units of all tensors.
+    fn run_some(
+        &mut self,
+        tensors: &[Tensor],
+        units: Range<u32>,
+        tokens: usize,
+        y: &mut [f32],
+        task: UnitTask<'_>,
+    ) -> Result<(), SourceError> {
         let extent = |i| {
-            let (tensor, u) = locate(tensors, i);
+            let (tensor, u) = locate(tensors, units.start + i);
             tensor.unit(u)
         };
-        self.run_units(tensors.iter().map(Tensor::units).sum(), &extent, tokens * UNIT_ROWS, y, &|i, blocks, y| {
-            let (tensor, u) = locate(tensors, i);
+        self.run_units(units.len() as u32, &extent, tokens * UNIT_ROWS, y, &|i, blocks, y| {
+            let (tensor, u) = locate(tensors, units.start + i);
             task(tensor, u, blocks, y);
         })
     }
