@@ -163,7 +163,19 @@ pub fn dummy(
     finished.publish()?;
     let notes = vec![format!("random weights from seed {seed}: true in speed and memory; the tokens are noise")];
     let architecture = ARCHITECTURE.into();
-    Ok(Report { name, architecture, config, limits, image_bytes, peak_bytes, sections, layers, notes, adapted: None })
+    Ok(Report {
+        name,
+        architecture,
+        config,
+        limits,
+        image_bytes,
+        peak_bytes,
+        sections,
+        layers,
+        notes,
+        adapted: None,
+        pruned: None,
+    })
 }
 
 /// In place of a checkpoint's class.

@@ -1,6 +1,7 @@
 //! checkpoint → [`checkpoint`] → [`quantize`] → [`encode`] → [`write`](mod@write) → image; then [`verify`](mod@verify) and [`inspect`](mod@inspect)
 //!
-//! Where linears that are not ternary get formats of their own, [`calibrate`] stands between the checkpoint and quantizing.
+//! Where linears that are not ternary get formats of their own, [`calibrate`] stands between the checkpoint and quantizing;
+//! where weights are to be left out, [`prune`] stands before all of it.
 //!
 //! Reads a checkpoint (safetensors, GGUF, llama2.c), checks it, and writes one image that `bitnet-runtime` runs. The
 //! whole passes through in units of 64 rows, so the memory it takes is known before it starts and does not depend on the
@@ -17,6 +18,7 @@ pub mod export;
 pub mod inspect;
 pub mod kept;
 pub mod pack;
+pub mod prune;
 pub mod quantize;
 pub mod report;
 pub mod split;
@@ -33,5 +35,6 @@ pub use error::Error;
 pub use export::{Exported, export};
 pub use inspect::{Summary, inspect};
 pub use pack::{Layouts, Options, pack};
+pub use prune::{Pattern, Pruned, Sparsity};
 pub use report::{Progress, Report};
 pub use verify::{Verified, verify};

@@ -4,6 +4,7 @@ use crate::checkpoint::sections::{self, Bound, Source};
 use crate::checkpoint::{Checkpoint, Dtype, Naming, TensorInfo};
 use crate::encode::{encode, encode_f16, encode_grouped};
 use crate::kept::{Kept, Live};
+use crate::prune::{Sparsity, prune};
 use crate::quantize::{self, Absmean, Distance, MagnitudeSum};
 use crate::report::{LayerBits, Progress, Report, SectionReport, planned_bits};
 use crate::split::{self, Energy, Plane};
@@ -51,6 +52,8 @@ pub struct Options {
     pub layout: Layouts,
     /// How linears that are not ternary get formats of their own, in place of `dense`.
     pub adaptive: Option<Adaptive>,
+    /// Which weights are left out.
+    pub sparsity: Option<Sparsity>,
 }
 
 /// Which layouts of linears the packer may choose.
@@ -83,6 +86,7 @@ impl Default for Options {
             live_ffn: false,
             layout: Layouts::Auto,
             adaptive: None,
+            sparsity: None,
         }
     }
 }
@@ -127,6 +131,13 @@ impl Options {
         }
         if self.adaptive.is_some() && self.live_ffn {
             return Err(Error::Options("--live-ffn is for ternary linears, whose formats are not chosen".into()));
+        }
+        if let Some(sparsity) = &self.sparsity {
+            sparsity.check()?;
+            if self.adaptive.is_some() {
+                let what = "--sparsity does not go with --bits or --plan, whose quantizing would fill what is left out";
+                return Err(Error::Options(what.into()));
+            }
         }
         if !matches!(self.i2s, Dtype::I2_S | Dtype::I2_S_64) {
             return Err(Error::Options(format!("I2_S is not read as {}", self.i2s.name())));
@@ -176,14 +187,24 @@ impl Options {
 pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn Progress) -> Result<Report, Error> {
     options.check()?;
     options.check_source()?;
-    let checkpoint = Checkpoint::open(source, options.i2s)?;
+    let mut checkpoint = Checkpoint::open(source, options.i2s)?;
+    let pruned = match &options.sparsity {
+        Some(sparsity) => {
+            let mut less = Checkpoint::open(source, options.i2s)?;
+            let pruned = prune(&checkpoint, &mut less, sparsity, options.tokenizer.as_deref(), progress)?;
+            checkpoint = less;
+            Some(pruned)
+        }
+        None => None,
+    };
     let mut table = checkpoint.table()?;
     table.config.split_head = options.split_head;
     table.config.live_ffn = options.live_ffn;
     let limits = options.limits(&table.config)?;
     let mut bound = sections::bind(&checkpoint, &mut table, options, progress)?;
     let calibration = options.adaptive.as_ref().map_or(0, |adaptive| adaptive.peak(&table.config));
-    let peak_bytes = peak(&checkpoint, &bound, options)? + calibration;
+    let mut peak_bytes = peak(&checkpoint, &bound, options)? + calibration;
+    peak_bytes += pruned.as_ref().map_or(0, |pruned| pruned.peak);
     progress.say(&format!("peak memory: {} MiB", peak_bytes.div_ceil(1 << 20)));
 
     let text = tokenizer::read(&checkpoint, &mut table, options.tokenizer.as_deref())?;
@@ -254,6 +275,7 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
         layers,
         notes: table.notes,
         adapted: prepared.map(|prepared| prepared.adapted),
+        pruned,
     })
 }
 

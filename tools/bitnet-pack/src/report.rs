@@ -1,5 +1,6 @@
 //! What a person is told: while it runs, and at the end.
 use crate::calibrate::Adapted;
+use crate::prune::Pruned;
 use bitnet_kernel::Format;
 use bitnet_runtime::image::{Encoding, Image, Kind, Record, UNIT_ROWS};
 use bitnet_runtime::{Config, Limits, Plan};
@@ -223,6 +224,8 @@ pub struct Report {
     pub notes: Vec<String>,
     /// The formats of linears, where they were chosen one by one.
     pub adapted: Option<Adapted>,
+    /// What was left out, where that was asked for.
+    pub pruned: Option<Pruned>,
 }
 
 /// `"731.5 MiB"`, and `"4096 B"` where that would show as next to nothing.
@@ -309,6 +312,9 @@ impl fmt::Display for Report {
         table(f, &self.sections)?;
         if let Some(adapted) = &self.adapted {
             write!(f, "{adapted}")?;
+        }
+        if let Some(pruned) = &self.pruned {
+            write!(f, "{pruned}")?;
         }
         totals(f, self.image_bytes, &self.layers, &self.config, &self.limits)?;
         writeln!(

@@ -143,6 +143,10 @@ impl<'a> Reference<'a> {
     fn source(&self, layer: Option<u32>, kind: Kind) -> Option<&Source> {
         self.sources.get(&(layer, kind as u8))
     }
+    /// What a linear is made from.
+    pub(crate) fn source_of(&self, linear: Linear) -> &Source {
+        self.source(linear.layer, linear.kind).expect("every model has all linears")
+    }
     /// Whether a linear is of floats, and not binary or ternary already.
     pub fn is_dense(&self, linear: Linear) -> bool {
         matches!(self.source(linear.layer, linear.kind), Some(Source::Rows(_)))
@@ -165,7 +169,7 @@ impl<'a> Reference<'a> {
     /// # Panics
     /// If there is no such linear.
     pub fn rows(&self, linear: Linear, first: usize, count: usize) -> Result<Vec<f32>, Error> {
-        let source = self.source(linear.layer, linear.kind).expect("every model has all linears");
+        let source = self.source_of(linear);
         let (rows, cols) = self.shape(linear);
         let mut out = vec![0.0; count * cols];
         let read = |tensor, at: usize, out: &mut [f32]| {

@@ -15,6 +15,7 @@ pub use table::{Storage, Table};
 
 use crate::Error;
 use crate::files::{Input, read_capped, read_json};
+use crate::prune::Mask;
 use bitnet_runtime::error::Foreign;
 use core::fmt;
 use serde::Deserialize;
@@ -65,6 +66,8 @@ pub struct Checkpoint {
     files: Vec<Input>,
     tensors: BTreeMap<String, (usize, TensorInfo)>,
     notes: Vec<String>,
+    /// What stays of tensors that are pruned, by their names.
+    masks: BTreeMap<String, Mask>,
 }
 
 impl Checkpoint {
@@ -101,7 +104,8 @@ impl Checkpoint {
     }
 
     fn new(directory: &Path, origin: Origin) -> Self {
-        Self { directory: directory.into(), origin, files: Vec::new(), tensors: BTreeMap::new(), notes: Vec::new() }
+        let (tensors, masks) = (BTreeMap::new(), BTreeMap::new());
+        Self { directory: directory.into(), origin, files: Vec::new(), tensors, notes: Vec::new(), masks }
     }
 
     /// A directory of transformers, all of its tensors or those of one file.
@@ -295,7 +299,19 @@ impl Checkpoint {
     /// If they are not all the tensor's.
     pub fn read(&self, tensor: &TensorInfo, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         assert!(offset + into.len() as u64 <= tensor.bytes, "{}", tensor.name);
-        self.files[self.tensors[&tensor.name].0].read_at(tensor.offset + offset, into)
+        self.files[self.tensors[&tensor.name].0].read_at(tensor.offset + offset, into)?;
+        if let (Dtype::U8, Some(mask)) = (tensor.dtype, self.masks.get(&tensor.name)) {
+            mask.apply_packed(offset as usize, tensor.shape[0] as usize, into);
+        }
+        Ok(())
+    }
+    /// From now on reads what stays of tensors, and zeros in place of the rest.
+    pub(crate) fn prune(&mut self, masks: BTreeMap<String, Mask>) {
+        self.masks = masks;
+    }
+    /// Whether a tensor has masters that are read as what they are ternarized to.
+    pub(crate) fn ternarizes(&self, tensor: &TensorInfo) -> bool {
+        self.masks.get(&tensor.name).is_some_and(Mask::ternarizes)
     }
     /// Reads numbers of a tensor from element `first` on, which must start a block. `raw` is made as long as the bytes are.
     ///
@@ -326,6 +342,9 @@ impl Checkpoint {
         sound.map_err(|at| wrong(at, "code 3, which no weight has".into()))?;
         // Without a branch for each: this sees every number of the checkpoint.
         if !into.iter().fold(false, |found, v| found | !v.is_finite()) {
+            if let Some(mask) = self.masks.get(&tensor.name) {
+                mask.apply(first as usize, into);
+            }
             return Ok(());
         }
         let at = into.iter().position(|v| !v.is_finite()).expect("one is not finite");

@@ -370,6 +370,9 @@ impl<'a> Binder<'a> {
             if self.storage == Storage::Multiply {
                 return self.wrong(tensor, "float masters, but config.json says that weights are packed (offline)");
             }
+            if self.checkpoint.ternarizes(tensor) {
+                return self.found(tensor, true);
+            }
             if let Storage::Found { masters } = self.storage {
                 return self.found(tensor, masters);
             }
