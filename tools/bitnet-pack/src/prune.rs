@@ -4,7 +4,7 @@
 //! Hessian of the linear's own error. A neuron of the feed-forward layer matters the root mean square of what it hands to
 //! down times the norm of its column there. The magnitude of ternary weights says nothing: measured, it was no better than chance.
 //!
-//! [`prune`] says which weights stay, and the checkpoint then reads as one that was pruned before: the packer recognises its
+//! `prune` says which weights stay, and the checkpoint then reads as one that was pruned before: the packer recognises its
 //! rows, columns and blocks of zeros as it does with any ([`crate::kept`]). Norms keep their width: what is left out is a zero
 //! for them. Masters are ternarized by the mean magnitude of those that stay; by that of all of them, 2:4 cost +0.41 nats a
 //! token on the bundled model in place of +0.34, a quarter of the neurons +0.126 in place of +0.132. The scale of weights that

@@ -1,6 +1,6 @@
 //! Products of float matrices, with the same bits for any number of threads and on every CPU.
 //!
-//! An element is the sum of its products in the order of the columns, in runs of [`RUN`] that are added one after another.
+//! An element is the sum of its products in the order of the columns, in runs of `RUN` that are added one after another.
 //! Tiles and registers decide only which elements are computed together. The loops are written so that the compiler makes
 //! vectors of them, once for each width of register; nothing is contracted into fused multiply-adds.
 use pulp::Arch;

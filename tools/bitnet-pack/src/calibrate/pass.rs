@@ -165,7 +165,7 @@ impl Reference<'_> {
     /// (Martens and Grosse 2015, arXiv:1503.05671).
     ///
     /// The loss is the sum of the tokens' losses with labels drawn from the model's own distribution by a generator with this
-    /// seed. It costs two forward passes and one that is as long. The residual streams of [`CHUNK`] tokens at all layers
+    /// seed. It costs two forward passes and one that is as long. The residual streams of `CHUNK` tokens at all layers
     /// are in memory.
     ///
     /// # Errors
