@@ -6,10 +6,10 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-/// A daemon in this process, which ends with it.
-fn start() -> SocketAddr {
-    let folder = tempfile::tempdir().unwrap().keep();
-    let image = folder.join("stories.bitnet");
+/// A daemon in this process, which ends with it, and the folder of its image.
+fn start() -> (SocketAddr, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("stories.bitnet");
     bitnet_pack::pack(&model("stories-ternary"), &image, &Options::default(), &mut ()).unwrap();
     let args = ["bitnetd", "--model", image.to_str().unwrap(), "--threads", "1", "--sessions", "4", "--queue", "8"];
     let settings = bitnetd::config::Settings::parse(args).unwrap();
@@ -22,7 +22,7 @@ fn start() -> SocketAddr {
             bitnetd::serve(settings, listener, std::future::pending()).await.unwrap();
         });
     });
-    receiver.recv().unwrap()
+    (receiver.recv().unwrap(), folder)
 }
 
 /// Sends bytes and reads until the daemon closes: status and all after the headers.
@@ -72,7 +72,7 @@ fn ready(address: SocketAddr) {
 
 #[test]
 fn the_contract() {
-    let address = start();
+    let (address, _folder) = start();
     ready(address);
     let story = json!({ "prompt": "Once upon a time", "temperature": 0, "max_tokens": 60 });
     let (alone, finish) = text(address, &story);
@@ -124,7 +124,7 @@ fn the_contract() {
 
 #[test]
 fn hostile_requests_are_refused_and_nobody_else_notices() {
-    let address = start();
+    let (address, _folder) = start();
     ready(address);
     let post = |headers: &str, body: &str| request("POST /v1/completions", headers, body);
     let json = |body: &str| post(JSON, body);

@@ -75,7 +75,7 @@ struct Pack {
     /// GGUF file].
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
-    /// Weights in a group of I2_S in a GGUF file: 128, or 64 as bitnet.cpp once wrote on ARM. Nothing in a file tells.
+    /// Weights in a group of I2_S in a GGUF file: 128, or 64 as bitnet.cpp once wrote on ARM. The packer does not tell by itself.
     #[arg(long, value_name = "WEIGHTS", default_value = "128", value_parser = i2s_group())]
     i2s_group: Dtype,
     #[command(flatten)]
