@@ -36,8 +36,9 @@ start_secondary:
     b       at_el1
 
 at_el3:
-    // Non-secure, no traps of calls, AArch64 below: RW, HCE, RES1, NS.
-    mov     x1, #0x531
+    // No traps of calls, AArch64 below: RW, HCE, RES1. EL1 stays secure, since memory that code runs from here need not exist
+    // for others (the first flash of QEMU's virt does not), and so there is no EL2 on the way.
+    mov     x1, #0x530
     msr     scr_el3, x1
     // No traps of floats; SVE (EZ) where there is one.
     mov     x1, #0x100
@@ -49,16 +50,10 @@ at_el3:
     mov     x2, #15
     msr     s3_6_c1_c2_0, x2            // ZCR_EL3: the longest vectors
     isb
-2:  ubfx    x2, x1, #8, #4              // Is there an EL2?
-    mov     x3, #0x3c9
-    mov     x4, #0x3c5
-    adr     x5, at_el2
-    adr     x6, at_el1
-    cmp     x2, #0
-    csel    x3, x3, x4, ne
-    csel    x5, x5, x6, ne
-    msr     spsr_el3, x3
-    msr     elr_el3, x5
+2:  mov     x1, #0x3c5
+    msr     spsr_el3, x1
+    adr     x1, at_el1
+    msr     elr_el3, x1
     // What reset leaves unknown and EL1 is entered with.
     ldr     x1, =0x30d00800
     msr     sctlr_el1, x1
