@@ -13,8 +13,8 @@ use bitnet_kernel::float::{self, Cache};
 use bitnet_kernel::{Format, format};
 use core::ops::Range;
 
-/// Multiplications of queries and keys below which attention is not worth waking other threads for. Estimated, not timed.
-const PARALLEL_WORK_MIN: usize = 1 << 17;
+/// Multiplications of floats below which it is not worth waking other threads. Estimated, not timed.
+pub(super) const PARALLEL_WORK_MIN: usize = 1 << 17;
 
 /// The passes after which logits are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

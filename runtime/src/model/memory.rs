@@ -10,6 +10,7 @@
 //! m = rmsnorm(o, 1e-5) · silu(z)                    of each head
 //! attention's results += share · output(m)
 //! ```
+use super::forward::PARALLEL_WORK_MIN;
 use super::{Model, Quantizer, State, ops};
 use crate::error::Error;
 use crate::image::Kind;
@@ -21,8 +22,6 @@ const UNIT_EPS: f32 = 1e-6;
 const NORM_EPS: f32 = 1e-5;
 /// Rows of a state that one thread does at a time.
 const ROWS: usize = 16;
-/// Multiplications below which the rows are not worth waking other threads for. Estimated, not timed.
-const PARALLEL_WORK_MIN: usize = 1 << 17;
 
 impl Model<'_> {
     /// The results of the memory for `n` tokens, of which `projected` has what [`Kind::MemoryInput`] and [`Kind::MemoryGates`]
@@ -86,7 +85,7 @@ impl Model<'_> {
         for (t, row) in rows.chunks_exact(width).enumerate() {
             let gate = &row[at + channels..][..values];
             for h in 0..heads {
-                // The input of the next linear is made in two steps: what was recalled lies in no one's way in the state's rows.
+                // One head's results for one token lie apart, each after its row of the state.
                 let recalled = &mut self.scratch.recalled[..value];
                 for (j, x) in recalled.iter_mut().enumerate() {
                     *x = cells[(h * value + j) * len + key + t];

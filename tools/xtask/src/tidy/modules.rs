@@ -225,9 +225,9 @@ mod tests {
     #[test]
     fn a_named_path_counts_in_place_of_the_usual_one() {
         let files = [
-            ("tests/all.rs", "#[path = \"../shared/common.rs\"] mod common;\n#[cfg_attr(x, path = \"y.rs\")]\nmod z;"),
-            ("shared/common.rs", "mod beside;"),
-            ("shared/beside.rs", ""),
+            ("tests/all.rs", "#[path = \"../parts/common.rs\"] mod common;\n#[cfg_attr(x, path = \"y.rs\")]\nmod z;"),
+            ("parts/common.rs", "mod beside;"),
+            ("parts/beside.rs", ""),
             ("tests/y.rs", ""),
             ("tests/common.rs", ""),
             ("src/lib.rs", "include!(\"table.rs\");"),
