@@ -5,9 +5,10 @@ use bitnet_runtime::backend;
 
 #[test]
 fn every_backend_agrees_with_portable() {
-    let mut memory = Box::new(Workspace::ZERO);
-    for kernels in backend::available() {
-        check(kernels, &mut memory).unwrap_or_else(|difference| panic!("{difference}"));
+    // The portable one is not compared with itself: that takes it longer than all others together.
+    let backends: Vec<_> = backend::available().filter(|k| k.name() != "portable").collect();
+    check(&backends, &mut Box::new(Workspace::ZERO)).unwrap_or_else(|difference| panic!("{difference}"));
+    for kernels in backends {
         println!("{}: same as portable", kernels.name());
     }
     let runs = |name: &str| backend::available().any(|k| k.name() == name);

@@ -116,12 +116,15 @@ impl fmt::Display for Difference {
 
 impl core::error::Error for Difference {}
 
-/// Compares `k` with the reference; the first difference is the error.
+/// Compares backends with the reference; the first difference is the error.
+///
+/// Several in one call are faster than one after another: the inputs and the reference's results, which take most of the time,
+/// are made once for all.
 ///
 /// # Errors
 /// The first [`Difference`].
-pub fn check(k: &dyn Kernels, memory: &mut Workspace) -> Result<(), Difference> {
-    check_up_to(k, memory, usize::MAX)
+pub fn check(backends: &[&dyn Kernels], memory: &mut Workspace) -> Result<(), Difference> {
+    check_up_to(backends, memory, usize::MAX)
 }
 
 /// [`check`] without the shapes of more than so many weights, for slow machines.
@@ -131,34 +134,39 @@ pub fn check(k: &dyn Kernels, memory: &mut Workspace) -> Result<(), Difference> 
 ///
 /// # Errors
 /// The first [`Difference`].
-pub fn check_up_to(k: &dyn Kernels, memory: &mut Workspace, weights: usize) -> Result<(), Difference> {
+pub fn check_up_to(backends: &[&dyn Kernels], memory: &mut Workspace, weights: usize) -> Result<(), Difference> {
     const INPUTS: [Input; 4] = [Input::Random, Input::Lowest, Input::Mixed, Input::Highest];
+    if backends.is_empty() {
+        return Ok(());
+    }
     let shapes = || SHAPES.into_iter().filter(|(rows, cols)| rows * cols <= weights);
     for (rows, cols) in shapes() {
         for input in INPUTS {
             for format in Format::INTEGER {
-                check_products(k, format, rows, cols, input, memory)?;
+                check_products(backends, format, rows, cols, input, memory)?;
             }
             // Groups are summed one by one and rows as T2's: the largest shapes add nothing to the extremes.
             if input == Input::Random || rows * cols <= 20_000 {
                 for format in Format::GROUPED {
-                    check_grouped(k, format, rows, cols, input, memory)?;
+                    check_grouped(backends, format, rows, cols, input, memory)?;
                 }
-                check_rows(k, rows, cols, input, memory)?;
-                check_blocks(k, rows.min(blocks::UNIT_ROWS), cols, input, memory)?;
+                check_rows(backends, rows, cols, input, memory)?;
+                check_blocks(backends, rows.min(blocks::UNIT_ROWS), cols, input, memory)?;
             }
         }
-        check_matvec_f16(k, rows, cols, memory)?;
-        check_quantize(k, cols, memory)?;
-        check_elementwise(k, cols.min(ELEMENTS_MAX), memory)?;
-        check_recurrence(k, cols.min(RECURRENCE_MAX), memory)?;
+        check_matvec_f16(backends, rows, cols, memory)?;
+        for &k in backends {
+            check_quantize(k, cols, memory)?;
+            check_elementwise(k, cols.min(ELEMENTS_MAX), memory)?;
+            check_recurrence(k, cols.min(RECURRENCE_MAX), memory)?;
+        }
     }
-    check_attend(k, memory)
+    backends.iter().try_for_each(|&k| check_attend(k, memory))
 }
 
 /// `matvec`, and `matmat` with several numbers of tokens.
 fn check_products(
-    k: &dyn Kernels,
+    backends: &[&dyn Kernels],
     format: Format,
     rows: usize,
     cols: usize,
@@ -170,32 +178,40 @@ fn check_products(
     let w = w.expect("the blocks of the shape");
     let table_blocks = format.table_blocks(cols);
 
-    // The reference: one token at a time.
-    for (t, (values, want)) in memory.values.iter().zip(memory.want.chunks_exact_mut(rows)).enumerate() {
+    // The reference: one token at a time, and once where all are alike.
+    for (t, values) in memory.values.iter().enumerate() {
+        let (before, want) = memory.want.split_at_mut(t * rows);
+        let want = &mut want[..rows];
+        if t > 0 && *values == memory.values[0] {
+            want.copy_from_slice(&before[..rows]);
+            continue;
+        }
         let x = Portable.prepare(format, cols, values, &mut memory.tables[t][..table_blocks]);
         Portable.matvec(w, x, want);
     }
-    let mut prepared = memory.values.iter().zip(&mut memory.tables);
-    let x: [Activations<'_>; TOKENS_MAX] = core::array::from_fn(|_| {
-        let (values, tables) = prepared.next().expect("one a token");
-        k.prepare(format, cols, values, &mut tables[..table_blocks])
-    });
-    for tokens in [0, 1, 2, 3, 8, 9] {
-        let (operation, n) = if tokens == 0 { ("matvec", rows) } else { ("matmat", rows * tokens) };
-        memory.got[..=n].fill(CANARY);
-        match tokens {
-            0 => k.matvec(w, x[0], &mut memory.got[..n]),
-            _ => k.matmat(w, Batch::new(&x[..tokens]), &mut memory.got[..n]),
+    for &k in backends {
+        let mut prepared = memory.values.iter().zip(&mut memory.tables);
+        let x: [Activations<'_>; TOKENS_MAX] = core::array::from_fn(|_| {
+            let (values, tables) = prepared.next().expect("one a token");
+            k.prepare(format, cols, values, &mut tables[..table_blocks])
+        });
+        for tokens in [0, 1, 2, 3, 8, 9] {
+            let (operation, n) = if tokens == 0 { ("matvec", rows) } else { ("matmat", rows * tokens) };
+            memory.got[..=n].fill(CANARY);
+            match tokens {
+                0 => k.matvec(w, x[0], &mut memory.got[..n]),
+                _ => k.matmat(w, Batch::new(&x[..tokens]), &mut memory.got[..n]),
+            }
+            let place = Place { operation, format, rows, cols, tokens, input };
+            place.compare(k, &memory.want[..n], &memory.got[..=n])?;
         }
-        let place = Place { operation, format, rows, cols, tokens, input };
-        place.compare(k, &memory.want[..n], &memory.got[..=n])?;
     }
     Ok(())
 }
 
 /// `matvec_grouped` and `matmat_grouped`. The sums are compared as bits of floats.
 fn check_grouped(
-    k: &dyn Kernels,
+    backends: &[&dyn Kernels],
     format: Format,
     rows: usize,
     cols: usize,
@@ -209,33 +225,41 @@ fn check_grouped(
     let sums = |sums: &mut [i32], floats: &[f32]| {
         sums.iter_mut().zip(floats).for_each(|(sum, float)| *sum = float.to_bits() as i32);
     };
-    for (t, (values, want)) in memory.values.iter().zip(memory.want.chunks_exact_mut(rows)).enumerate() {
+    for (t, values) in memory.values.iter().enumerate() {
+        let (before, want) = memory.want.split_at_mut(t * rows);
+        let want = &mut want[..rows];
+        if t > 0 && *values == memory.values[0] {
+            want.copy_from_slice(&before[..rows]);
+            continue;
+        }
         let x = Portable.prepare_any(format, cols, values, &mut memory.tables[t][..table_blocks]);
         Portable.matvec_grouped(w, x, &mut memory.floats[..rows]);
         sums(want, &memory.floats[..rows]);
     }
-    let mut prepared = memory.values.iter().zip(&mut memory.tables);
-    let x: [Activations<'_>; TOKENS_MAX] = core::array::from_fn(|_| {
-        let (values, tables) = prepared.next().expect("one a token");
-        k.prepare_any(format, cols, values, &mut tables[..table_blocks])
-    });
-    for tokens in [0, 1, 2, 9] {
-        let (operation, n) = if tokens == 0 { ("matvec_grouped", rows) } else { ("matmat_grouped", rows * tokens) };
-        memory.floats[..=n].fill(f32::from_bits(CANARY as u32));
-        match tokens {
-            0 => k.matvec_grouped(w, x[0], &mut memory.floats[..n]),
-            _ => k.matmat_grouped(w, Batch::new(&x[..tokens]), &mut memory.floats[..n]),
+    for &k in backends {
+        let mut prepared = memory.values.iter().zip(&mut memory.tables);
+        let x: [Activations<'_>; TOKENS_MAX] = core::array::from_fn(|_| {
+            let (values, tables) = prepared.next().expect("one a token");
+            k.prepare_any(format, cols, values, &mut tables[..table_blocks])
+        });
+        for tokens in [0, 1, 2, 9] {
+            let (operation, n) = if tokens == 0 { ("matvec_grouped", rows) } else { ("matmat_grouped", rows * tokens) };
+            memory.floats[..=n].fill(f32::from_bits(CANARY as u32));
+            match tokens {
+                0 => k.matvec_grouped(w, x[0], &mut memory.floats[..n]),
+                _ => k.matmat_grouped(w, Batch::new(&x[..tokens]), &mut memory.floats[..n]),
+            }
+            sums(&mut memory.got[..=n], &memory.floats[..=n]);
+            let place = Place { operation, format, rows, cols, tokens, input };
+            place.compare(k, &memory.want[..n], &memory.got[..=n])?;
         }
-        sums(&mut memory.got[..=n], &memory.floats[..=n]);
-        let place = Place { operation, format, rows, cols, tokens, input };
-        place.compare(k, &memory.want[..n], &memory.got[..=n])?;
     }
     Ok(())
 }
 
 /// `dot_rows` and `sum_rows` with no row, every row, and some of them.
 fn check_rows(
-    k: &dyn Kernels,
+    backends: &[&dyn Kernels],
     rows: usize,
     cols: usize,
     input: Input,
@@ -258,19 +282,23 @@ fn check_rows(
         let place = |operation| Place { operation, format, rows, cols, tokens: n, input };
 
         Portable.dot_rows(w, list, Portable.prepare(format, cols, x, &mut []), &mut memory.want[..n]);
-        memory.got[..=n].fill(CANARY);
-        k.dot_rows(w, list, k.prepare(format, cols, x, &mut []), &mut memory.got[..n]);
-        place("dot_rows").compare(k, &memory.want[..n], &memory.got[..=n])?;
+        for &k in backends {
+            memory.got[..=n].fill(CANARY);
+            k.dot_rows(w, list, k.prepare(format, cols, x, &mut []), &mut memory.got[..n]);
+            place("dot_rows").compare(k, &memory.want[..n], &memory.got[..=n])?;
+        }
 
         // It adds to what is there.
         let each = if input == Input::Random { &x[..n] } else { &each[..n] };
         let (want, got) = (&mut memory.want[..cols], &mut memory.got[..=cols]);
         want.fill(-5);
-        got.fill(-5);
-        got[cols] = CANARY;
         Portable.sum_rows(w, list, each, want);
-        k.sum_rows(w, list, each, &mut got[..cols]);
-        place("sum_rows").compare(k, want, got)?;
+        for &k in backends {
+            got.fill(-5);
+            got[cols] = CANARY;
+            k.sum_rows(w, list, each, &mut got[..cols]);
+            place("sum_rows").compare(k, want, got)?;
+        }
     }
     Ok(())
 }
@@ -347,7 +375,7 @@ fn weight_seed(row: usize, col: usize, salt: u32) -> u32 {
 
 /// `matvec_blocks` in both shapes: of random weights half of the blocks live, a seventh and none; of the extremes all.
 fn check_blocks(
-    k: &dyn Kernels,
+    backends: &[&dyn Kernels],
     rows: usize,
     cols: usize,
     input: Input,
@@ -371,18 +399,25 @@ fn check_blocks(
                 let live = |c: &usize| live(r / blocks::STRIP_ROWS, c / shape.cols());
                 *want = (0..cols).filter(live).map(|c| i32::from(weight(r, c)) * i32::from(values[c])).sum();
             }
-            memory.got[..=rows].fill(CANARY);
-            k.matvec_blocks(w, x, &mut memory.got[..rows]);
             // Of the formats, T2 has the same codes.
             let place =
                 Place { operation: "matvec_blocks", format: Format::T2, rows, cols, tokens: shape.cols(), input };
-            place.compare(k, &memory.want[..rows], &memory.got[..=rows])?;
+            for &k in backends {
+                memory.got[..=rows].fill(CANARY);
+                k.matvec_blocks(w, x, &mut memory.got[..rows]);
+                place.compare(k, &memory.want[..rows], &memory.got[..=rows])?;
+            }
         }
     }
     Ok(())
 }
 
-fn check_matvec_f16(k: &dyn Kernels, rows: usize, cols: usize, memory: &mut Workspace) -> Result<(), Difference> {
+fn check_matvec_f16(
+    backends: &[&dyn Kernels],
+    rows: usize,
+    cols: usize,
+    memory: &mut Workspace,
+) -> Result<(), Difference> {
     let format = Format::F16;
     let (rows, cols) = (rows.min(9), cols.min(1_030));
     let blocks = &mut memory.blocks[..format.matrix_blocks(rows, cols)];
@@ -396,8 +431,11 @@ fn check_matvec_f16(k: &dyn Kernels, rows: usize, cols: usize, memory: &mut Work
     let w = Matrix::new(format, rows, cols, blocks).expect("the blocks of the shape");
     let (mut want, mut got) = ([0.0; 9], [0.0; 9]);
     float::matvec_f16(w, &memory.floats[..cols], &mut want[..rows]);
-    k.matvec_f16(w, &memory.floats[..cols], &mut got[..rows]);
-    compare(k, "matvec_f16", Some(format), cols, &want[..rows], &got[..rows])
+    for &k in backends {
+        k.matvec_f16(w, &memory.floats[..cols], &mut got[..rows]);
+        compare(k, "matvec_f16", Some(format), cols, &want[..rows], &got[..rows])?;
+    }
+    Ok(())
 }
 
 fn check_quantize(k: &dyn Kernels, cols: usize, memory: &mut Workspace) -> Result<(), Difference> {

@@ -1,6 +1,6 @@
 //! The reference: the plainest sum, straight from the definition of the bytes.
 use crate::float::f16_to_f32;
-use crate::format::{decode, join_planes};
+use crate::format::{decode_plain, join_planes};
 use crate::{Activations, Batch, Block, Format, Kernels, Matrix};
 
 /// Runs on anything.
@@ -87,7 +87,7 @@ pub fn sum_rows(w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
 /// The weight in column `c` of one block of [`Format::T2R`].
 #[inline(always)]
 fn t2r_weight(block: &Block, c: usize) -> i8 {
-    decode(Format::T2R, core::slice::from_ref(block), 0, c)
+    decode_plain(Format::T2R, core::slice::from_ref(block), 0, c)
 }
 
 /// `Some(&Portable)`, in the shape of every backend's `detect`.
@@ -97,7 +97,7 @@ pub fn detect() -> Option<&'static dyn Kernels> {
 
 /// Adds one step's products to the sums of its rows.
 fn add_step(format: Format, step: &[Block], x: &[i8], y: &mut [i32]) {
-    // One arm a format, so that the compiler sees a constant and unrolls what `decode` computes.
+    // One arm a format, so that the compiler sees a constant and unrolls what `decode_plain` computes.
     match format {
         Format::B1 => add_step_of(Format::B1, step, x, y),
         Format::T2 => add_step_of(Format::T2, step, x, y),
@@ -112,7 +112,7 @@ fn add_step(format: Format, step: &[Block], x: &[i8], y: &mut [i32]) {
 fn add_step_of(format: Format, step: &[Block], x: &[i8], y: &mut [i32]) {
     for (c, &x) in x.iter().enumerate() {
         for (r, y) in y.iter_mut().enumerate() {
-            *y += i32::from(decode(format, step, r, c)) * i32::from(x);
+            *y += i32::from(decode_plain(format, step, r, c)) * i32::from(x);
         }
     }
 }

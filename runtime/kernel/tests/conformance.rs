@@ -4,7 +4,7 @@ use bitnet_kernel::portable::Portable;
 use bitnet_kernel::{Activations, Batch, Format, Kernels, Matrix};
 
 fn run(k: &dyn Kernels) -> Result<(), Difference> {
-    check(k, &mut Box::new(Workspace::ZERO))
+    check(&[k], &mut Box::new(Workspace::ZERO))
 }
 
 #[test]

@@ -25,7 +25,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut failed = None;
     for kernels in &chosen {
         let start = Instant::now();
-        let result = check(*kernels, &mut memory);
+        let result = check(&[*kernels], &mut memory);
         let verdict = match &result {
             Ok(()) => "same as portable".to_owned(),
             Err(difference) => format!("WRONG: {difference}"),
