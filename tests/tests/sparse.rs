@@ -1,7 +1,8 @@
 //! Linears with rows, columns or blocks of zeros: left out, and the logits stay what they are, bit for bit.
 use bitnet_kernel::portable::Portable;
-use bitnet_kernel::{BlockShape, Format};
-use bitnet_pack::{Layouts, Options};
+use bitnet_kernel::{Block, BlockShape, Format};
+use bitnet_pack::tune::{Candidate, Timer};
+use bitnet_pack::{Layouts, Options, Target, tune};
 use bitnet_runtime::backend;
 use bitnet_runtime::image::{Encoding, Image, Kind, checksum};
 use bitnet_tests::images::{Packed, Way, fingerprint};
@@ -68,6 +69,116 @@ fn shapes_are_those_of_what_is_left() {
     assert_eq!(shape(Kind::Output), (256, 256));
     let index = image.sections().find(Kind::OutputIndex, Some(1)).unwrap();
     assert_eq!((index.encoding, index.blocks.get()), (Encoding::Whole.tag(), 0));
+}
+
+/// Costs from a table, by the names of layouts; of names that are not in it, a thousand.
+struct Table(&'static [(&'static str, f64)]);
+
+impl Timer for Table {
+    fn costs(&mut self, candidates: &[Candidate<'_>]) -> Vec<f64> {
+        let cost = |c: &Candidate<'_>| self.0.iter().find(|(name, _)| *name == c.layout.name()).map_or(1e3, |c| c.1);
+        candidates.iter().map(cost).collect()
+    }
+    fn name(&self) -> String {
+        "a table".into()
+    }
+}
+
+/// Whatever layout a table of times makes the tuner choose, and whatever it was before: the logits are the same, and the way back
+/// to linears with their zeros gives the weights that there were.
+#[test]
+fn tuning_changes_the_layout_and_nothing_else() {
+    let ids: Vec<u32> = (0..21).map(|i| i * 7 % 256).collect();
+    let tables: [&[(&str, f64)]; 6] = [
+        &[("whole", 1.0)],
+        &[("rows", 1.0), ("columns", 2.0), ("whole", 3.0)],
+        &[("columns", 1.0), ("rows", 2.0)],
+        &[("rows and columns", 1.0), ("rows", 2.0), ("columns", 2.0)],
+        &[("16x64", 1.0), ("whole", 2.0)],
+        &[("16x16", 1.0), ("whole", 2.0)],
+    ];
+    for (format, tiny) in
+        [(Format::TL, pruned()), (Format::T2, pruned_by_blocks(false).linear_norms()), (Format::I8, pruned())]
+    {
+        let (whole, smallest) = both(&tiny, &Options { format, ..Options::default() });
+        let expected = fingerprint(&Way::plain(&Portable).logits(&whole, &ids));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, smallest.bytes()).unwrap();
+        let mut seen = std::collections::BTreeSet::new();
+        // From each layout to the next, and back to the first.
+        for table in tables.iter().chain(&tables[..1]) {
+            let tuned = tune(&path, &path, &mut Table(table), &mut ()).unwrap();
+            let found = Packed::from_blocks(blocks(&std::fs::read(&path).unwrap()));
+            assert_eq!(tuned.after, found.bytes().len() as u64);
+            assert_eq!(found.image().header().tuning, tuned.tuning.to_string());
+            seen.extend(tuned.tuning.choices.iter().map(|choice| choice.costs[choice.chosen].0));
+            let way = Way { batch: 5, threads: 2, ..Way::plain(backend::best()) };
+            assert_eq!(fingerprint(&way.logits(&found, &ids)), expected, "{format:?} {table:?}");
+        }
+        let back = Packed::from_blocks(blocks(&std::fs::read(&path).unwrap()));
+        let weights = |packed: &Packed| {
+            let records = packed.image().sections().records();
+            // Rows of zeros have lost scales of their own, which nothing multiplies.
+            let records = records.iter().filter(|r| r.encoding != Format::I8 as u8);
+            records.map(|r| (r.kind, r.layer.get(), r.checksum.get())).collect::<Vec<_>>()
+        };
+        assert!(!back.image().header().config.sparse);
+        assert_eq!(weights(&back), weights(&whole), "{format:?}");
+        assert!(seen.len() > 1, "{format:?}: {seen:?}");
+    }
+}
+
+/// What a table says decides, line by line; nothing is left of an attempt that fails.
+#[test]
+fn the_table_decides_and_the_image_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, out) = (dir.path().join("image"), dir.path().join("out"));
+    let (whole, _) = both(&pruned(), &Options::default());
+    std::fs::write(&path, whole.bytes()).unwrap();
+    let mut table = Table(&[("whole", 9.0), ("rows", 5.0), ("columns", 7.0), ("rows and columns", 6.0)]);
+    tune(&path, &out, &mut table, &mut ()).unwrap();
+    let found = Packed::from_blocks(blocks(&std::fs::read(&out).unwrap()));
+    let image = found.image();
+    let lines: Vec<&str> = image.header().tuning.lines().collect();
+    assert_eq!(lines[0], "layouts by a table; of costs within 2 %, the fewest bytes");
+    assert!(lines.iter().any(|line| line.starts_with("layer 0 gate: rows (5.0; whole 9.0")), "{lines:?}");
+    assert!(lines.iter().any(|line| line.starts_with("layer 1 down: columns (7.0; whole 9.0")), "{lines:?}");
+    assert!(!lines.iter().any(|line| line.contains("output")), "a linear without zeros has no choice");
+    let rows = |kind| image.sections().find(kind, Some(0)).unwrap().rows.get();
+    assert_eq!((rows(Kind::Gate), rows(Kind::Up), rows(Kind::Down)), (182, 182, 256));
+
+    let mut broken = whole.bytes().to_vec();
+    let last = broken.len() - 1;
+    broken[last] ^= 1;
+    let target = dir.path().join("new");
+    std::fs::write(&path, &broken).unwrap();
+    assert!(tune(&path, &target, &mut table, &mut ()).unwrap_err().to_string().contains("checksum"));
+    assert!(tune(&path, &path, &mut table, &mut ()).is_err());
+    assert_eq!(std::fs::read(&path).unwrap(), broken, "the old file, whole");
+    assert_eq!(dir.path().read_dir().unwrap().count(), 2, "nothing beside what was there");
+}
+
+/// A model of costs decides for a CPU that is not there. On ARM, which was not measured, what saves little counts as a loss.
+#[test]
+fn other_cpus_have_a_model_of_costs() {
+    let dir = tempfile::tempdir().unwrap();
+    pruned().write(dir.path());
+    for (target, value) in
+        [(Target::Avx2, "whole 6.9, rows 3.5, columns 6.2)"), (Target::Neon, "whole 6.9, rows 3.6, columns 7.5)")]
+    {
+        let packed = Packed::pack(dir.path(), &Options { target: Some(target), ..Options::default() });
+        let image = packed.image();
+        let tuning = image.header().tuning;
+        for says in ["gate: rows (", "query: columns (", value] {
+            assert!(tuning.contains(says), "{target:?} {tuning}");
+        }
+    }
+}
+
+/// An image in blocks, as it is mapped.
+fn blocks(bytes: &[u8]) -> Vec<Block> {
+    bytes.chunks_exact(Block::BYTES).map(|b| Block(b.try_into().unwrap())).collect()
 }
 
 /// What `verify` says of an image in which a section of layer 0 is not what it was in `sound`: that its checksum is wrong, and

@@ -16,6 +16,8 @@ pub struct Header<'a> {
     pub provenance: Provenance<'a>,
     /// What turns text into tokens and back.
     pub text: Text<'a>,
+    /// What chose the layouts of linears and by what figures, line by line, for people; may be empty. Nothing else reads it.
+    pub tuning: &'a str,
     /// The section table: [`super::Record`]s of 32 bytes.
     pub sections: &'a [u8],
 }
@@ -34,7 +36,7 @@ pub struct MemoryPlan {
     pub sampler: u64,
 }
 
-/// Where a model came from. Nothing here depends on when or where it was packed.
+/// Where a model came from. Nothing in it depends on when or where it was packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Provenance<'a> {
     /// A name for people.

@@ -1,7 +1,10 @@
 //! What kitoken takes for granted of a tokenizer, looked at before it gets one: a hostile file must not end a program.
 use alloc::vec;
 use alloc::vec::Vec;
-use kitoken::{CharsMap, Decoding, Definition, InsertionPosition, Model, Normalization};
+use kitoken::{
+    CharsMap, Decoding, DecodingReplacePattern, Definition, InsertionPosition, Model, Normalization,
+    NormalizationReplacePattern, Split, SplitBehavior, SplitPattern,
+};
 
 /// Most characters that a step may add to a text: a hostile one could add gigabytes to each.
 const ADDED_MAX: u32 = 16;
@@ -36,6 +39,11 @@ pub fn check(definition: &Definition) -> Result<(), &'static str> {
         }
     }
     for step in &definition.config.normalization {
+        // Conditions can stand in conditions.
+        let mut step = step;
+        while let Normalization::Conditional { normalization, .. } = step {
+            step = normalization;
+        }
         match step {
             Normalization::Extend { left, right, .. } if long(*left, *right) => {
                 return Err("it adds too much to a text");
@@ -43,8 +51,127 @@ pub fn check(definition: &Definition) -> Result<(), &'static str> {
             Normalization::CharsMap { map } if !is_closed(map) => {
                 return Err("its map of characters leads out of itself");
             }
+            Normalization::Replace { pattern: NormalizationReplacePattern::Regex(pattern), .. } => {
+                check_pattern(pattern)?;
+            }
             _ => {}
         }
+    }
+    for step in &definition.config.decoding {
+        if let Decoding::Replace { pattern: DecodingReplacePattern::Regex(pattern), .. } = step {
+            check_pattern(pattern)?;
+        }
+    }
+    for split in &definition.config.split {
+        let Split::Pattern { pattern, behavior } = split else { continue };
+        match pattern {
+            SplitPattern::Regex(pattern) => check_pattern(pattern)?,
+            SplitPattern::String(text) if text.is_empty() => return Err("it splits a text by nothing"),
+            // kitoken takes it for one byte, and cuts it in two unless it is joined with what comes after it.
+            SplitPattern::Character(c) if c.len_utf8() > 1 && *behavior != SplitBehavior::MergeRight => {
+                return Err("it splits a text by a character of several bytes");
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Refuses patterns over which the engine of regular expressions, or kitoken with its errors, panics in some text.
+///
+/// - Word boundaries: they need tables that kitoken's engine is built without.
+/// - Repeated groups in which something can match in several ways, `(?:a|aa)+`: before what does not match, the engine tries as
+///   many ways as powers of two of the text's length, gives up after a million, and kitoken takes it for a bug. Patterns that
+///   reach the limit with repetitions side by side, which takes a long text, are not found here.
+fn check_pattern(pattern: &str) -> Result<(), &'static str> {
+    /// Most times that such a group may be repeated.
+    const TIMES: u32 = 8;
+    // Whether each open group, and the whole, can match in several ways; and whether what was just read is such a group.
+    let (mut open, mut group) = (vec![false], false);
+    let mut chars = pattern.chars().peekable();
+    while let Some(c) = chars.next() {
+        // The innermost; the whole is never closed.
+        let inner = open.len() - 1;
+        let times = match c {
+            '\\' => {
+                match chars.next() {
+                    Some('b' | 'B' | '<' | '>') => {
+                        return Err("a pattern asks for word boundaries, which are not supported");
+                    }
+                    Some('p' | 'P' | 'x' | 'u') if chars.peek() == Some(&'{') => {
+                        while chars.next().is_some_and(|c| c != '}') {}
+                    }
+                    _ => {}
+                }
+                None
+            }
+            '[' => {
+                let mut depth = 1;
+                // A bracket that closes at once, or after a negation, is a member.
+                chars.next_if_eq(&'^');
+                chars.next_if_eq(&']');
+                while depth > 0 {
+                    match chars.next() {
+                        Some('[') => depth += 1,
+                        Some(']') => depth -= 1,
+                        Some('\\') => drop(chars.next()),
+                        Some(_) => {}
+                        None => break,
+                    }
+                }
+                None
+            }
+            '(' => {
+                chars.next_if_eq(&'?');
+                open.push(false);
+                None
+            }
+            ')' if inner > 0 => {
+                group = open.pop().expect("more than one");
+                open[inner - 1] |= group;
+                continue;
+            }
+            '|' => {
+                open[inner] = true;
+                None
+            }
+            '*' | '+' => Some((0, u32::MAX)),
+            '?' => Some((0, 1)),
+            '{' => {
+                let mut range = [0; 2];
+                let mut at = 0;
+                let mut digits = [false; 2];
+                while let Some(c) = chars.next_if(|&c| c != '}') {
+                    match c.to_digit(10) {
+                        Some(digit) => {
+                            range[at] = range[at].min(u32::MAX / 16) * 10 + digit;
+                            digits[at] = true;
+                        }
+                        None if c == ',' && at == 0 => at = 1,
+                        // No repetition, but text.
+                        None => {}
+                    }
+                }
+                let most = if at == 1 && digits[1] {
+                    range[1]
+                } else if at == 1 {
+                    u32::MAX
+                } else {
+                    range[0]
+                };
+                Some((range[0], most))
+            }
+            _ => None,
+        };
+        if let Some((least, most)) = times {
+            if group && most > TIMES {
+                return Err("a pattern repeats a group that can match in several ways");
+            }
+            open[inner] |= least != most;
+            // Lazy or possessive.
+            chars.next_if(|&c| matches!(c, '?' | '+'));
+        }
+        group = false;
     }
     Ok(())
 }
@@ -97,6 +224,41 @@ fn is_closed(map: &CharsMap) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn patterns_that_panic_are_refused_and_those_of_models_are_not() {
+        for pattern in [
+            r" ?+|\B+",
+            r"a\b",
+            r"\\\b",
+            r"\<a",
+            r"a\b{start}",
+            r"(?:a|aa)+(?!b)c",
+            r"(a*)*b",
+            r"((a|b)c)+",
+            r"(?:a?){20}",
+            r"(?:[)]|a)*",
+            r"(?:a+){2,}x",
+        ] {
+            assert!(check_pattern(pattern).is_err(), "{pattern}");
+        }
+        for pattern in [
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}]*[\p{Ll}\p{M}]+(?i:'s|'t)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+(?!\S)",
+            r"(?=(?:\d{3})+(?!\d))",
+            r" ?[^(\s|[.,!?])]+",
+            r"'(?i:[sdmt]|ll)|[^\r\n]?+\p{L}+| ?[^\s]++[\r\n]*",
+            r"[\]b]+\\b",
+            r"(a|b)?c",
+            "",
+            r"(?:a|b){2}",
+            ")",
+            r"[^]a]*",
+            r"[[:alpha:]--[b]]+",
+        ] {
+            assert_eq!(check_pattern(pattern), Ok(()), "{pattern}");
+        }
+    }
 
     fn map(units: &[u32], texts: &[u8]) -> CharsMap {
         let bytes = postcard::to_allocvec(&(units, texts)).unwrap();

@@ -6,8 +6,10 @@
 //! - `list`: every backend of this CPU, operation and format that there is.
 //! - `measure [--backend NAME]… [--op NAME]… [--format NAME]… [--shape ROWSxCOLS]… [--threads N]…`: see [`measure`].
 //! - `sparse [BACKEND]`, of which `cargo bench -p bitnet-tests --bench kernels -- sparse` prints the lines: see [`sparse`].
+//! - `lists`, of which `cargo bench -p bitnet-tests --bench kernels -- lists` prints the lines: see [`lists`].
 //! - `once BACKEND OP FORMAT`: one product between two marks, for a trace of it. See [`once`].
 
+mod lists;
 mod measure;
 mod once;
 mod product;
@@ -31,6 +33,10 @@ fn main() {
         ["measure", ref options @ ..] => Choice::read(options).map(|choice| measure::all(&choice)),
         ["sparse"] => sparse::all(None),
         ["sparse", backend] => sparse::all(Some(backend)),
+        ["lists"] => {
+            lists::all();
+            Ok(())
+        }
         ["once", backend, op, format] => once::run(backend, op, format),
         _ => Err("start this as `cargo xtask bench` or `cargo xtask arm`".to_owned()),
     };

@@ -124,6 +124,7 @@ pub fn dummy(
     config.check().map_err(|e| Error::Options(e.to_string()))?;
     let limits = options.limits(&config)?;
     let parts = Parts {
+        tuning: String::new(),
         config,
         limits,
         name: options.name.clone().unwrap_or_else(|| shape.name.clone()),
@@ -175,6 +176,7 @@ pub fn dummy(
         notes,
         adapted: None,
         pruned: None,
+        tuning: None,
     })
 }
 

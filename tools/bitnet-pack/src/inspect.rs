@@ -34,6 +34,8 @@ pub struct Summary {
     pub stop: Vec<u32>,
     /// Jinja, or empty.
     pub chat_template: String,
+    /// What chose the layouts of linears, or empty.
+    pub tuning: String,
     /// All sections, in the order of the file.
     pub sections: Vec<SectionReport>,
     /// First byte and checksum of each section.
@@ -62,6 +64,7 @@ pub fn inspect(path: &Path) -> Result<Summary, Error> {
         bos: text.bos,
         stop: text.stop.ids().into(),
         chat_template: text.chat_template.into(),
+        tuning: image.header().tuning.into(),
         sections: records.iter().filter_map(SectionReport::of).collect(),
         places: records.iter().map(|r| (u64::from(r.start.get()) * Block::BYTES as u64, r.checksum.get())).collect(),
         layers: LayerBits::of(&image),
@@ -171,6 +174,7 @@ impl Summary {
                 "total_bytes": plan.bytes(),
                 "recorded_bytes": self.recorded_bytes(),
             },
+            "tuning": self.tuning.lines().collect::<Vec<_>>(),
             "layers": layers.collect::<Vec<_>>(),
             "sections": sections.collect::<Vec<_>>(),
         })
@@ -238,6 +242,7 @@ impl fmt::Display for Summary {
             f,
             "text          tokenizer {tokenizer}, first token {bos}, stop tokens {stop}, chat template {template}"
         )?;
+        self.tuning.lines().try_for_each(|line| writeln!(f, "tuning        {}", printable(line)))?;
         writeln!(f)?;
         self.table(f)?;
         writeln!(f)?;

@@ -1,6 +1,7 @@
 //! Which rows, columns and blocks of a linear hold anything but zeros: models that were pruned are recognised by their numbers.
 use crate::checkpoint::sections::Source;
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo};
+use crate::tune::Tuner;
 use crate::{Error, Layouts, Progress};
 use bitnet_kernel::blocks::STRIP_ROWS;
 use bitnet_kernel::{Block, BlockShape, Format};
@@ -77,6 +78,37 @@ pub enum Found {
     Live(Live),
 }
 
+impl Found {
+    /// What people call it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Whole => "whole",
+            Self::Live(live) => live.shape.name(),
+            Self::Kept(kept) => match (kept.rows.contains(&false), kept.cols.contains(&false)) {
+                (true, false) => "rows",
+                (false, true) => "columns",
+                _ => "rows and columns",
+            },
+        }
+    }
+    /// Blocks of a linear of `rows` by `cols` whose weights have `format` where they are not in blocks.
+    pub fn blocks(&self, format: Format, rows: u32, cols: u32) -> u64 {
+        match self {
+            Self::Whole => Encoding::Matrix(format).blocks(rows, cols),
+            Self::Kept(kept) => kept.blocks(format),
+            Self::Live(live) => live.blocks(),
+        }
+    }
+    /// The encoding of a linear so stored, and of the index before it.
+    pub const fn encodings(&self, format: Format) -> (Encoding, Encoding) {
+        match self {
+            Self::Whole => (Encoding::Matrix(format), Encoding::Whole),
+            Self::Kept(_) => (Encoding::Matrix(format), Encoding::Kept),
+            Self::Live(live) => (Encoding::Blocks(live.shape), Encoding::Starts),
+        }
+    }
+}
+
 /// What a block-sparse linear must save beside a compacted one: its kernels take so many hundredths longer for a byte. By the
 /// prototype of this kernel on a Zen 3 core, in cache; see the module of the kernel crate.
 const BLOCK_COST: u64 = 107;
@@ -93,6 +125,11 @@ impl Kept {
     pub fn shape(&self) -> (u32, u32) {
         let count = |of: &[bool]| of.iter().filter(|&&kept| kept).count() as u32;
         (count(&self.rows), count(&self.cols))
+    }
+    /// Blocks of the matrix that is stored.
+    pub fn blocks(&self, format: Format) -> u64 {
+        let (rows, cols) = self.shape();
+        Encoding::Matrix(format).blocks(rows, cols)
     }
     /// The masks as the image has them.
     pub fn masks(&self) -> Vec<Block> {
@@ -133,8 +170,106 @@ impl Kept {
     }
 }
 
-/// Looks for rows, columns and blocks of zeros in a linear, and says what to keep if that is worth it. Blocks only where the linear
-/// would be ternary.
+/// Where a linear has nothing but zeros.
+#[derive(Clone, Debug)]
+pub struct Zeros {
+    kept: Kept,
+    /// Blocks of 16 by 16, of ternary linears, and while they are worth looking at.
+    squares: Option<Live>,
+}
+
+impl Zeros {
+    /// Of a linear of zeros, to which [`Zeros::note`] adds what is not. Blocks only where the linear is ternary.
+    pub fn new(rows: usize, cols: usize, ternary: bool) -> Self {
+        let squares = ternary.then(|| {
+            let live = vec![false; rows.div_ceil(STRIP_ROWS) * BlockShape::Square.across(cols)];
+            Live { shape: BlockShape::Square, rows, cols, live }
+        });
+        Self { kept: Kept { rows: vec![false; rows], cols: vec![false; cols] }, squares }
+    }
+
+    /// Notes which of the first `cols` numbers of `row` are not zero. Blocks are looked at in whole rows alone.
+    pub fn note(&mut self, row: usize, cols: usize, nonzero: impl Fn(usize) -> bool) {
+        for (c, kept) in self.kept.cols[..cols].iter_mut().enumerate() {
+            if nonzero(c) {
+                (*kept, self.kept.rows[row]) = (true, true);
+            }
+        }
+        if cols == self.kept.cols.len() {
+            self.note_blocks(row, nonzero);
+        }
+    }
+
+    /// Notes the blocks of `row` that hold something.
+    fn note_blocks(&mut self, row: usize, nonzero: impl Fn(usize) -> bool) {
+        if let Some(Live { shape, cols, live, .. }) = &mut self.squares {
+            let across = shape.across(*cols);
+            let strip = &mut live[row / STRIP_ROWS * across..][..across];
+            for (b, live) in strip.iter_mut().enumerate() {
+                *live |= (b * shape.cols()..(*cols).min((b + 1) * shape.cols())).any(&nonzero);
+            }
+        }
+    }
+
+    /// What takes the fewest bytes of what `layouts` allows, if that is worth it.
+    fn smallest(self, format: Format, layouts: Layouts) -> Found {
+        let Self { kept, squares } = self;
+        let (rows, cols) = (kept.rows.len() as u32, kept.cols.len() as u32);
+        let squares = squares.filter(|_| layouts != Layouts::Kept);
+        let whole = Encoding::Matrix(format).blocks(rows, cols);
+        let kept = if matches!(layouts, Layouts::Blocks(_)) { None } else { kept.worth(format) };
+        let compact = kept.as_ref().map_or(whole, |kept| kept.blocks(format));
+        let live = squares.into_iter().flat_map(|squares| [squares.widened(), squares]);
+        let live = live.filter(|live| live.live.contains(&false));
+        let live = live.filter(|live| !matches!(layouts, Layouts::Blocks(shape) if shape != live.shape));
+        // Wide blocks, whose kernels are the faster ones, unless square ones are smaller by the same share.
+        let live =
+            live.reduce(|wide, square| if square.blocks() * BLOCK_COST < wide.blocks() * 100 { square } else { wide });
+        let worth = |live: &Live| {
+            live.blocks() * BLOCK_COST < compact * 100 && (whole.saturating_sub(live.blocks())) * WORTH >= whole
+        };
+        match (live.filter(worth), kept) {
+            (Some(live), _) => Found::Live(live),
+            (None, Some(kept)) => Found::Kept(kept),
+            (None, None) => Found::Whole,
+        }
+    }
+
+    /// Every layout that takes fewer bytes than the whole linear, and this first where `format` can hold zeros. Linears of
+    /// grouped formats and of half precision stay whole.
+    pub fn layouts(self, format: Format) -> Vec<Found> {
+        let Self { kept, squares } = self;
+        let count = |of: &[bool]| of.iter().filter(|&&kept| kept).count();
+        let (left, all) = ((count(&kept.rows), count(&kept.cols)), (kept.rows.len(), kept.cols.len()));
+        let mut found = vec![Found::Whole];
+        if left.0 == 0 || format.is_grouped() || format == Format::F16 {
+            return found;
+        }
+        let with = |rows: bool, cols: bool| Kept {
+            rows: kept.rows.iter().map(|&kept| kept || !rows).collect(),
+            cols: kept.cols.iter().map(|&kept| kept || !cols).collect(),
+        };
+        if format == Format::B1 {
+            return if left == all { found } else { vec![Found::Kept(kept)] };
+        }
+        let compacted = [(left.0 < all.0, false), (false, left.1 < all.1), (left.0 < all.0, left.1 < all.1)];
+        for (i, (rows, cols)) in compacted.into_iter().enumerate() {
+            // The third is both, or it is one of the others.
+            if (rows || cols) && (i < 2 || rows && cols) {
+                found.push(Found::Kept(with(rows, cols)));
+            }
+        }
+        let live = squares.into_iter().flat_map(|squares| [squares.widened(), squares]);
+        found.extend(live.filter(|live| live.live.contains(&false)).map(Found::Live));
+        let blocks = |found: &Found| found.blocks(format, all.0 as u32, all.1 as u32);
+        let whole = blocks(&Found::Whole);
+        found.retain(|found| *found == Found::Whole || blocks(found) < whole);
+        found
+    }
+}
+
+/// Looks for rows, columns and blocks of zeros in a linear, and says what to keep: what `tuner` chooses, or else what is
+/// smallest if that is worth it. Blocks only where the linear would be ternary.
 ///
 /// Only zeros of the checkpoint count, not what quantization makes zero. A matrix without columns of zeros is read as far as
 /// its first rows, and the start of each other row.
@@ -147,52 +282,34 @@ pub fn find(
     section: &Section,
     format: Format,
     layouts: Layouts,
+    tuner: Option<&mut Tuner<'_>>,
     progress: &dyn Progress,
 ) -> Result<Found, Error> {
     let Some(tensor) = source.tensor() else { return Ok(Found::Whole) };
     if layouts == Layouts::Whole {
         return Ok(Found::Whole);
     }
-    let kept = Kept { rows: vec![false; section.rows as usize], cols: vec![false; section.cols as usize] };
     let (rows, cols) = (section.rows as usize, section.cols as usize);
     let ternary = matches!(source, Source::Packed(..) | Source::Ternary(..) | Source::Masters(..))
         && matches!(format, Format::T2 | Format::TL);
-    let squares = (ternary && layouts != Layouts::Kept).then(|| {
-        let live = vec![false; rows.div_ceil(STRIP_ROWS) * BlockShape::Square.across(cols)];
-        Live { shape: BlockShape::Square, rows, cols, live }
-    });
-    let mut finder = Finder { checkpoint, tensor, kept, squares, raw: Vec::new(), floats: Vec::new() };
+    let zeros = Zeros::new(rows, cols, ternary && layouts != Layouts::Kept);
+    let mut finder = Finder { checkpoint, tensor, zeros, raw: Vec::new(), floats: Vec::new() };
     if tensor.dtype == Dtype::U8 {
         finder.packed(progress)?
     } else {
         finder.floats(progress)?
     }
-    let Finder { kept, squares, .. } = finder;
-    let whole = Encoding::Matrix(format).blocks(section.rows, section.cols);
-    let kept = if matches!(layouts, Layouts::Blocks(_)) { None } else { kept.worth(format) };
-    let compact = kept.as_ref().map_or(whole, |kept| Encoding::Matrix(format).blocks(kept.shape().0, kept.shape().1));
-    let live = squares.into_iter().flat_map(|squares| [squares.widened(), squares]);
-    let live = live.filter(|live| live.live.contains(&false));
-    let live = live.filter(|live| !matches!(layouts, Layouts::Blocks(shape) if shape != live.shape));
-    // Wide blocks, whose kernels are the faster ones, unless square ones are smaller by the same share.
-    let live =
-        live.reduce(|wide, square| if square.blocks() * BLOCK_COST < wide.blocks() * 100 { square } else { wide });
-    let worth = |live: &Live| {
-        live.blocks() * BLOCK_COST < compact * 100 && (whole.saturating_sub(live.blocks())) * WORTH >= whole
-    };
-    Ok(match (live.filter(worth), kept) {
-        (Some(live), _) => Found::Live(live),
-        (None, Some(kept)) => Found::Kept(kept),
-        (None, None) => Found::Whole,
+    let zeros = finder.zeros;
+    Ok(match tuner {
+        Some(tuner) => tuner.choose(section, format, zeros),
+        None => zeros.smallest(format, layouts),
     })
 }
 
 struct Finder<'a> {
     checkpoint: &'a Checkpoint,
     tensor: &'a TensorInfo,
-    kept: Kept,
-    /// Blocks of 16 by 16, while they are worth looking at.
-    squares: Option<Live>,
+    zeros: Zeros,
     raw: Vec<u8>,
     floats: Vec<f32>,
 }
@@ -202,29 +319,18 @@ impl Finder<'_> {
     /// zero, which the blocks of a ternary matrix are only where it was pruned by blocks.
     fn is_dense(&mut self, read: usize) -> bool {
         if read >= UNIT_ROWS
-            && let Some(squares) = &self.squares
+            && let Some(squares) = &self.zeros.squares
         {
             let first = UNIT_ROWS / STRIP_ROWS * squares.shape.across(squares.cols);
             if squares.live[..first].iter().all(|&live| live) {
-                self.squares = None;
+                self.zeros.squares = None;
             }
         }
-        self.squares.is_none() && self.kept.cols.iter().all(|&kept| kept)
-    }
-
-    /// Notes the blocks of `row` that hold something.
-    fn note(&mut self, row: usize, nonzero: impl Fn(usize) -> bool) {
-        if let Some(Live { shape, cols, live, .. }) = &mut self.squares {
-            let across = shape.across(*cols);
-            let strip = &mut live[row / STRIP_ROWS * across..][..across];
-            for (b, live) in strip.iter_mut().enumerate() {
-                *live |= (b * shape.cols()..(*cols).min((b + 1) * shape.cols())).any(&nonzero);
-            }
-        }
+        self.zeros.squares.is_none() && self.zeros.kept.cols.iter().all(|&kept| kept)
     }
 
     fn floats(&mut self, progress: &dyn Progress) -> Result<(), Error> {
-        let (rows, cols) = (self.kept.rows.len(), self.kept.cols.len());
+        let (rows, cols) = (self.zeros.kept.rows.len(), self.zeros.kept.cols.len());
         for first in (0..rows).step_by(UNIT_ROWS) {
             if progress.cancelled() {
                 return Err(Error::Interrupted);
@@ -237,7 +343,7 @@ impl Finder<'_> {
             for row in unit {
                 let prefix = if cols as u64 > 2 * PREFIX { PREFIX as usize } else { cols };
                 self.look(row, 1, prefix)?;
-                if !self.kept.rows[row] {
+                if !self.zeros.kept.rows[row] {
                     self.look(row, 1, cols)?;
                 }
             }
@@ -247,18 +353,12 @@ impl Finder<'_> {
 
     /// Looks at the first `cols` numbers of one row, or at `rows` whole rows.
     fn look(&mut self, first: usize, rows: usize, cols: usize) -> Result<(), Error> {
-        let width = self.kept.cols.len();
+        let width = self.zeros.kept.cols.len();
         self.floats.resize(rows * cols, 0.0);
         self.checkpoint.read_floats(self.tensor, (first * width) as u64, &mut self.raw, &mut self.floats)?;
         let floats = core::mem::take(&mut self.floats);
         for (row, values) in (first..).zip(floats.chunks_exact(cols)) {
-            for (kept, value) in self.kept.cols.iter_mut().zip(values) {
-                *kept |= *value != 0.0;
-            }
-            self.kept.rows[row] |= values.iter().any(|v| *v != 0.0);
-            if cols == width {
-                self.note(row, |c| values[c] != 0.0);
-            }
+            self.zeros.note(row, cols, |c| values[c] != 0.0);
         }
         self.floats = floats;
         Ok(())
@@ -267,7 +367,7 @@ impl Finder<'_> {
     /// Codes, four rows a byte; one that stands for nothing counts as a weight, and is refused later.
     fn packed(&mut self, progress: &dyn Progress) -> Result<(), Error> {
         const ZEROS: u8 = 0x55;
-        let (rows, cols) = (self.kept.rows.len(), self.kept.cols.len());
+        let (rows, cols) = (self.zeros.kept.rows.len(), self.zeros.kept.cols.len());
         let quarter = rows.div_ceil(4);
         for byte_row in 0..quarter {
             if progress.cancelled() {
@@ -282,20 +382,20 @@ impl Finder<'_> {
                 self.checkpoint.read(self.tensor, (byte_row * cols) as u64, &mut self.raw)?;
                 let found = self.raw.iter().fold(0, |found, byte| found | ((byte ^ ZEROS) & used));
                 for plane in planes.clone() {
-                    self.kept.rows[plane * quarter + byte_row] = found >> (2 * plane) & 3 != 0;
+                    self.zeros.kept.rows[plane * quarter + byte_row] = found >> (2 * plane) & 3 != 0;
                 }
-                if length == cols || planes.clone().all(|plane| self.kept.rows[plane * quarter + byte_row]) {
+                if length == cols || planes.clone().all(|plane| self.zeros.kept.rows[plane * quarter + byte_row]) {
                     break;
                 }
             }
             if self.raw.len() == cols {
                 let raw = core::mem::take(&mut self.raw);
                 for plane in planes {
-                    self.note(plane * quarter + byte_row, |c| (raw[c] ^ ZEROS) >> (2 * plane) & 3 != 0);
+                    self.zeros.note_blocks(plane * quarter + byte_row, |c| (raw[c] ^ ZEROS) >> (2 * plane) & 3 != 0);
                 }
                 self.raw = raw;
             }
-            for (kept, byte) in self.kept.cols.iter_mut().zip(&self.raw) {
+            for (kept, byte) in self.zeros.kept.cols.iter_mut().zip(&self.raw) {
                 *kept |= (byte ^ ZEROS) & used != 0;
             }
         }

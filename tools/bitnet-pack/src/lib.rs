@@ -23,6 +23,7 @@ pub mod quantize;
 pub mod report;
 pub mod split;
 pub mod tokenizer;
+pub mod tune;
 pub mod verify;
 pub mod write;
 
@@ -37,4 +38,5 @@ pub use inspect::{Summary, inspect};
 pub use pack::{Layouts, Options, pack};
 pub use prune::{Pattern, Pruned, Sparsity};
 pub use report::{Progress, Report};
+pub use tune::{Target, tune};
 pub use verify::{Verified, verify};

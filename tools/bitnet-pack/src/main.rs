@@ -4,7 +4,7 @@ use bitnet_kernel::{BlockShape, Format};
 use bitnet_pack::calibrate::{Adaptive, Rule};
 use bitnet_pack::checkpoint::Dtype;
 use bitnet_pack::export::Ternary;
-use bitnet_pack::{Error, Layouts, Options, Pattern, Preset, Progress, Report, Sparsity};
+use bitnet_pack::{Error, Layouts, Options, Pattern, Preset, Progress, Report, Sparsity, Target};
 use bitnet_runtime::memory::KvFormat;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
@@ -78,6 +78,11 @@ struct Pack {
     /// Weights in a group of I2_S in a GGUF file: 128, or 64 as bitnet.cpp once wrote on ARM. The packer does not tell by itself.
     #[arg(long, value_name = "WEIGHTS", default_value = "128", value_parser = i2s_group())]
     i2s_group: Dtype,
+    /// Choose the layout of each linear with zeros by its speed on a CPU in place of its bytes: native times the layouts here,
+    /// on the model's own shapes and zeros; for another CPU a model of costs decides, for ARM with a reserve. What was chosen
+    /// and why is shown, and recorded in the image. `bitnet tune` does it again on the device.
+    #[arg(long, value_name = "CPU", conflicts_with = "layout", value_parser = target())]
+    target_arch: Option<Target>,
     #[command(flatten)]
     formats: Formats,
     #[command(flatten)]
@@ -413,6 +418,11 @@ fn preset() -> impl TypedValueParser<Value = Preset> {
     PossibleValuesParser::new(Preset::ALL.map(|(name, _)| name)).map(named)
 }
 
+fn target() -> impl TypedValueParser<Value = Target> {
+    let named = |name: String| Target::ALL.into_iter().find(|(n, _)| *n == name).expect("all are targets").1;
+    PossibleValuesParser::new(Target::ALL.map(|(name, _)| name)).map(named)
+}
+
 fn layouts(name: &str) -> Layouts {
     match name {
         "rowcol" => Layouts::Kept,
@@ -497,10 +507,11 @@ impl Drop for Bar {
 fn run(command: Command) -> Result<String, Error> {
     match command {
         Command::Pack(pack) => {
-            let Pack { source, output, tokenizer, i2s_group, formats, widths, sparsity, plan } = *pack;
+            let Pack { source, output, tokenizer, i2s_group, target_arch: target, formats, widths, sparsity, plan } =
+                *pack;
             let sparsity = sparsity.chosen(formats.layout, widths.calibration.as_ref())?;
             let adaptive = widths.adaptive(sparsity.is_some())?;
-            let options = Options { tokenizer, i2s: i2s_group, adaptive, sparsity, ..options(formats, plan) };
+            let options = Options { tokenizer, i2s: i2s_group, target, adaptive, sparsity, ..options(formats, plan) };
             let report = bitnet_pack::pack(&source, &output, &options, &mut Bar::new().listen())?;
             widths.write(&report)?;
             Ok(written(&report, &output))

@@ -8,6 +8,7 @@ use crate::prune::{Sparsity, prune};
 use crate::quantize::{self, Absmean, Distance, MagnitudeSum};
 use crate::report::{LayerBits, Progress, Report, SectionReport, planned_bits};
 use crate::split::{self, Energy, Plane};
+use crate::tune::{self, Costs, Measured, Target, Timer, Tuner, Tuning};
 use crate::verify::{Opened, verify_with};
 use crate::write::{BUFFER_BYTES, Finished, ImageWriter, Layout, Parts};
 use crate::{Error, tokenizer};
@@ -16,7 +17,8 @@ use bitnet_kernel::{Block, BlockShape, Format};
 use bitnet_runtime::image::split::{COLUMNS, Columns};
 use bitnet_runtime::image::{Encoding, Kind, UNIT_ROWS};
 use bitnet_runtime::memory::KvFormat;
-use bitnet_runtime::{Config, Limits};
+use bitnet_runtime::parallel::cpus::Granted;
+use bitnet_runtime::{Config, Limits, backend};
 use half::f16;
 use std::path::{Path, PathBuf};
 use zerocopy::IntoBytes;
@@ -54,6 +56,8 @@ pub struct Options {
     pub adaptive: Option<Adaptive>,
     /// Which weights are left out.
     pub sparsity: Option<Sparsity>,
+    /// The CPU whose speed decides between layouts, in place of bytes alone.
+    pub target: Option<Target>,
 }
 
 /// Which layouts of linears the packer may choose.
@@ -87,6 +91,7 @@ impl Default for Options {
             layout: Layouts::Auto,
             adaptive: None,
             sparsity: None,
+            target: None,
         }
     }
 }
@@ -201,7 +206,10 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
     table.config.split_head = options.split_head;
     table.config.live_ffn = options.live_ffn;
     let limits = options.limits(&table.config)?;
-    let mut bound = sections::bind(&checkpoint, &mut table, options, progress)?;
+    let mut timer = options.target.map(|target| timer(target, options.format, &table.config)).transpose()?;
+    let mut tuner = timer.as_mut().map(|timer| Tuner::new(timer.as_mut()));
+    let mut bound = sections::bind(&checkpoint, &mut table, options, tuner.as_mut(), progress)?;
+    let tuning = tuner.map(Tuner::finish);
     let calibration = options.adaptive.as_ref().map_or(0, |adaptive| adaptive.peak(&table.config));
     let mut peak_bytes = peak(&checkpoint, &bound, options)? + calibration;
     peak_bytes += pruned.as_ref().map_or(0, |pruned| pruned.peak);
@@ -220,6 +228,7 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
         bos: text.bos,
         stop: text.stop,
         chat_template: text.chat_template,
+        tuning: tuning.as_ref().map_or(String::new(), Tuning::to_string),
     };
     let sections = |bound: &[Bound]| bound.iter().map(|b| (b.stored(), b.encoding, b.blocks())).collect::<Vec<_>>();
     let tokenizer = text.tokenizer.as_ref().map(Vec::len);
@@ -276,7 +285,18 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
         notes: table.notes,
         adapted: prepared.map(|prepared| prepared.adapted),
         pruned,
+        tuning,
     })
+}
+
+/// What says how fast layouts are on `target`.
+fn timer(target: Target, format: Format, config: &Config) -> Result<Box<dyn Timer>, Error> {
+    if target != Target::Native {
+        return Ok(Box::new(Costs(target)));
+    }
+    let threads = Granted::now().threads();
+    let measured = Measured::new(backend::best(), threads, tune::linear_bytes(config, format));
+    Ok(Box::new(measured.map_err(|e| Error::Options(format!("--target-arch native: no {threads} threads: {e}")))?))
 }
 
 /// The linear that a section is, if it gets a format of its own where formats are chosen.

@@ -1,6 +1,7 @@
 //! What a person is told: while it runs, and at the end.
 use crate::calibrate::Adapted;
 use crate::prune::Pruned;
+use crate::tune::Tuning;
 use bitnet_kernel::Format;
 use bitnet_runtime::image::{Encoding, Image, Kind, Record, UNIT_ROWS};
 use bitnet_runtime::{Config, Limits, Plan};
@@ -226,6 +227,8 @@ pub struct Report {
     pub adapted: Option<Adapted>,
     /// What was left out, where that was asked for.
     pub pruned: Option<Pruned>,
+    /// The layouts of linears with zeros, where a CPU decided.
+    pub tuning: Option<Tuning>,
 }
 
 /// `"731.5 MiB"`, and `"4096 B"` where that would show as next to nothing.
@@ -315,6 +318,9 @@ impl fmt::Display for Report {
         }
         if let Some(pruned) = &self.pruned {
             write!(f, "{pruned}")?;
+        }
+        if let Some(tuning) = &self.tuning {
+            write!(f, "{tuning}")?;
         }
         totals(f, self.image_bytes, &self.layers, &self.config, &self.limits)?;
         writeln!(

@@ -59,6 +59,10 @@ impl Whole {
         let layout = Layout::Kept(tensor, kept(row_mask).collect(), kept(col_mask).collect());
         Ok(Some(Self { format, rows, cols, scale, layout }))
     }
+    /// Whether the image has it with its zeros.
+    pub(crate) const fn is_stored_whole(&self) -> bool {
+        matches!(self.layout, Layout::Whole(_))
+    }
     /// Units of 64 rows.
     pub(crate) const fn units(&self) -> u32 {
         self.rows.div_ceil(UNIT_ROWS as u32)

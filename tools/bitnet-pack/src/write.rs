@@ -37,6 +37,8 @@ pub struct Parts {
     pub stop: StopIds,
     /// Jinja, or empty.
     pub chat_template: String,
+    /// What chose the layouts of linears, for people; empty if nothing was timed or estimated.
+    pub tuning: String,
 }
 
 impl Parts {
@@ -55,6 +57,7 @@ impl Parts {
             },
             provenance: Provenance { name: &self.name, architecture: &self.architecture, packer: Self::PACKER },
             text: Text { bos: self.bos, stop: self.stop, chat_template: &self.chat_template },
+            tuning: &self.tuning,
             sections: records.as_bytes(),
         }
     }

@@ -174,6 +174,8 @@ fn the_worked_example() {
     r.take(8, "stop ids: eight varints");
     assert_eq!(r.varint("stop ids: how many count"), 1);
     assert_eq!(r.string("chat template"), "");
+    r.say("\nheader: tuning");
+    assert_eq!(r.string("tuning"), "");
     r.say("\nheader: section table");
     let table = r.varint("length") as usize;
     assert_eq!(r.at + table, 64 + header, "nothing is left");

@@ -190,5 +190,10 @@ fn tokenizers() {
     place.put("tokenizer.json", json);
     let image = place.pack(&named());
     let (record, bytes) = section(&image, Kind::Tokenizer, None);
-    bless("text", "json", &bytes[..record.cols.get() as usize]);
+    let bytes = &bytes[..record.cols.get() as usize];
+    bless("text", "json", bytes);
+    // Word boundaries, which the engine of regular expressions has no tables for, in a pattern of the same length.
+    let (pattern, hostile) = (br" ?\p{L}+|\s+", br" ?+|\B+|a\s+");
+    let at = bytes.windows(pattern.len()).position(|w| w == pattern).unwrap();
+    bless("text", "word-boundary", &[&bytes[..at], hostile, &bytes[at + pattern.len()..]].concat());
 }

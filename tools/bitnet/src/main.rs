@@ -9,6 +9,7 @@ mod perplexity;
 mod run;
 mod sampling;
 mod selftest;
+mod tune;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -32,6 +33,7 @@ Examples:
   bitnet run model.bitnet \"Once upon a time\" --temperature 0 --max-tokens 24
   bitnet chat model.bitnet
   bitnet bench model.bitnet --threads 2 --json
+  bitnet tune model.bitnet -o tuned.bitnet
   bitnet selftest
 
 Exit codes: 0 done, 1 something failed (the reason is on standard error), 2 wrong usage.";
@@ -48,6 +50,8 @@ enum Command {
     Perplexity(perplexity::Args),
     /// Write the logits of every position, for comparing with other implementations.
     Logits(logits::Args),
+    /// Choose the layouts of linears with zeros by timing them on this machine, and write the image so.
+    Tune(tune::Args),
     /// Compare every kernel that this CPU runs with the portable ones.
     Selftest(selftest::Args),
 }
@@ -59,6 +63,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Logits(args) => logits::run(&args),
+        Command::Tune(args) => tune::run(&args),
         Command::Selftest(args) => selftest::run(&args),
     };
     match result {

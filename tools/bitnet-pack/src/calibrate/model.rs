@@ -93,7 +93,7 @@ impl<'a> Reference<'a> {
         let mut table = checkpoint.table()?;
         // The whole linears are looked at, whatever zeros they have.
         let options = Options { layout: Layouts::Whole, ..Options::default() };
-        let bound = sections::bind(checkpoint, &mut table, &options, progress)?;
+        let bound = sections::bind(checkpoint, &mut table, &options, None, progress)?;
         Self::of(checkpoint, &table, bound)
     }
 

@@ -3,6 +3,7 @@
 use super::{Checkpoint, Dtype, Naming, Storage, Table, TensorInfo, llama2c};
 use crate::kept::{self, Found, Kept, Live};
 use crate::quantize::Evidence;
+use crate::tune::Tuner;
 use crate::{Error, Options, Progress};
 use bitnet_kernel::float::TAPS;
 use bitnet_runtime::Config;
@@ -94,6 +95,7 @@ pub fn bind(
     checkpoint: &Checkpoint,
     table: &mut Table,
     options: &Options,
+    mut tuner: Option<&mut Tuner<'_>>,
     progress: &dyn Progress,
 ) -> Result<Vec<Bound>, Error> {
     let naming = checkpoint.naming();
@@ -113,7 +115,8 @@ pub fn bind(
                     && section.kind.index() != section.kind
                     && section.kind.linear_kind() == section.kind =>
             {
-                kept::find(checkpoint, &source, &section, format, options.layout, progress)?
+                let tuner = tuner.as_deref_mut();
+                kept::find(checkpoint, &source, &section, format, options.layout, tuner, progress)?
             }
             _ => Found::Whole,
         };
