@@ -1,9 +1,8 @@
 //! A virtio disk as the image's medium.
 use crate::cores::CORES_MAX;
 use crate::memory::{STACK_BASE, STACK_SLOT};
-use bitnet_kernel::Block;
 use bitnet_runtime::error::SourceError;
-use bitnet_runtime::source::BlockDevice;
+use bitnet_runtime::source::SectorDevice;
 use core::fmt;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -14,12 +13,10 @@ use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
 /// Bytes of one transport's registers.
 const TRANSPORT_BYTES: usize = 0x200;
-/// Blocks of a sector.
-const SECTOR_BLOCKS: usize = SECTOR_SIZE / Block::BYTES;
 /// Sectors of one request.
 const REQUEST_SECTORS: usize = 1 << 11;
 
-/// A disk, from whose first byte on there is an image.
+/// A disk.
 pub struct Disk {
     device: VirtIOBlk<Memory, MmioTransport<'static>>,
 }
@@ -45,12 +42,14 @@ impl Disk {
             Some(Self { device })
         })
     }
+}
 
-    /// Bytes on it.
-    pub fn bytes(&self) -> u64 {
-        self.device.capacity() * SECTOR_SIZE as u64
+impl SectorDevice for Disk {
+    const SECTOR_BYTES: usize = SECTOR_SIZE;
+
+    fn sectors(&self) -> u64 {
+        self.device.capacity()
     }
-
     fn read_sectors(&mut self, first: u64, into: &mut [u8]) -> Result<(), SourceError> {
         let mut sector = first as usize;
         for piece in into.chunks_mut(REQUEST_SECTORS * SECTOR_SIZE) {
@@ -58,36 +57,6 @@ impl Disk {
             sector += piece.len() / SECTOR_SIZE;
         }
         Ok(())
-    }
-
-    /// Reads blocks of one sector by way of another place.
-    fn read_part(&mut self, start: u64, into: &mut [Block]) -> Result<(), SourceError> {
-        let mut sector = [Block::ZERO; SECTOR_BLOCKS];
-        self.read_sectors(start / SECTOR_BLOCKS as u64, zerocopy::IntoBytes::as_mut_bytes(&mut sector[..]))?;
-        into.copy_from_slice(&sector[start as usize % SECTOR_BLOCKS..][..into.len()]);
-        Ok(())
-    }
-}
-
-impl BlockDevice for Disk {
-    fn read(&mut self, start: u32, into: &mut [Block]) -> Result<(), SourceError> {
-        let mut at = u64::from(start);
-        let end = at + into.len() as u64;
-        if end * Block::BYTES as u64 > self.bytes() {
-            return Err(SourceError::OutOfRange { start, blocks: into.len() as u32 });
-        }
-        let head = (at.next_multiple_of(SECTOR_BLOCKS as u64).min(end) - at) as usize;
-        let (head, rest) = into.split_at_mut(head);
-        if !head.is_empty() {
-            self.read_part(at, head)?;
-            at += head.len() as u64;
-        }
-        let (whole, tail) = rest.split_at_mut(rest.len() / SECTOR_BLOCKS * SECTOR_BLOCKS);
-        if !whole.is_empty() {
-            self.read_sectors(at / SECTOR_BLOCKS as u64, zerocopy::IntoBytes::as_mut_bytes(whole))?;
-            at += whole.len() as u64;
-        }
-        if tail.is_empty() { Ok(()) } else { self.read_part(at, tail) }
     }
 }
 

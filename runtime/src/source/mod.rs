@@ -1,6 +1,10 @@
 //! Where weights come from.
+#[cfg(feature = "embedded-sdmmc")]
+mod card;
 #[cfg(feature = "std")]
 mod file;
+#[cfg(feature = "embedded-storage")]
+mod flash;
 #[cfg(feature = "std")]
 #[expect(unsafe_code, reason = "a memory map is the one thing above the kernels that needs it")]
 mod map;
@@ -9,10 +13,15 @@ mod mapped;
 mod pieces;
 #[cfg(feature = "std")]
 mod ring;
+mod sectors;
 mod streamed;
 
+#[cfg(feature = "embedded-sdmmc")]
+pub use card::Card;
 #[cfg(feature = "std")]
 pub use file::ImageFile;
+#[cfg(feature = "embedded-storage")]
+pub use flash::Flash;
 #[cfg(feature = "std")]
 pub use map::{load_file, map_file};
 pub use mapped::Mapped;
@@ -20,6 +29,7 @@ pub use mapped::Mapped;
 pub use pieces::Pieces;
 #[cfg(feature = "std")]
 pub use ring::{Ring, RingOptions, RingStats, Span, Watch};
+pub use sectors::{SECTOR_BYTES_MAX, SectorDevice, Sectors};
 pub use streamed::{BlockDevice, Streamed};
 
 use crate::error::SourceError;

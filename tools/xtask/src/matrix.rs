@@ -169,6 +169,10 @@ pub(crate) fn steps() -> Vec<Step> {
         ("features/runtime-none", "-p bitnet-runtime --no-default-features"),
         ("features/runtime-alloc", "-p bitnet-runtime --no-default-features --features alloc"),
         ("features/runtime-std", "-p bitnet-runtime --no-default-features --features std"),
+        (
+            "features/runtime-drivers",
+            "-p bitnet-runtime --no-default-features --features embedded-sdmmc,embedded-storage",
+        ),
         ("features/kernel", "-p bitnet-kernel --no-default-features"),
         ("features/kernels-neon", "-p bitnet-kernels-neon --no-default-features"),
         ("features/kernels-sve2", "-p bitnet-kernels-sve2 --no-default-features"),
@@ -218,7 +222,7 @@ pub(crate) fn steps() -> Vec<Step> {
     for (name, arguments) in [
         ("bare/kernels", KERNEL_CRATES),
         ("bare/runtime", "-p bitnet-runtime"),
-        ("bare/runtime-alloc", "-p bitnet-runtime --features alloc"),
+        ("bare/runtime-alloc", "-p bitnet-runtime --features alloc,embedded-sdmmc,embedded-storage"),
     ] {
         let build = format!("build --release --target {ARM_BARE} {arguments}");
         steps.push(step(name, &[Need::Target(ARM_BARE)], cargo(&build)));

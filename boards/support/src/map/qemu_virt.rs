@@ -5,6 +5,7 @@ use crate::story::Medium;
 use crate::virtio::Disk;
 use bitnet_kernel::Block;
 use bitnet_runtime::image::MAGIC;
+use bitnet_runtime::source::Sectors;
 use zerocopy::IntoBytes;
 
 /// The serial port, whose speed does not matter.
@@ -45,5 +46,6 @@ pub fn medium() -> Option<Medium> {
         return Some(Medium::Flash(flash));
     }
     // SAFETY: the transports are there, and the tables say Device.
-    unsafe { Disk::find(VIRTIO, VIRTIO_COUNT) }.map(Medium::Disk)
+    let disk = unsafe { Disk::find(VIRTIO, VIRTIO_COUNT) };
+    disk.map(|disk| Medium::Disk(Sectors::new(disk, 0)))
 }
