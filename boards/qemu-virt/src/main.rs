@@ -15,12 +15,15 @@ bitnet_support::entry!(main);
 fn main(start: Start) -> ! {
     map::open_console();
     log::open(c"bitnet.defmt");
+    tell(Machine { board: "qemu-virt", start, wake, ram: map::ram(), medium: map::medium() })
+}
+
+fn wake(start: Start) -> Cores {
     // QEMU itself is the firmware: above what the image was started with. At EL3 it leaves that to the image.
     let conduit = match start.level {
         1 => Some(Conduit::Hvc),
         2 => Some(Conduit::Smc),
         _ => None,
     };
-    let cores = Cores::wake(conduit, usize::MAX, by_first_part);
-    tell(Machine { board: "qemu-virt", start, cores, ram: map::ram(), medium: map::medium() })
+    Cores::wake(conduit, usize::MAX, by_first_part)
 }

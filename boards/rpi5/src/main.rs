@@ -13,8 +13,11 @@ bitnet_support::entry!(main);
 
 fn main(start: Start) -> ! {
     map::open_console();
+    tell(Machine { board: "rpi5", start, wake, ram: map::ram(), medium: map::medium() })
+}
+
+fn wake(_: Start) -> Cores {
     // The firmware of a Pi 5 has PSCI at EL3. That of a Pi 4 has none.
     let conduit = map::is_rpi5().then_some(Conduit::Smc);
-    let cores = Cores::wake(conduit, usize::MAX, numbering());
-    tell(Machine { board: "rpi5", start, cores, ram: map::ram(), medium: map::medium() })
+    Cores::wake(conduit, usize::MAX, numbering())
 }

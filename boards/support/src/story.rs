@@ -14,7 +14,7 @@ use bitnet_runtime::error::ImageError;
 use bitnet_runtime::generate::{Event, Session, Until};
 use bitnet_runtime::parallel::Parallel;
 use bitnet_runtime::sampler::{Sampler, Sampling};
-use bitnet_runtime::source::{BlockDevice, Mapped, Streamed, WeightSource};
+use bitnet_runtime::source::{BlockDevice, Mapped, Sectors, Streamed, WeightSource};
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
 use bitnet_runtime::{Error, Image, Model, Plan, State, backend};
 use core::fmt::{self, Write};
@@ -36,7 +36,7 @@ pub enum Medium {
     /// In the address space, where the weights are used as they lie.
     Flash(&'static [Block]),
     /// On a disk, from which they are read piece by piece.
-    Disk(Disk),
+    Disk(Sectors<Disk>),
 }
 
 /// What the program runs on.
@@ -46,8 +46,9 @@ pub struct Machine {
     pub board: &'static str,
     /// How it was started.
     pub start: Start,
-    /// All cores.
-    pub cores: Cores,
+    /// Wakes the other cores. They are needed when a prompt is read, and not before: cores that wait for work are idle on a
+    /// board, but on an emulator or a busy host they take time from the one that works.
+    pub wake: fn(Start) -> Cores,
     /// All RAM that nothing else uses.
     pub ram: &'static mut [Block],
     /// Where the image is; `None` if the board found no such place.
@@ -108,21 +109,22 @@ pub fn tell(machine: Machine) -> ! {
 }
 
 fn run(machine: Machine) -> Result<(), Failure> {
-    let Machine { board, start, cores, ram, medium } = machine;
+    let Machine { board, start, wake, ram, medium } = machine;
     let kernels = backend::best();
     let (cpu, name) = (MIDR_EL1.get(), kernels.name());
     let _ = writeln!(Console, "bitnet-edge {} build {BuildId}", env!("CARGO_PKG_VERSION"));
-    let _ = writeln!(Console, "{board}: CPU {cpu:#x}, started at EL{}, {} cores, {name}", start.level, cores.threads());
-    defmt::info!("CPU {=u64:#x}, EL{=u8}, {=usize} cores, backend {=str}", cpu, start.level, cores.threads(), name);
+    let _ = writeln!(Console, "{board}: CPU {cpu:#x}, started at EL{}, {name}", start.level);
+    defmt::info!("CPU {=u64:#x}, EL{=u8}, backend {=str}", cpu, start.level, name);
     time::count_cycles();
     self_test(ram)?;
+    let wake = || wake(start);
     let mut ram = Ram { left: ram, used: memory::image_bytes() };
     match medium.ok_or(Failure::NoMedium)? {
         Medium::Flash(blocks) => {
             let bytes = Image::stated_bytes(blocks.as_bytes())?;
             let _ = writeln!(Console, "image: {bytes} bytes, used where they lie");
             let image = Image::check(blocks.as_bytes(), bytes.min(size_of_val(blocks) as u64))?;
-            chat(&image, &mut Mapped::new(blocks), &mut ram, kernels, &cores)
+            chat(&image, &mut Mapped::new(blocks), &mut ram, kernels, &wake)
         }
         Medium::Disk(mut disk) => {
             let prefix = ram.take("the header", 1)?;
@@ -132,10 +134,10 @@ fn run(machine: Machine) -> Result<(), Failure> {
             let header = ram.take("the header", Image::header_bytes(prefix)?.div_ceil(Block::BYTES))?;
             disk.read(0, header).map_err(Error::from)?;
             let image = Image::check(header.as_bytes(), bytes.min(disk.bytes()))?;
-            let least = Streamed::<Disk>::staging_blocks_min(&image);
+            let least = Streamed::<Sectors<Disk>>::staging_blocks_min(&image);
             let staging = ram.take("the staging buffer", least.max(STAGING_BLOCKS))?;
             let _ = writeln!(Console, "image: {bytes} bytes, read through {}", size_of_val(staging));
-            chat(&image, &mut Streamed::new(disk, staging), &mut ram, kernels, &cores)
+            chat(&image, &mut Streamed::new(disk, staging), &mut ram, kernels, &wake)
         }
     }
 }
@@ -180,7 +182,7 @@ fn chat(
     source: &mut dyn WeightSource,
     ram: &mut Ram,
     kernels: &dyn Kernels,
-    cores: &Cores,
+    wake: &dyn Fn() -> Cores,
 ) -> Result<(), Failure> {
     let limits = image.header().plan.limits;
     let config = image.header().config;
@@ -193,11 +195,15 @@ fn chat(
     let state = State::new(&config, &limits, ram.take("the conversation", plan.state)?)?;
     let sampler = Sampler::new(config.vocab, Sampling::GREEDY, ram.take("the sampler", plan.sampler)?)?;
     let scratch = ram.take("activations", plan.scratch)?;
-    let model = Model::new(image, limits, kernels, cores, source, scratch)?;
+    let cores = wake();
+    let model = Model::new(image, limits, kernels, &cores, source, scratch)?;
     let mut session = Session::new(model, state, sampler);
     let state_bytes = plan.state * Block::BYTES;
-    let _ = writeln!(Console, "RAM: {} bytes, of which the conversation {state_bytes}", ram.used);
-    defmt::info!("RAM {=usize} B, state {=usize} B, {=u64:us} since power-on", ram.used, state_bytes, time::micros());
+    let (used, count) = (ram.used, cores.threads());
+    let _ = writeln!(Console, "RAM: {used} bytes, of which the conversation {state_bytes}");
+    let _ = writeln!(Console, "{count} cores");
+    defmt::info!("RAM {=usize} B, state {=usize} B, {=usize} cores", used, state_bytes, count);
+    defmt::info!("ready {=u64:us} after power-on", time::micros());
     let mut first = true;
     loop {
         let _ = Console.write_str("> ");
