@@ -1,8 +1,9 @@
 //! Conversations of fixed size: attention to a window, a memory beside it, activations of four bits. What PyTorch computes of
 //! small random models (`tools/train/golden.py`) is what the runtime computes, on every backend and in every way of running.
 use bitnet_kernel::{Block, Format};
-use bitnet_pack::Options;
+use bitnet_pack::{Options, Stateful};
 use bitnet_runtime::memory::KvFormat;
+use bitnet_runtime::model::{Memory, Window};
 use bitnet_runtime::parallel::Serial;
 use bitnet_runtime::sampler::Sampling;
 use bitnet_runtime::source::Mapped;
@@ -182,6 +183,50 @@ fn a_window_and_an_idle_memory_change_nothing_within_the_window() {
         let longer = [&plain, &window].map(|packed| fingerprint(&way.logits(packed, &prompt)));
         assert_ne!(longer[0], longer[1], "what has left the window is not seen");
     }
+}
+
+/// `bitnet-pack convert --to-stateful`: within the window the packed model gives the original's logits, bit for bit, however its
+/// linears are stored, and beyond it a conversation goes on.
+#[test]
+fn a_converted_model_computes_what_it_did_within_the_window() {
+    let place = tempfile::tempdir().unwrap();
+    let window = Window { positions: 12, sinks: 2 };
+    let new = Stateful { window, memory: Memory { heads: 3, key: 8, value: 16 } };
+    // Masters; packed by either rule; values that are ternary already, without a window and with that one.
+    let plain = place.path().join("plain");
+    std::fs::create_dir(&plain).unwrap();
+    std::fs::copy(golden("window").join("model.safetensors"), plain.join("model.safetensors")).unwrap();
+    let mut config = json(golden("window").join("config.json"));
+    config.as_object_mut().unwrap().retain(|key, _| !matches!(&**key, "sliding_window" | "sink_tokens"));
+    std::fs::write(plain.join("config.json"), config.to_string()).unwrap();
+    let sets = ["bitnet_online_bf16", "bitnet_offline_packed", "llama_bitlinear_packed", "window"];
+    let sources = sets.map(golden).into_iter().chain([plain]);
+    for (i, source) in sources.enumerate() {
+        let output = place.path().join(i.to_string());
+        bitnet_pack::convert(&source, &output, &new, &mut ()).unwrap_or_else(|e| panic!("{}: {e}", source.display()));
+        let options = Options { head: Format::F16, ..Options::default() };
+        let [before, after] = [&source, &output].map(|path| Packed::pack(path, &options));
+        assert_eq!(after.image().header().config.memory, Some(new.memory));
+        let prompt: Vec<u32> = (0..40).map(|t| t * 7 % before.image().header().config.vocab).collect();
+        for batch in [1, 5] {
+            let way = Way { kv: KvFormat::F32, batch, ..Way::plain(backend::best()) };
+            let [expected, found] = [&before, &after].map(|packed| fingerprint(&way.logits(packed, &prompt[..14])));
+            assert_eq!(expected, found, "{}", source.display());
+            assert_eq!(way.logits(&after, &prompt).len(), prompt.len());
+        }
+        let again = bitnet_pack::convert(&output, &place.path().join("again"), &new, &mut ()).unwrap_err();
+        assert!(again.to_string().contains("memory already"), "{again}");
+        let there = bitnet_pack::convert(&source, &output, &new, &mut ()).unwrap_err();
+        assert!(there.to_string().contains("there already"), "{there}");
+    }
+    let other = Stateful { window: Window { positions: 11, sinks: 2 }, ..new };
+    let error = bitnet_pack::convert(&golden("window"), &place.path().join("again"), &other, &mut ()).unwrap_err();
+    assert!(error.to_string().contains("a window of 12 with 2 sinks"), "{error}");
+    let wide = Stateful { window: Window { positions: 1 << 20, sinks: 2 }, ..new };
+    let error = bitnet_pack::convert(&golden("bitnet_online_bf16"), &place.path().join("again"), &wide, &mut ());
+    assert!(error.unwrap_err().to_string().contains("was made for"));
+    // What failed left nothing, under any name.
+    assert_eq!(place.path().read_dir().unwrap().count(), 6);
 }
 
 /// A conversation that was saved goes on as if it had not been interrupted, in another state, with another batch, in a fork.

@@ -80,6 +80,36 @@ def exported(directory: Path) -> Model:
     return model
 
 
+def converted(directory: Path) -> Model:
+    """The model that `bitnet-pack convert --to-stateful` wrote, whose linears are floats."""
+    config = json.loads((directory / "config.json").read_text())
+    memory = config.get("memory")
+    if config["architectures"] != ["BitNetForCausalLM"] or memory is None or memory["key_dim"] != memory["value_dim"]:
+        raise SystemExit(f"{directory}: not a BitNetForCausalLM with square memories")
+    if config["rms_norm_eps"] != EPS or not config.get("tie_word_embeddings"):
+        raise SystemExit(f"{directory}: only models with rms_norm_eps = {EPS} and tied embeddings are trained here")
+    are_values = config.get("quantization_config", {}).get("quantization_mode") == "values"
+    model = Model(
+        Config(
+            vocab=config["vocab_size"],
+            hidden=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_key_value_heads"],
+            ffn=config["intermediate_size"],
+            theta=config["rope_theta"],
+            window=config["sliding_window"],
+            sinks=config["sink_tokens"],
+            memory=memory["heads"],
+            memory_width=memory["key_dim"],
+            activations=config.get("activation_quantization", {}),
+            weights={name: "values" for name in LINEARS} if are_values else {},
+        )
+    )
+    adopt(model, directory / "model.safetensors")
+    return model
+
+
 def adopt(model: Model, path: Path) -> None:
     """Gives `model` the weights of another that it shares a shape with; what that one has not keeps its initial value."""
     state = load_file(path)

@@ -3,6 +3,7 @@
 
   python train.py --teacher stories260K.bin --samples samples.u16 --tokens 10500000 --out stories
   python train.py --teacher stories260K.bin --samples samples.u16 --variant stateful --from stories --tokens 1500000 --out stateful
+  python train.py --teacher stories260K.bin --samples samples.u16 --memory-only --from converted --tokens 600000 --out fine-tuned
 
 Loss = KL(teacher || student) + 0.1 · cross entropy. Writes a checkpoint for bitnet-pack, and masters to go on from.
 """
@@ -33,13 +34,17 @@ def parse() -> argparse.Namespace:
     p.add_argument("--samples", type=Path, required=True, nargs="+", help="little-endian u16 token ids")
     p.add_argument("--variant", choices=VARIANTS, default="dense")
     p.add_argument("--from", dest="start", type=Path, help="a directory with the weights to start from")
+    p.add_argument("--memory-only", action="store_true", help="train the memories of what bitnet-pack convert wrote, and nothing else")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--tokens", type=int, required=True, help="how many to train on")
     p.add_argument("--lr", type=float, default=2.5e-3, help="the highest learning rate")
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--length", type=int, default=192)
     p.add_argument("--threads", type=int, default=2)
-    return p.parse_args()
+    a = p.parse_args()
+    if a.memory_only and (a.start is None or a.variant != "dense"):
+        p.error("--memory-only goes with --from, and what is there decides the variant")
+    return a
 
 
 def distance(logits: Tensor, target: Tensor) -> Tensor:
@@ -63,6 +68,8 @@ def optimizer(model: Model, lr: float) -> torch.optim.Optimizer:
     """Decay for matrices alone; what makes a memory forget, and learned thresholds, move slowly."""
     matrices, vectors, slow = [], [], []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         if name.endswith((".tau", ".alpha")):
             slow.append(p)
         elif p.dim() == 2 and not name.endswith(".taps"):
@@ -92,11 +99,16 @@ def main() -> None:
             checkpoint.adopt(model, masters if masters.exists() else a.start / "model.safetensors")
         return model
 
-    model = choose(a.variant, start, data[: 16 * a.length].view(16, -1))
+    if a.memory_only:
+        model = checkpoint.converted(a.start)
+        for name, p in model.named_parameters():
+            p.requires_grad_(".memory." in name)
+    else:
+        model = choose(a.variant, start, data[: 16 * a.length].view(16, -1))
     opt = optimizer(model, a.lr)
     rng = torch.Generator().manual_seed(2)
     steps, mean, began, report = a.tokens // (a.batch * a.length), None, time.time(), 60.0
-    print(f"{a.variant}: held out {held_out(model, held, a.length):.3f} nats before, teacher {held_out(teacher, held, a.length):.3f}", flush=True)
+    print(f"{'memory only' if a.memory_only else a.variant}: held out {held_out(model, held, a.length):.3f} nats before, teacher {held_out(teacher, held, a.length):.3f}", flush=True)
     for step in range(steps):
         rate = min(1, (step + 1) / 150) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in opt.param_groups:
@@ -117,7 +129,7 @@ def main() -> None:
             tokens = (step + 1) * a.batch * a.length
             print(f"{elapsed:.0f} s, {tokens / 1e6:.2f} M tokens, {tokens / elapsed:.0f}/s: KL {mean:.3f}, held out {held_out(model, held, a.length):.3f}", flush=True)
     checkpoint.save(model, a.out)
-    result = dict(variant=a.variant, tokens=steps * a.batch * a.length, start=str(a.start), held_out=held_out(model, held, a.length))
+    result = dict(variant="memory only" if a.memory_only else a.variant, tokens=steps * a.batch * a.length, start=str(a.start), held_out=held_out(model, held, a.length))
     (a.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 

@@ -203,7 +203,7 @@ fn peak(config: &Config, options: &Options) -> u64 {
 }
 
 /// SplitMix64.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -220,8 +220,12 @@ impl Random {
     fn fraction(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1 << 24) as f32
     }
+    /// Nearly normal, of mean 0 and deviation 1: the sum of twelve fractions.
+    pub(crate) fn normal(&mut self) -> f32 {
+        (0..12).map(|_| self.fraction()).sum::<f32>() - 6.0
+    }
     /// Evenly within `low..=high`.
-    fn within(&mut self, low: i8, high: i8) -> i8 {
+    pub(crate) fn within(&mut self, low: i8, high: i8) -> i8 {
         (i32::from(low) + self.below((i32::from(high) - i32::from(low) + 1) as usize) as i32) as i8
     }
 }

@@ -1,7 +1,7 @@
 //! checkpoint → [`checkpoint`] → [`quantize`] → [`encode`] → [`write`](mod@write) → image; then [`verify`](mod@verify) and [`inspect`](mod@inspect)
 //!
 //! Where linears that are not ternary get formats of their own, [`calibrate`] stands between the checkpoint and quantizing;
-//! where weights are to be left out, [`prune`] stands before all of it.
+//! where weights are to be left out, [`prune`] stands before all of it. [`convert`](mod@convert) makes a checkpoint of a checkpoint.
 //!
 //! Reads a checkpoint (safetensors, GGUF, llama2.c), checks it, and writes one image that `bitnet-runtime` runs. The
 //! whole passes through in units of 64 rows, so the memory it takes is known before it starts and does not depend on the
@@ -10,6 +10,7 @@
 
 pub mod calibrate;
 pub mod checkpoint;
+pub mod convert;
 pub mod diff;
 pub mod dummy;
 pub mod encode;
@@ -30,6 +31,7 @@ pub mod write;
 mod files;
 mod weights;
 
+pub use convert::{Converted, Stateful, convert};
 pub use diff::{Difference, SectionDifference, diff};
 pub use dummy::{Preset, Shape, dummy};
 pub use error::Error;

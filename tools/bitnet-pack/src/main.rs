@@ -4,8 +4,9 @@ use bitnet_kernel::{BlockShape, Format};
 use bitnet_pack::calibrate::{Adaptive, Rule};
 use bitnet_pack::checkpoint::Dtype;
 use bitnet_pack::export::Ternary;
-use bitnet_pack::{Error, Layouts, Options, Pattern, Preset, Progress, Report, Sparsity, Target};
+use bitnet_pack::{Error, Layouts, Options, Pattern, Preset, Progress, Report, Sparsity, Stateful, Target};
 use bitnet_runtime::memory::KvFormat;
+use bitnet_runtime::model::{Memory, Window};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -33,6 +34,7 @@ Examples:
   bitnet-pack inspect 2b4t.bitnet
   bitnet-pack diff 2b4t.bitnet other.bitnet
   bitnet-pack export 2b4t.bitnet -o 2b4t.gguf
+  bitnet-pack convert ./stories --to-stateful -o ./stateful
   bitnet-pack dummy --preset 2b4t -o dummy.bitnet
 
 Exit codes: 0 done, 1 something failed (the reason is on standard error), 2 wrong usage.";
@@ -44,6 +46,7 @@ enum Command {
     Inspect(Inspect),
     Diff(Diff),
     Export(Export),
+    Convert(Convert),
     Dummy(Dummy),
 }
 
@@ -359,6 +362,39 @@ struct Export {
     ternary: Ternary,
 }
 
+/// Give a checkpoint states of fixed size, to be trained: attention to a window with sinks, and a memory beside it.
+///
+/// Reads a checkpoint in Hugging Face's layout and writes another: the same tensors, and in every layer those of a memory
+/// (a gated delta rule) of which nothing is added yet. Within the window the new model computes what the old one does, bit for
+/// bit; beyond it conversations have no end and one size. tools/train trains the memories (train.py --memory-only), for which
+/// the linears must be floats. Written under a temporary name and checked before it is renamed.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Example:
+  bitnet-pack convert ./stories --to-stateful -o ./stateful --window 64")]
+struct Convert {
+    /// The checkpoint: a directory with config.json and model.safetensors, or shards with their index.
+    source: PathBuf,
+    /// The directory to write; nothing may be there.
+    #[arg(short, long, value_name = "DIR")]
+    output: PathBuf,
+    /// What it becomes.
+    #[arg(long, required = true)]
+    to_stateful: bool,
+    /// The last positions that attention sees.
+    #[arg(long, value_name = "POSITIONS", default_value_t = 256)]
+    window: u32,
+    /// The first positions that attention sees for ever.
+    #[arg(long, value_name = "POSITIONS", default_value_t = 4)]
+    sinks: u32,
+    /// States of a layer's memory.
+    #[arg(long, default_value_t = 4)]
+    heads: u32,
+    /// Numbers of a key and of a value: a state has their product.
+    #[arg(long, value_name = "NUMBERS", default_value_t = 32)]
+    width: u32,
+}
+
 /// Make an image of a known shape with random weights, to measure speed without a download.
 ///
 /// It has no tokenizer: use it with `bitnet bench`, `bitnet logits --ids`, or `bitnet run --ids 1,2,3 --print-ids`.
@@ -532,6 +568,12 @@ fn run(command: Command) -> Result<String, Error> {
         Command::Export(Export { image, output, ternary }) => {
             let exported = bitnet_pack::export(&image, &output, ternary, &mut Bar::new().listen())?;
             Ok(format!("{exported}written: {}\n", output.display()))
+        }
+        Command::Convert(Convert { source, output, to_stateful: _, window, sinks, heads, width }) => {
+            let window = Window { positions: window, sinks };
+            let new = Stateful { window, memory: Memory { heads, key: width, value: width } };
+            let converted = bitnet_pack::convert(&source, &output, &new, &mut Bar::new().listen())?;
+            Ok(format!("{converted}written: {}\n", output.display()))
         }
         Command::Dummy(Dummy { preset, output, layers, vocab, seed, formats, plan }) => {
             let mut shape = preset.shape();

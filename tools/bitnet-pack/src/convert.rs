@@ -1,0 +1,308 @@
+//! A trained model gets states of fixed size: a checkpoint with a window, sinks and a memory beside attention in every layer,
+//! of which nothing is added yet, so that within the window it computes what it did, bit for bit.
+//!
+//! What is added of a memory is multiplied by `rho`, which starts at zero; its linears do not, or the gradient of both would
+//! stay zero for ever. `tools/train` then trains the memories and leaves the rest as it is (`--memory-only`).
+use crate::checkpoint::{Checkpoint, Dtype, Naming, Storage, TensorInfo, sections};
+use crate::dummy::Random;
+use crate::report::{Progress, size};
+use crate::{Error, Options};
+use bitnet_kernel::float::TAPS;
+use bitnet_runtime::model::{Config, Memory, Window};
+use core::fmt;
+use serde_json::{Map, Value, json};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+/// What is put in.
+#[derive(Clone, Copy, Debug)]
+pub struct Stateful {
+    /// What attention sees. A model that has a window already must have this one.
+    pub window: Window,
+    /// Matrices of each layer's memory, and their width and height.
+    pub memory: Memory,
+}
+
+/// What was written.
+#[derive(Clone, Debug)]
+pub struct Converted {
+    /// The model that it is now.
+    pub config: Config,
+    /// Weights of the memories.
+    pub weights: u64,
+    /// Length of the tensors' file.
+    pub bytes: u64,
+}
+
+/// Tokens after which a head has forgotten half, before training; heads take them in turn.
+const HALF_LIVES: [f64; 4] = [64.0, 512.0, 4096.0, 32768.0];
+/// Standard deviation of the memories' masters, and the magnitude of those that are ternary from the start.
+const DEVIATION: f32 = 0.02;
+/// Standard deviation of what is added to the taps.
+const TAP_NOISE: f32 = 0.05;
+/// Files about text, which go with the weights.
+const TEXTS: [&str; 6] = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+];
+const CHUNK: usize = 1 << 20;
+
+/// How linears of a memory are written, which is how those of the model are read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Linears {
+    /// Masters, BF16.
+    Masters,
+    /// Multiples of one magnitude by -1, 0 or 1, BF16.
+    Values,
+    /// Four rows a byte, and a scale beside them.
+    Packed,
+}
+
+/// A tensor of a memory, made when it is written.
+enum New {
+    Masters(u64),
+    Values(u64),
+    /// Rows and columns of the matrix.
+    Packed(u64, u64),
+    Floats(Vec<f32>),
+}
+
+impl New {
+    fn dtype(&self) -> &'static str {
+        match self {
+            Self::Masters(_) | Self::Values(_) => "BF16",
+            Self::Packed(..) => "U8",
+            Self::Floats(_) => "F32",
+        }
+    }
+    fn bytes(self, random: &mut Random) -> Vec<u8> {
+        let bf16 = |v: f32| ((v.to_bits() >> 16) as u16).to_le_bytes();
+        match self {
+            Self::Masters(n) => (0..n).flat_map(|_| bf16(DEVIATION * random.normal())).collect(),
+            Self::Values(n) => (0..n).flat_map(|_| bf16(DEVIATION * f32::from(random.within(-1, 1)))).collect(),
+            Self::Packed(rows, cols) => {
+                let quarter = rows.div_ceil(4);
+                let code = |plane, row, random: &mut Random| {
+                    let code = if plane * quarter + row < rows { random.within(-1, 1) } else { 0 };
+                    ((code + 1) as u8) << (2 * plane)
+                };
+                let at = (0..quarter).flat_map(|row| (0..cols).map(move |_| row));
+                at.map(|row| (0..4).fold(0, |byte, plane| byte | code(plane, row, random))).collect()
+            }
+            Self::Floats(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        }
+    }
+}
+
+/// Writes the checkpoint `source` with states as the directory `output`.
+///
+/// # Errors
+/// If `source` is no checkpoint that can be packed, has a memory or another window, or was made to see fewer positions, or if
+/// something is there under the name `output`. Then nothing is there that was not before.
+pub fn convert(source: &Path, output: &Path, new: &Stateful, progress: &mut dyn Progress) -> Result<Converted, Error> {
+    let checkpoint = Checkpoint::open(source, Dtype::I2_S)?;
+    if checkpoint.naming() != Naming::HuggingFace {
+        return Err(Error::not_readable(source, "only checkpoints in Hugging Face's layout are converted"));
+    }
+    let mut table = checkpoint.table()?;
+    sections::bind(&checkpoint, &mut table, &Options::default(), None, progress)?;
+    let refuse = |what: String| Err(Error::Options(format!("{}: {what}", source.display())));
+    if table.config.memory.is_some() {
+        return refuse("it has a memory already".into());
+    }
+    if let Some(window) = table.config.window.filter(|window| *window != new.window) {
+        return refuse(format!("it has a window of {} with {} sinks already", window.positions, window.sinks));
+    }
+    if table.config.linear_norm_eps.is_some() {
+        return refuse("its linears have norms of their own, which a memory has not".into());
+    }
+    let (span, context) = (u64::from(new.window.positions) + u64::from(new.window.sinks), table.config.context);
+    if span > context.into() {
+        return refuse(format!("it was made for {context} positions, {span} in window and sinks are more"));
+    }
+    let config = Config { window: Some(new.window), memory: Some(new.memory), ..table.config };
+    config.check().map_err(|error| Error::Options(error.to_string()))?;
+    if output.symlink_metadata().is_ok() {
+        return Err(Error::not_readable(output, "is there already; name a directory that is not"));
+    }
+
+    let packed = checkpoint.tensors().any(|t| t.dtype == Dtype::U8);
+    let linears = match table.storage {
+        _ if packed => Linears::Packed,
+        Storage::Found { masters: false } => Linears::Values,
+        _ => Linears::Masters,
+    };
+    let prefix = if checkpoint.tensor("model.embed_tokens.weight").is_some() { "model." } else { "" };
+    let mut random = Random(1);
+    let added: Vec<_> =
+        (0..config.layers).flat_map(|layer| memory(&config, prefix, layer, linears, &mut random)).collect();
+
+    let parent = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let temporary = tempfile::tempdir_in(parent).map_err(|e| Error::io(output, "create", e))?;
+    let place = temporary.path().join("checkpoint");
+    let failed = |e| Error::io(output, "write", e);
+    std::fs::create_dir(&place).map_err(failed)?;
+    let weights = added.iter().map(|(.., tensor)| weights(tensor)).sum();
+    let bytes = tensors(&checkpoint, added, &place.join("model.safetensors"), &mut random, progress)?;
+    let text = format!("{:#}\n", configuration(&checkpoint, new)?);
+    std::fs::write(place.join("config.json"), text).map_err(failed)?;
+    for name in texts(&checkpoint) {
+        std::fs::copy(checkpoint.directory().join(&name), place.join(&name)).map_err(failed)?;
+    }
+    // What was written is what can be packed.
+    let written = Checkpoint::open(&place, Dtype::I2_S)?;
+    let mut table = written.table()?;
+    sections::bind(&written, &mut table, &Options::default(), None, progress)?;
+    if (table.config.window, table.config.memory) != (config.window, config.memory) {
+        return Err(Error::Planned("the checkpoint that was written has other states than it should".into()));
+    }
+    std::fs::rename(&place, output).map_err(|e| Error::io(output, "create", e))?;
+    Ok(Converted { config, weights, bytes })
+}
+
+fn weights(tensor: &New) -> u64 {
+    match tensor {
+        New::Masters(n) | New::Values(n) => *n,
+        New::Packed(rows, cols) => rows * cols,
+        New::Floats(_) => 0,
+    }
+}
+
+/// Name, shape and contents of every tensor of a layer's memory.
+fn memory(
+    config: &Config,
+    prefix: &str,
+    layer: u32,
+    linears: Linears,
+    random: &mut Random,
+) -> Vec<(String, Vec<u64>, New)> {
+    let m = config.memory.expect("it gets one");
+    let name = |part: &str| format!("{prefix}layers.{layer}.self_attn.memory.{part}");
+    let (hidden, query) = (u64::from(config.hidden), u64::from(config.query_width()));
+    let [heads, keys, values, channels] = [m.heads, m.keys(), m.values(), m.channels()].map(u64::from);
+    let mut tensors = Vec::new();
+    for (part, rows, cols) in
+        [("in_proj", channels + values, hidden), ("gate_proj", 2 * heads, hidden), ("o_proj", query, values)]
+    {
+        let weight = name(&format!("{part}.weight"));
+        match linears {
+            Linears::Masters => tensors.push((weight, vec![rows, cols], New::Masters(rows * cols))),
+            Linears::Values => tensors.push((weight, vec![rows, cols], New::Values(rows * cols))),
+            Linears::Packed => {
+                // A magnitude of one is right whether the scale multiplies or divides.
+                tensors.push((name(&format!("{part}.weight_scale")), vec![1], New::Floats(vec![1.0])));
+                tensors.push((weight, vec![rows.div_ceil(4), cols], New::Packed(rows, cols)));
+            }
+        }
+    }
+    // A key is what its predecessor was, its value what comes now: "key value" binds without help from attention.
+    let tap = |channel: u64, tap: usize| {
+        let is_key = (keys..2 * keys).contains(&channel);
+        if tap == TAPS - 1 - usize::from(is_key) { 1.0 } else { 0.0 }
+    };
+    let taps = (0..channels).flat_map(|channel| (0..TAPS).map(move |i| tap(channel, i)));
+    let taps = taps.map(|tap: f32| tap + TAP_NOISE * random.normal()).collect();
+    let bias = |h| libm::log(libm::expm1(core::f64::consts::LN_2 / HALF_LIVES[h as usize % HALF_LIVES.len()])) as f32;
+    tensors.push((name("taps"), vec![channels, TAPS as u64], New::Floats(taps)));
+    tensors.push((name("log_rate"), vec![heads], New::Floats(vec![0.0; heads as usize])));
+    tensors.push((name("decay_bias"), vec![heads], New::Floats((0..heads).map(bias).collect())));
+    tensors.push((name("write_bias"), vec![heads], New::Floats(vec![0.0; heads as usize])));
+    tensors.push((name("norm"), vec![m.value.into()], New::Floats(vec![1.0; m.value as usize])));
+    tensors.push((name("rho"), vec![query], New::Floats(vec![0.0; query as usize])));
+    tensors
+}
+
+/// The model's own configuration with what is new.
+fn configuration(checkpoint: &Checkpoint, new: &Stateful) -> Result<Value, Error> {
+    let mut config = checkpoint.json("config.json")?.unwrap_or_default();
+    config["sliding_window"] = new.window.positions.into();
+    config["sink_tokens"] = new.window.sinks.into();
+    let Memory { heads, key, value } = new.memory;
+    config["memory"] =
+        json!({"kind": "bitrnn-m", "heads": heads, "key_dim": key, "value_dim": value, "write_delay": 0});
+    Ok(config)
+}
+
+/// Names of the files about text that the checkpoint has.
+fn texts(checkpoint: &Checkpoint) -> Vec<String> {
+    let entries = checkpoint.directory().read_dir().into_iter().flatten().flatten();
+    let names = entries.filter(|e| e.path().is_file()).filter_map(|e| e.file_name().into_string().ok());
+    names.filter(|name| TEXTS.contains(&name.as_str()) || name.ends_with(".tiktoken")).collect()
+}
+
+/// Writes the model's tensors as they are and those of the memories; returns the file's length.
+fn tensors(
+    checkpoint: &Checkpoint,
+    added: Vec<(String, Vec<u64>, New)>,
+    path: &Path,
+    random: &mut Random,
+    progress: &mut dyn Progress,
+) -> Result<u64, Error> {
+    let mut header = Map::new();
+    header.insert("__metadata__".into(), json!({"format": "pt"}));
+    let mut end = 0;
+    let mut enter = |name: &str, dtype: &str, shape: &[u64], bytes: u64| {
+        let offsets = [end, end + bytes];
+        end += bytes;
+        header.insert(name.into(), json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}));
+    };
+    let old: Vec<&TensorInfo> = checkpoint.tensors().collect();
+    old.iter().for_each(|t| enter(&t.name, t.dtype.name(), &t.shape, t.bytes));
+    for (name, shape, tensor) in &added {
+        let width = match tensor.dtype() {
+            "U8" => 1,
+            "BF16" => 2,
+            _ => 4,
+        };
+        enter(name, tensor.dtype(), shape, width * shape.iter().product::<u64>());
+    }
+    let mut header = Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+
+    let failed = |e| Error::io(path, "write", e);
+    let mut out = BufWriter::new(File::create(path).map_err(|e| Error::io(path, "create", e))?);
+    out.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| out.write_all(&header)).map_err(failed)?;
+    progress.start(end);
+    let mut buffer = vec![0; CHUNK];
+    for tensor in old {
+        progress.section(&tensor.name);
+        let mut offset = 0;
+        while offset < tensor.bytes {
+            if progress.cancelled() {
+                return Err(Error::Interrupted);
+            }
+            let part = &mut buffer[..CHUNK.min((tensor.bytes - offset) as usize)];
+            checkpoint.read(tensor, offset, part)?;
+            out.write_all(part).map_err(failed)?;
+            offset += part.len() as u64;
+            progress.advance(part.len() as u64);
+        }
+    }
+    for (name, _, tensor) in added {
+        if progress.cancelled() {
+            return Err(Error::Interrupted);
+        }
+        progress.section(&name);
+        let bytes = tensor.bytes(random);
+        out.write_all(&bytes).map_err(failed)?;
+        progress.advance(bytes.len() as u64);
+    }
+    let file = out.into_inner().map_err(|e| failed(e.into_error()))?;
+    file.sync_all().map_err(failed)?;
+    Ok(8 + header.len() as u64 + end)
+}
+
+impl fmt::Display for Converted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Some(window), Some(m)) = (self.config.window, self.config.memory) else { return Ok(()) };
+        writeln!(f, "attention sees {} positions and the first {}", window.positions, window.sinks)?;
+        let Memory { heads, key, value } = m;
+        writeln!(f, "memory: {heads} states of {value} x {key} in each of {} layers", self.config.layers)?;
+        writeln!(f, "{} weights added, {} of tensors", self.weights, size(self.bytes))
+    }
+}
