@@ -62,4 +62,51 @@ fn memory_is_what_the_plan_says_and_tokens_allocate_nothing() {
             assert!(used as u64 >= plan.bytes());
         });
     }
+    a_conversation_of_a_million_tokens_takes_what_one_of_a_thousand_does();
+}
+
+/// With a window and a memory: the same bytes after 1,000 tokens and after 1,000,000. It is brought there by the head of a snapshot,
+/// since what a state holds does not say how many tokens made it.
+fn a_conversation_of_a_million_tokens_takes_what_one_of_a_thousand_does() {
+    let packed = Packed::pack(&bitnet_tests::golden("bitrnn_m"), &Options::default());
+    let image = packed.image();
+    let config = image.header().config;
+    let limits = Limits { context: 64, ..image.header().plan.limits };
+    let plan = Plan::new(&config, &limits);
+    let mut snapshot = Vec::new();
+    let run = |tokens: usize, snapshot: &mut Vec<u8>| {
+        let before = HEAP.allocated();
+        let (mut scratch, mut state) = (vec![Block::ZERO; plan.scratch], vec![Block::ZERO; plan.state]);
+        let mut source = Mapped::new(packed.blocks());
+        let mut state = State::new(&config, &limits, &mut state).unwrap();
+        let mut model =
+            Model::new(&image, limits, backend::best(), &bitnet_runtime::parallel::Serial, &mut source, &mut scratch)
+                .unwrap();
+        if snapshot.is_empty() {
+            (0..tokens as u32).for_each(|t| assert!(model.step(&mut state, t % 128).is_ok()));
+        } else {
+            state.restore(&image, snapshot).unwrap();
+        }
+        assert_eq!(state.position(), tokens);
+        let calls = alloc::calls();
+        (0..50).for_each(|t| assert!(model.step(&mut state, t % 128).is_ok()));
+        assert_eq!((alloc::calls() - calls, state.position()), (0, tokens + 50));
+        let used = HEAP.allocated() - before;
+        if snapshot.is_empty() {
+            snapshot.resize(state.snapshot_len(), 0);
+            state.save(&image, snapshot);
+        }
+        used
+    };
+    let short = run(1_000, &mut snapshot);
+    // Where the two numbers of positions stand: see the snapshot's form.
+    for at in [24, 32] {
+        let number = u64::from_le_bytes(snapshot[at..at + 8].try_into().unwrap()) + 1_000_000 - 1_050;
+        snapshot[at..at + 8].copy_from_slice(&number.to_le_bytes());
+    }
+    let sum = bitnet_runtime::image::checksum(&snapshot[..48]);
+    snapshot[48..56].copy_from_slice(&sum.to_le_bytes());
+    let long = run(1_000_000, &mut snapshot);
+    println!("{short} bytes after 1,000 tokens, {long} after 1,000,000");
+    assert_eq!(short, long);
 }

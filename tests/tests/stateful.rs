@@ -2,6 +2,7 @@
 //! small random models (`tools/train/golden.py`) is what the runtime computes, on every backend and in every way of running.
 use bitnet_kernel::{Block, Format};
 use bitnet_pack::{Options, Stateful};
+use bitnet_runtime::image::Kind;
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::model::{Memory, Window};
 use bitnet_runtime::parallel::Serial;
@@ -227,6 +228,24 @@ fn a_converted_model_computes_what_it_did_within_the_window() {
     assert!(error.unwrap_err().to_string().contains("was made for"));
     // What failed left nothing, under any name.
     assert_eq!(place.path().read_dir().unwrap().count(), 6);
+}
+
+/// Ternary queries and keys and binary values in one model: what has no zeros takes one bit a weight, and the logits are those of
+/// two bits each.
+#[test]
+fn binary_linears_take_one_bit_beside_ternary_ones() {
+    let source = golden("bitrnn_m_a4");
+    let [mixed, two] = [Format::TL, Format::T2]
+        .map(|format| Packed::pack(&source, &Options { format, head: Format::F16, ..Options::default() }));
+    let format = |packed: &Packed, kind| {
+        packed.image().sections().find(kind, Some(0)).and_then(|r| r.tensor()).map(|tensor| tensor.format)
+    };
+    for (kind, expected) in [(Kind::Query, Format::TL), (Kind::Key, Format::TL), (Kind::Value, Format::B1)] {
+        assert_eq!((format(&mixed, kind), format(&two, kind)), (Some(expected), Some(Format::T2)), "{kind:?}");
+    }
+    let prompt = prompt("bitrnn_m_a4");
+    let way = Way::plain(backend::best());
+    assert_eq!(fingerprint(&way.logits(&mixed, &prompt)), fingerprint(&way.logits(&two, &prompt)));
 }
 
 /// A conversation that was saved goes on as if it had not been interrupted, in another state, with another batch, in a fork.

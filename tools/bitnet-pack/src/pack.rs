@@ -117,6 +117,10 @@ impl Options {
     pub(crate) fn encoding_of(&self, kind: Kind, source: &Source) -> Encoding {
         match source {
             Source::Rows(_) if kind.is_linear() => Encoding::Matrix(self.dense),
+            // One bit a weight instead of five thirds, and the same products.
+            Source::Ternary(.., false) if self.encoding(kind) == Encoding::Matrix(Format::TL) => {
+                Encoding::Matrix(Format::B1)
+            }
             Source::Grouped(_, true) => Encoding::Matrix(Format::B1G),
             Source::Grouped(_, false) => Encoding::Matrix(Format::TLG),
             _ => self.encoding(kind),
@@ -561,7 +565,7 @@ impl Packer<'_> {
             (Source::Rows(tensor), _) if section.kind == Kind::Head && self.columns.is_some() => {
                 self.split_head(tensor, section.kind)?;
             }
-            (Source::Ternary(tensor, magnitude, beside), Encoding::Matrix(format)) => {
+            (Source::Ternary(tensor, magnitude, beside, _), Encoding::Matrix(format)) => {
                 let multiplier = magnitude * beside;
                 self.begin_ternary(format, multiplier, report)?;
                 for unit in units(tensor, format, bound) {

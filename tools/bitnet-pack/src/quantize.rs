@@ -7,13 +7,14 @@ use half::f16;
 pub struct Evidence {
     /// The only magnitude other than zero so far, zero if there was none.
     magnitude: Option<f32>,
+    has_zeros: bool,
     /// Whether no number was zero, if every group had one magnitude so far.
     grouped: Option<bool>,
 }
 
 impl Default for Evidence {
     fn default() -> Self {
-        Self { magnitude: Some(0.0), grouped: Some(true) }
+        Self { magnitude: Some(0.0), has_zeros: false, grouped: Some(true) }
     }
 }
 
@@ -27,6 +28,7 @@ impl Evidence {
             let same = values.iter().all(|v| *v == 0.0 || v.abs() == magnitude);
             self.magnitude = same.then_some(magnitude);
         }
+        self.has_zeros |= values.contains(&0.0);
         if let Some(binary) = self.grouped {
             let mut groups = values.chunks_exact(cols).flat_map(|row| row.chunks(Format::GROUP_COLS));
             let same = groups.all(|group| group_scale(group).is_some());
@@ -40,6 +42,10 @@ impl Evidence {
     /// The magnitude of all numbers that are not zero, bit for bit, if they have one in common; 1 for a matrix of zeros.
     pub fn magnitude(&self) -> Option<f32> {
         self.magnitude.map(|m| if m == 0.0 { 1.0 } else { m })
+    }
+    /// Whether a number was zero.
+    pub fn has_zeros(&self) -> bool {
+        self.has_zeros
     }
     /// If every group of columns of a row has one magnitude beside zero, which half precision holds exactly: whether no
     /// number is zero.

@@ -177,7 +177,7 @@ impl<'a> Reference<'a> {
         };
         match source {
             Source::Rows(tensor) | Source::Grouped(tensor, _) => read(tensor, first, &mut out)?,
-            Source::Ternary(tensor, magnitude, beside) => {
+            Source::Ternary(tensor, magnitude, beside, _) => {
                 read(tensor, first, &mut out)?;
                 let weight = magnitude * beside;
                 out.iter_mut().for_each(|v| *v = f32::from(i8::from(*v > 0.0) - i8::from(*v < 0.0)) * weight);

@@ -22,8 +22,8 @@ pub enum Source {
     /// Ternary codes, four rows a byte, and what they are multiplied by.
     Packed(TensorInfo, f32),
     /// Numbers that are all a multiple of one magnitude by -1, 0 or 1, and this magnitude; and what they are multiplied by
-    /// in addition.
-    Ternary(TensorInfo, f32, f32),
+    /// in addition; and whether there are zeros among them.
+    Ternary(TensorInfo, f32, f32, bool),
     /// Numbers of which every group of 128 columns of a row is ternary but for a factor, and whether none is zero.
     Grouped(TensorInfo, bool),
     /// Float masters of a ternary matrix.
@@ -400,21 +400,21 @@ impl<'a> Binder<'a> {
 
     /// A linear of which nothing but its numbers is known: ternary if they are.
     fn found(&mut self, tensor: &'a TensorInfo, masters: bool) -> Result<Source, Error> {
-        let (magnitude, grouped) = match tensor.dtype {
-            Dtype::I2_S | Dtype::I2_S_64 => (Some(tensor.scale), None),
+        let (magnitude, grouped, has_zeros) = match tensor.dtype {
+            Dtype::I2_S | Dtype::I2_S_64 => (Some(tensor.scale), None, true),
             _ => {
                 let evidence = self.evidence(tensor)?;
-                (evidence.magnitude(), evidence.grouped())
+                (evidence.magnitude(), evidence.grouped(), evidence.has_zeros())
             }
         };
         // A multiplier beside the weights, which some converters keep apart.
         let beside = tensor.name.strip_suffix(".weight").map(|name| format!("{name}.scale"));
         let beside = beside.and_then(|name| self.checkpoint.tensor(&name));
         match (magnitude, beside) {
-            (Some(magnitude), None) => Ok(Source::Ternary(tensor.clone(), magnitude, 1.0)),
+            (Some(magnitude), None) => Ok(Source::Ternary(tensor.clone(), magnitude, 1.0, has_zeros)),
             (Some(magnitude), Some(scale)) => {
                 self.used.insert(&scale.name);
-                Ok(Source::Ternary(tensor.clone(), magnitude, self.multiplier(scale, true)?))
+                Ok(Source::Ternary(tensor.clone(), magnitude, self.multiplier(scale, true)?, has_zeros))
             }
             (None, Some(scale)) => self.wrong(scale, "a multiplier of weights that have not one magnitude"),
             (None, None) if grouped.is_some() => Ok(Source::Grouped(tensor.clone(), grouped == Some(true))),
