@@ -82,7 +82,7 @@ impl Plan {
             state: 2 * (kv_blocks(c, limits) + blocks::<f32>(kv_scales(c, limits))) + 2 * memory_blocks(c),
             scratch: blocks::<f32>(batch * hidden)
                 + blocks::<f32>(batch * widest)
-                + if c.linear_norm_eps.is_some() { blocks::<f32>(widest) } else { 0 }
+                + if c.linear_norm_eps.is_some() { blocks::<f32>(batch * widest) } else { 0 }
                 + blocks::<i8>(batch * scratch.quantized)
                 + if c.sparse { blocks::<i8>(batch * scratch.quantized) + blocks::<u32>(scratch.starts) } else { 0 }
                 + batch * scratch.tables

@@ -1,9 +1,12 @@
 //! Linears in half precision: floats by floats, nothing is quantized, the same bits in every way of running. That the numbers are
 //! right is seen on a model that others trained: `smollm2` in `tools/bitnet-pack/tests/real.rs`.
-use bitnet_kernel::Format;
+use bitnet_kernel::{Block, Format};
 use bitnet_pack::Options;
-use bitnet_runtime::backend;
+use bitnet_runtime::error::SourceError;
 use bitnet_runtime::image::Kind;
+use bitnet_runtime::parallel::Serial;
+use bitnet_runtime::source::{Extent, Mapped, WeightSource};
+use bitnet_runtime::{Limits, Model, Plan, State, backend};
 use bitnet_tests::images::{Packed, Way, fingerprint};
 use bitnet_tests::tiny::{Dtype, Tensor, Tiny, write_safetensors};
 use half::bf16;
@@ -55,4 +58,43 @@ fn every_way_of_running_gives_the_same_bits() {
     let relative = (error / energy).sqrt();
     println!("eight bits move the logits by {relative} of their size");
     assert!(relative > 1e-4 && relative < 0.1, "{relative}");
+}
+
+/// Weights in memory, and how many blocks of them were fetched in order.
+struct Counted<'a> {
+    source: Mapped<'a>,
+    blocks: &'a mut u64,
+}
+
+impl WeightSource for Counted<'_> {
+    fn fetch(&mut self, extent: Extent) -> Result<&[Block], SourceError> {
+        *self.blocks += u64::from(extent.blocks);
+        self.source.fetch(extent)
+    }
+    fn fetch_row(&mut self, extent: Extent) -> Result<&[Block], SourceError> {
+        self.source.fetch(extent)
+    }
+    fn piece_blocks(&self) -> u32 {
+        self.source.piece_blocks()
+    }
+}
+
+/// Weights that are streamed cost most: a batch reads them once.
+#[test]
+fn a_batch_fetches_the_weights_once() {
+    let packed = packed(Format::F16);
+    let image = packed.image();
+    let config = image.header().config;
+    let limits = Limits { batch: 8, ..image.header().plan.limits };
+    let plan = Plan::new(&config, &limits);
+    let fetched = |ids: &[u32]| {
+        let (mut scratch, mut state) = (vec![Block::ZERO; plan.scratch], vec![Block::ZERO; plan.state]);
+        let mut state = State::new(&config, &limits, &mut state).unwrap();
+        let mut blocks = 0;
+        let mut source = Counted { source: Mapped::new(packed.blocks()), blocks: &mut blocks };
+        let mut model = Model::new(&image, limits, backend::best(), &Serial, &mut source, &mut scratch).unwrap();
+        model.prefill(&mut state, ids).unwrap();
+        blocks
+    };
+    assert_eq!(fetched(&[1, 2, 3, 4, 5, 6, 7, 8]), fetched(&[9]));
 }

@@ -1,6 +1,6 @@
 //! One pass: a batch of tokens through the model, top to bottom.
 use super::head::{HeadInput, Need};
-use super::linear::{Output, Quantized};
+use super::linear::{Input, Output, Quantized};
 use super::sparse::Room;
 use super::weights::Linear;
 use super::{Activation, Model, Quantizer, State, Window, ops};
@@ -399,7 +399,8 @@ impl Model<'_> {
             if !ops::finite(norm) {
                 return Err(Error::NotFinite { layer: c.layers });
             }
-            self.machine.linear_f16(tensor, norm, s.logits)?;
+            let mut out = Output { rows: s.logits, stride: 0, first: 0, units: s.units };
+            self.machine.linear_f16(tensor, norm, &mut out)?;
             return Ok(());
         }
         let q = &mut s.quantized[..stride];
@@ -415,10 +416,10 @@ impl Model<'_> {
     }
 
     /// The logits after each token of the pass, `[tokens][vocab]`, those at least that are needed: in one pass over the head
-    /// where all of them are computed from int8.
+    /// but for one in two planes.
     fn heads(&mut self, needs: &[Need], logits: &mut [f32]) -> Result<(), Error> {
         let (c, tensor, n) = (self.config, self.weights.head(), needs.len());
-        if n == 1 || tensor.format == Format::F16 || self.weights.split_head().is_some() {
+        if n == 1 || self.weights.split_head().is_some() {
             for (t, (logits, need)) in logits.chunks_exact_mut(c.vocab as usize).zip(needs).enumerate() {
                 self.head(t, *need)?;
                 logits.copy_from_slice(self.logits());
@@ -428,15 +429,22 @@ impl Model<'_> {
         let (hidden, stride) = (c.hidden as usize, self.quantized_stride());
         let weight = ops::floats(self.machine.source.fetch(self.weights.final_norm())?);
         let s = &mut self.scratch;
+        let norms = &mut s.norm[..n * hidden];
+        norms.copy_from_slice(&s.x[..n * hidden]);
+        norms.chunks_exact_mut(hidden).for_each(|norm| self.machine.kernels.rmsnorm(norm, weight, c.norm_eps));
         let mut scales = [0.0; Limits::BATCH_MAX as usize];
-        for (t, scale) in scales.iter_mut().take(n).enumerate() {
-            let norm = &mut s.norm[..hidden];
-            norm.copy_from_slice(&s.x[t * hidden..][..hidden]);
-            self.machine.kernels.rmsnorm(norm, weight, c.norm_eps);
-            let q = &mut s.quantized[t * stride..][..stride];
-            *scale = self.machine.kernels.quantize(norm, q).ok_or(Error::NotFinite { layer: c.layers })?;
-        }
-        let x = Quantized { values: s.quantized, stride, scales: &scales[..n], tables: s.tables };
+        let x = if tensor.format == Format::F16 {
+            if !ops::finite(norms) {
+                return Err(Error::NotFinite { layer: c.layers });
+            }
+            Input::Floats(norms)
+        } else {
+            let rows = norms.chunks_exact(hidden).zip(s.quantized.chunks_exact_mut(stride));
+            for ((norm, q), scale) in rows.zip(&mut scales) {
+                *scale = self.machine.kernels.quantize(norm, q).ok_or(Error::NotFinite { layer: c.layers })?;
+            }
+            Input::Quantized(Quantized { values: s.quantized, stride, scales: &scales[..n], tables: s.tables })
+        };
         self.machine.linear_in_parts(tensor, x, s.units, logits)?;
         Ok(())
     }
@@ -577,25 +585,23 @@ impl Model<'_> {
         width: usize,
         first: usize,
     ) -> Result<(), Error> {
-        for t in 0..n {
-            let weight = match linear.input_norm {
-                Some(extent) => Some(ops::floats(self.machine.source.fetch(extent)?)),
-                None => None,
-            };
-            let s = &mut self.scratch;
-            let mut x = &s.norm[t * cols..][..cols];
-            if let (Some(weight), Some(eps)) = (weight, self.config.linear_norm_eps) {
-                let input = &mut s.input[..cols];
-                input.copy_from_slice(x);
-                self.machine.kernels.rmsnorm(input, weight, eps);
-                x = input;
-            }
-            if !ops::finite(x) {
-                return Err(Error::NotFinite { layer });
-            }
-            let out = &mut s.projected[t * width + first..][..padded_rows(linear.rows())];
-            self.machine.linear_f16(linear.whole(), x, out)?;
+        let weight = match linear.input_norm {
+            Some(extent) => Some(ops::floats(self.machine.source.fetch(extent)?)),
+            None => None,
+        };
+        let s = &mut self.scratch;
+        let mut x = &s.norm[..n * cols];
+        if let (Some(weight), Some(eps)) = (weight, self.config.linear_norm_eps) {
+            let input = &mut s.input[..n * cols];
+            input.copy_from_slice(x);
+            input.chunks_exact_mut(cols).for_each(|row| self.machine.kernels.rmsnorm(row, weight, eps));
+            x = input;
         }
+        if !ops::finite(x) {
+            return Err(Error::NotFinite { layer });
+        }
+        let mut out = Output { rows: s.projected, stride: width, first, units: s.units };
+        self.machine.linear_f16(linear.whole(), x, &mut out)?;
         Ok(())
     }
 

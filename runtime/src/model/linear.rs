@@ -32,6 +32,24 @@ pub(super) struct Output<'a> {
     pub units: &'a mut [f32],
 }
 
+impl Output<'_> {
+    /// Puts the results of several tokens, `width` each, from the order of threads into that of tokens, from `first` on.
+    fn spread(&mut self, tokens: usize, first: usize, width: usize) {
+        for (i, y) in self.units[..tokens * width].chunks_exact(UNIT_ROWS).enumerate() {
+            let (unit, t) = (i / tokens, i % tokens);
+            self.rows[t * self.stride + first + unit * UNIT_ROWS..][..UNIT_ROWS].copy_from_slice(y);
+        }
+    }
+}
+
+/// What is multiplied with a head.
+#[derive(Debug)]
+pub(super) enum Input<'a> {
+    Quantized(Quantized<'a>),
+    /// For [`Format::F16`]: `[tokens][columns]`.
+    Floats(&'a [f32]),
+}
+
 /// Computes one unit: the tensor, the unit's number, its blocks, and its results, `[tokens][UNIT_ROWS]`.
 type UnitTask<'a> = &'a (dyn Fn(&Tensor, u32, &[Block], &mut [f32]) + Sync);
 
@@ -54,34 +72,37 @@ impl Machine<'_> {
                 // The order of units is the order of rows.
                 self.products(tensors, x, &mut out.rows[first..first + width])?;
             } else {
-                let units = &mut out.units[..tokens * width];
-                self.products(tensors, x, units)?;
-                for (i, y) in units.chunks_exact(UNIT_ROWS).enumerate() {
-                    let (unit, t) = (i / tokens, i % tokens);
-                    out.rows[t * out.stride + first + unit * UNIT_ROWS..][..UNIT_ROWS].copy_from_slice(y);
-                }
+                self.products(tensors, x, &mut out.units[..tokens * width])?;
+                out.spread(tokens, first, width);
             }
             first += width;
         }
         Ok(())
     }
 
-    /// Multiplies one tensor with the int8 activations of several tokens, in as many parts as fit `units`: `out` has
+    /// Multiplies one tensor with the activations of several tokens, in as many parts as fit `units`: `out` has
     /// `[tokens][rows]`, which need not be whole units. A head is larger than what there is room for at once.
     pub(super) fn linear_in_parts(
         &mut self,
         tensor: Tensor,
-        mut x: Quantized<'_>,
+        mut x: Input<'_>,
         units: &mut [f32],
         out: &mut [f32],
     ) -> Result<(), SourceError> {
-        let (tokens, rows) = (x.scales.len(), tensor.rows as usize);
+        let rows = tensor.rows as usize;
+        let tokens = match &x {
+            Input::Quantized(x) => x.scales.len(),
+            Input::Floats(x) => x.len() / tensor.cols as usize,
+        };
         let most = (units.len() / (tokens * UNIT_ROWS)).max(1) as u32;
         let mut first = 0;
         while first < tensor.units() {
             let part = first..tensor.units().min(first + most);
             let y = &mut units[..part.len() * tokens * UNIT_ROWS];
-            self.products_of(&[tensor], part.clone(), &mut x, y)?;
+            match &mut x {
+                Input::Quantized(x) => self.products_of(&[tensor], part.clone(), x, y)?,
+                Input::Floats(x) => self.products_f16(tensor, part.clone(), x, y)?,
+            }
             for (i, y) in y.chunks_exact(UNIT_ROWS).enumerate() {
                 let (unit, t) = (first as usize + i / tokens, i % tokens);
                 let there = &mut out[t * rows..][..rows][unit * UNIT_ROWS..];
@@ -130,13 +151,28 @@ impl Machine<'_> {
         })
     }
 
-    /// Multiplies a [`Format::F16`] tensor with one token's floats. `out` is padded to whole units.
-    pub(super) fn linear_f16(&mut self, tensor: Tensor, x: &[f32], out: &mut [f32]) -> Result<(), SourceError> {
-        let kernels = self.kernels;
-        self.run(&[tensor], 1, out, &|tensor, u, blocks, y| {
+    /// Multiplies a [`Format::F16`] tensor with the floats `[tokens][columns]`.
+    pub(super) fn linear_f16(&mut self, tensor: Tensor, x: &[f32], out: &mut Output<'_>) -> Result<(), SourceError> {
+        let (tokens, width) = (x.len() / tensor.cols as usize, padded_rows(tensor.rows as usize));
+        if tokens == 1 {
+            let first = out.first;
+            return self.products_f16(tensor, 0..tensor.units(), x, &mut out.rows[first..first + width]);
+        }
+        self.products_f16(tensor, 0..tensor.units(), x, &mut out.units[..tokens * width])?;
+        out.spread(tokens, out.first, width);
+        Ok(())
+    }
+
+    /// [`Machine::products`] of some units of a [`Format::F16`] tensor with the floats `[tokens][columns]`: weights are fetched
+    /// once for all tokens.
+    fn products_f16(&mut self, tensor: Tensor, units: Range<u32>, x: &[f32], y: &mut [f32]) -> Result<(), SourceError> {
+        let (kernels, cols) = (self.kernels, tensor.cols as usize);
+        self.run_some(&[tensor], units, x.len() / cols, y, &|tensor, u, blocks, y| {
             let rows = tensor.unit_rows(u);
-            let w = Matrix::new(Format::F16, rows, tensor.cols as usize, blocks).expect("a unit of this tensor");
-            kernels.matvec_f16(w, x, &mut y[..rows]);
+            let w = Matrix::new(Format::F16, rows, cols, blocks).expect("a unit of this tensor");
+            for (x, y) in x.chunks_exact(cols).zip(y.chunks_exact_mut(UNIT_ROWS)) {
+                kernels.matvec_f16(w, x, &mut y[..rows]);
+            }
         })
     }
 

@@ -55,7 +55,7 @@ struct Scratch<'m> {
     x: &'m mut [f32],
     /// What the next linears read: a normalized vector, or results of attention or of the gate, `[widest]`.
     norm: &'m mut [f32],
-    /// One token's input of a linear that normalizes it, `[widest]`; empty in models without such linears.
+    /// The input of a linear that normalizes it, `[widest]`; empty in models without such linears.
     input: &'m mut [f32],
     /// Activations in int8, padded.
     quantized: &'m mut [i8],
@@ -104,7 +104,7 @@ impl<'m> Model<'m> {
         let scratch = Scratch {
             x: arena.take(batch * config.hidden as usize),
             norm: arena.take(batch * config.widest() as usize),
-            input: arena.take(if config.linear_norm_eps.is_some() { config.widest() as usize } else { 0 }),
+            input: arena.take(if config.linear_norm_eps.is_some() { batch * config.widest() as usize } else { 0 }),
             quantized: arena.take(batch * sizes.quantized),
             gathered: arena.take(if config.sparse { batch * sizes.quantized } else { 0 }),
             starts: arena.take(if config.sparse { sizes.starts } else { 0 }),
