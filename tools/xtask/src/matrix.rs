@@ -41,7 +41,7 @@ pub(crate) enum Action {
     Bochs(crate::bochs::Cpu),
     /// A board's image, booted and listened to.
     Boot(crate::boot::Request),
-    /// Release builds of the two programs for a target, each checked to be one static file for that machine.
+    /// Release builds of the two programs for a target, each checked to be one static file for that machine; those for ARM run.
     Static { target: &'static str, machine: crate::elf::Machine },
 }
 
@@ -240,7 +240,11 @@ pub(crate) fn steps() -> Vec<Step> {
         ("static/x86_64", PC_LINUX, crate::elf::Machine::X86_64),
         ("static/aarch64", ARM_LINUX, crate::elf::Machine::Aarch64),
     ] {
-        steps.push(step(name, &[Need::Target(target), Need::Linker], Action::Static { target, machine }));
+        let needs: &[Need] = match machine {
+            crate::elf::Machine::X86_64 => &[Need::Target(target), Need::Linker],
+            crate::elf::Machine::Aarch64 => &[Need::Target(target), Need::Linker, Need::Qemu],
+        };
+        steps.push(step(name, needs, Action::Static { target, machine }));
     }
     steps
 }

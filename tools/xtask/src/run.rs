@@ -83,7 +83,10 @@ fn describe(action: &Action) -> String {
         }
         Action::Boot(request) => request.describe(),
         Action::Static { target, .. } => {
-            format!("cargo {}  # and no dynamic linker in the two programs", static_build(target).join(" "))
+            format!(
+                "cargo {}  # no dynamic linker in the two programs, and on ARM a story in QEMU",
+                static_build(target).join(" ")
+            )
         }
     }
 }
@@ -179,8 +182,9 @@ fn static_build(target: &str) -> Vec<String> {
 fn static_programs(workspace: &Workspace, target: &str, machine: elf::Machine) -> Result<Count> {
     let arguments = static_build(target);
     let mut count = PASSED;
-    for (name, path) in build(workspace, &arguments)? {
-        let bytes = std::fs::read(&path).with_context(|| format!("reading {path}"))?;
+    let programs = build(workspace, &arguments)?;
+    for (name, path) in &programs {
+        let bytes = std::fs::read(path).with_context(|| format!("reading {path}"))?;
         match elf::check_static(&bytes, machine) {
             Ok(()) => {
                 say!("{name}: static, {:.1} MB", bytes.len() as f64 / 1e6);
@@ -192,7 +196,49 @@ fn static_programs(workspace: &Workspace, target: &str, machine: elf::Machine) -
             }
         }
     }
+    if machine == elf::Machine::Aarch64 {
+        for cpu in STATIC_CPUS {
+            match tells_a_story(workspace, &programs, cpu) {
+                Ok(()) => count.passed += 1,
+                Err(error) => {
+                    say!("error: {cpu}: {error:#}");
+                    count.failed += 1;
+                }
+            }
+        }
+    }
     Ok(count)
+}
+
+/// The Raspberry Pi 3, 4 and 5, on which the programs for ARM are run as they are installed.
+const STATIC_CPUS: [&str; 3] = ["cortex-a53", "cortex-a72", "cortex-a76"];
+const PROMPT: &str = "Once upon a time";
+/// How the bundled model's continuation begins.
+const STORY: &str = "Once upon a time, there was a little girl named Lily.";
+
+/// Packs the bundled checkpoint and lets it tell a story, with programs for ARM on a CPU of QEMU's user mode.
+fn tells_a_story(workspace: &Workspace, programs: &[(&str, String)], cpu: &str) -> Result<()> {
+    let [(_, bitnet), (_, packer)] = programs else { unreachable!("there are two programs") };
+    let folder = workspace.target.join("static");
+    std::fs::create_dir_all(&folder)?;
+    let image = folder.join("stories-ternary.bitnet").display().to_string();
+    let checkpoint = workspace.root.join("models/stories-ternary").display().to_string();
+    let run = |program: &str, arguments: &[&str]| -> Result<String> {
+        let mut qemu = std::process::Command::new("qemu-aarch64");
+        qemu.args(["-cpu", cpu, program]).args(arguments).env_clear();
+        let output = qemu.output().context("starting qemu-aarch64")?;
+        if !output.status.success() {
+            bail!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    run(packer, &["pack", &checkpoint, "-o", &image])?;
+    let story = run(bitnet, &["run", &image, PROMPT, "--temperature", "0", "--max-tokens", "24"])?;
+    if !story.starts_with(STORY) {
+        bail!("the story is `{}`, not `{STORY}`", story.trim_end());
+    }
+    say!("{cpu}: {}", story.trim_end());
+    Ok(())
 }
 
 /// Builds by the given arguments and answers with the two programs, in the order of [`PROGRAMS`], and where cargo says
