@@ -112,8 +112,10 @@ const RAM_MIB: u64 = 128;
 const LARGE_RAM_MIB: u64 = 8;
 /// How many times the RAM a large model is, at least.
 const LARGE_TIMES: u64 = 4;
-/// 75 million weights and a head of 25 million, for conversations so short that it takes seconds: each token reads all of it.
-const LARGE: [&str; 7] = ["dummy", "--preset", "small", "--head", "i8", "--context", "8"];
+/// 75 million weights and a head of 25 million, for conversations so short that it takes seconds: each token reads all of it. With
+/// this seed the tokens differ.
+const LARGE: &str = "dummy --preset small --head i8 --context 8 --seed 3";
+const LARGE_MODEL: &str = "large.bitnet";
 /// It has no tokenizer.
 const LARGE_PROMPT: &str = "1,20,300";
 /// Most tokens of an answer, as boards/support has it.
@@ -124,6 +126,10 @@ const PATIENCE: Duration = Duration::from_secs(240);
 const FIRST_TOKEN_SECONDS: f64 = 5.0;
 /// A bank of flash has this size, whatever is in it.
 const FLASH_BYTES: u64 = 64 << 20;
+/// What RAM may hold beside the conversation where code and model are in flash.
+const FLASH_RAM_BYTES: u64 = 2 << 20;
+/// What every log has in its frames.
+const LOGGED: [&str; 4] = ["self-test: ", " after power-on", "no allocation per token", "core 0: "];
 /// Disks are whole sectors.
 const SECTOR_BYTES: u64 = 512;
 
@@ -323,11 +329,11 @@ impl Image {
         Ok(image)
     }
 
-    /// Makes the model that is larger than RAM: whole sectors, as every image of more than a few blocks is.
+    /// Makes the model that is larger than RAM, and its disk.
     fn make_large(&self, packer: &str) -> Result<()> {
-        let path = self.folder.join("large.disk");
+        let path = self.folder.join(LARGE_MODEL);
         let mut pack = Command::new(packer);
-        pack.args(LARGE).arg("-o").arg(&path).stdout(Stdio::null()).stderr(Stdio::null());
+        pack.args(LARGE.split(' ')).arg("-o").arg(&path).stdout(Stdio::null()).stderr(Stdio::null());
         if !pack.status()?.success() {
             bail!("bitnet-pack could not make {}", path.display());
         }
@@ -335,7 +341,7 @@ impl Image {
         if bytes < LARGE_TIMES * (LARGE_RAM_MIB << 20) {
             bail!("{} has {bytes} bytes, less than {LARGE_TIMES} times {LARGE_RAM_MIB} MiB", path.display());
         }
-        Ok(File::options().write(true).open(&path)?.set_len(bytes.next_multiple_of(SECTOR_BYTES))?)
+        padded(&self.folder.join("large.disk"), &fs::read(&path)?, bytes.next_multiple_of(SECTOR_BYTES))
     }
 
     fn model(&self) -> PathBuf {
@@ -347,7 +353,7 @@ impl Image {
         let mut command = Command::new(&self.bitnet);
         command.arg("run").args(["--temperature", "0", "--max-tokens", TOKENS]);
         match run.medium {
-            Medium::Large => command.arg(self.folder.join("large.disk")).args(["--print-ids", "--ids", LARGE_PROMPT]),
+            Medium::Large => command.arg(self.folder.join(LARGE_MODEL)).args(["--print-ids", "--ids", LARGE_PROMPT]),
             Medium::Flash | Medium::Disk | Medium::Ram => command.arg(self.model()).arg(PROMPT),
         };
         let output = command.output().context("starting bitnet")?;
@@ -419,11 +425,16 @@ impl Image {
         if transcript.lines().next().map(str::as_bytes) != Some(&bytes[..end]) || bytes.len() < end + 2 {
             bail!("the log does not begin as the transcript does, or ends there");
         }
-        let decoder = Command::new("defmt-print").arg("-e").arg(&self.elf).stdin(Stdio::piped()).spawn();
-        // Whoever has not installed it loses nothing that is checked.
-        if let Ok(mut decoder) = decoder {
-            decoder.stdin.take().context("the input of defmt-print")?.write_all(&bytes[end + 1..])?;
-            decoder.wait()?;
+        let mut decoder = Command::new("defmt-print");
+        decoder.arg("-e").arg(&self.elf).stdin(Stdio::piped()).stdout(Stdio::piped());
+        // Whoever has not installed it sees no figures.
+        let Ok(mut decoder) = decoder.spawn() else { return Ok(()) };
+        decoder.stdin.take().context("the input of defmt-print")?.write_all(&bytes[end + 1..])?;
+        let figures = decoder.wait_with_output()?.stdout;
+        let figures = String::from_utf8_lossy(&figures);
+        say!("{}", figures.trim_end());
+        if !LOGGED.iter().all(|part| figures.contains(part)) {
+            bail!("the log lacks one of {LOGGED:?}");
         }
         Ok(())
     }
@@ -523,7 +534,21 @@ fn judge(transcript: &str, expected: &str, run: Run) -> Result<()> {
             bail!("the transcript lacks:\n{part}\nIt is:\n{transcript}");
         }
     }
+    let ram = ram(transcript).context("the transcript does not say what RAM is used")?;
+    if run.medium == Medium::Flash && ram > FLASH_RAM_BYTES {
+        bail!(
+            "{ram} bytes of RAM beside the conversation, and {FLASH_RAM_BYTES} are enough without a copy of the model"
+        );
+    }
     Ok(())
+}
+
+/// Bytes of RAM in use, but for the conversation.
+fn ram(transcript: &str) -> Option<u64> {
+    let (_, rest) = transcript.split_once("\nRAM: ")?;
+    let (used, rest) = rest.split_once(" bytes, of which the conversation ")?;
+    let (state, _) = rest.split_once('\n')?;
+    used.parse::<u64>().ok()?.checked_sub(state.parse().ok()?)
 }
 
 #[cfg(test)]
@@ -577,13 +602,20 @@ mod tests {
     fn a_transcript_with_another_text_backend_or_start_is_not_good() {
         let run = RUNS[4];
         let good = format!(
-            "bitnet-edge\nx: started at EL1, sve\nself-test: sve conforms\n1 cores\n> {PROMPT}\n{PROMPT}, a fox.\n(5 tokens"
+            "bitnet-edge\nx: started at EL1, sve\nself-test: sve conforms\nRAM: 3000000 bytes, of which the conversation 1000000\n\
+             1 cores\n> {PROMPT}\n{PROMPT}, a fox.\n(5 tokens"
         );
         let expected = format!("{PROMPT}, a fox.\n");
         judge(&good, &expected, run).unwrap();
-        for (from, to) in
-            [("fox", "dog"), ("EL1", "EL2"), ("conforms", "differs"), ("1 cores", "4 cores"), ("EL1, sve", "EL1, neon")]
-        {
+        for (from, to) in [
+            ("fox", "dog"),
+            ("EL1", "EL2"),
+            ("conforms", "differs"),
+            ("1 cores", "4 cores"),
+            ("EL1, sve", "EL1, neon"),
+            ("RAM: 3", "RAM: 4"),
+            ("RAM: 3000000", "RAM: much"),
+        ] {
             assert!(judge(&good.replace(from, to), &expected, run).is_err(), "{from}");
         }
     }
