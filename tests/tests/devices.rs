@@ -261,7 +261,7 @@ fn a_model_by_way_of_a_driver_gives_the_logits_of_one_in_memory() {
     let chip = Chip::<4096> { bytes: on_a_medium(&packed, 4096), fails: None };
     let options = RingOptions { slots: 2, patience: Duration::from_secs(20), verify: true, spans: 0 };
     let device = Sectors::new(Flash::new(chip), 1);
-    let mut ring = Ring::start(device, &image, Pieces::new(&image, 0), options).unwrap();
+    let mut ring = Ring::start(vec![device], &image, Pieces::new(&image, 0), options).unwrap();
     assert_eq!(with_model(&packed, &mut ring, |m, s| logits(m, s).unwrap()), expected);
 }
 

@@ -143,7 +143,9 @@ fn streamed<R>(
     let mut pieces = Pieces::new(&image, piece);
     let kept = pieces.keep(resident);
     assert!(kept <= resident && kept == pieces.resident_blocks());
-    let mut ring = Ring::start(Faulty::new(packed, faults), &image, pieces, options)?;
+    // One reader, and two where the number of buffers is odd.
+    let devices = (0..=options.slots % 2).map(|_| Faulty::new(packed, faults)).collect();
+    let mut ring = Ring::start(devices, &image, pieces, options)?;
     let watch = ring.watch();
     let (mut scratch, mut state) = (vec![Block::ZERO; plan.scratch], vec![Block::ZERO; plan.state]);
     let mut state = State::new(&config, &limits, &mut state).unwrap();
@@ -423,7 +425,8 @@ fn a_file_that_changes_is_an_error_and_one_that_is_replaced_is_not() {
     let run = |change: &dyn Fn(), expected: Result<(), Option<SourceError>>| {
         std::fs::write(&path, packed.bytes()).unwrap();
         let device = ImageFile::new(std::fs::File::open(&path).unwrap()).unwrap();
-        let mut ring = Ring::start(device, &image, Pieces::new(&image, 0), OPTIONS).unwrap();
+        let devices = vec![device.try_clone().unwrap(), device];
+        let mut ring = Ring::start(devices, &image, Pieces::new(&image, 0), OPTIONS).unwrap();
         let (mut scratch, mut state) = (vec![Block::ZERO; plan.scratch], vec![Block::ZERO; plan.state]);
         let mut state = State::new(&config, &limits, &mut state).unwrap();
         let mut model = Model::new(&image, limits, backend::best(), &Serial, &mut ring, &mut scratch).unwrap();

@@ -2,7 +2,7 @@ use super::BlockDevice;
 use crate::error::SourceError;
 use bitnet_kernel::Block;
 use std::fs::{File, Metadata};
-use std::io::{ErrorKind, Read, Result, Seek, SeekFrom};
+use std::io::{ErrorKind, Result};
 use std::time::SystemTime;
 use zerocopy::IntoBytes;
 
@@ -31,17 +31,28 @@ impl ImageFile {
         let opened = stamp(&file.metadata()?);
         Ok(Self { direct: open_direct(&file), file, opened })
     }
+    /// The same file once more, for another thread.
+    ///
+    /// # Errors
+    /// If the system has no more files to give, or has no reads that leave the file's offset alone.
+    pub fn try_clone(&self) -> Result<Self> {
+        if cfg!(not(unix)) {
+            return Err(ErrorKind::Unsupported.into());
+        }
+        let direct = self.direct.as_ref().map(File::try_clone).transpose()?;
+        Ok(Self { file: self.file.try_clone()?, direct, opened: self.opened })
+    }
     /// Whether reads go past the page cache.
     pub const fn is_direct(&self) -> bool {
         self.direct.is_some()
     }
 
     /// The part of `into` that can be read past the cache is, and the rest is read as usual.
-    fn fill(&mut self, from: u64, into: &mut [u8]) -> Result<()> {
+    fn fill(&self, from: u64, into: &mut [u8]) -> Result<()> {
         let mut done = 0;
         let aligned =
             from.is_multiple_of(Self::DIRECT_BYTES as u64) && into.as_ptr().addr().is_multiple_of(Self::DIRECT_BYTES);
-        if let Some(direct) = self.direct.as_mut().filter(|_| aligned) {
+        if let Some(direct) = self.direct.as_ref().filter(|_| aligned) {
             let whole = into.len() / Self::DIRECT_BYTES * Self::DIRECT_BYTES;
             // What fails here is tried once more through the cache: file systems differ in what they can read past it.
             if whole > 0 && read_at(direct, from, &mut into[..whole]).is_ok() {
@@ -49,7 +60,7 @@ impl ImageFile {
             }
         }
         if done < into.len() {
-            read_at(&mut self.file, from + done as u64, &mut into[done..])?;
+            read_at(&self.file, from + done as u64, &mut into[done..])?;
             drop_cached(&self.file, from + done as u64, into.len() - done);
         }
         Ok(())
@@ -81,8 +92,15 @@ fn stamp(metadata: &Metadata) -> (u64, Option<SystemTime>) {
     (metadata.len(), metadata.modified().ok())
 }
 
-/// Fills `into`; short reads and interruptions by signals are continued.
-fn read_at(file: &mut File, from: u64, into: &mut [u8]) -> Result<()> {
+/// Fills `into`; short reads and interruptions by signals are continued. Files that are clones of each other do not disturb
+/// each other: no offset is kept.
+#[cfg(unix)]
+fn read_at(file: &File, from: u64, into: &mut [u8]) -> Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, into, from)
+}
+#[cfg(not(unix))]
+fn read_at(mut file: &File, from: u64, into: &mut [u8]) -> Result<()> {
+    use std::io::{Read, Seek, SeekFrom};
     file.seek(SeekFrom::Start(from))?;
     file.read_exact(into)
 }

@@ -1,8 +1,11 @@
-//! A reader thread that is ahead of the computation.
+//! Reader threads that are ahead of the computation.
 //!
-//! The reader fills buffers with the pieces that a pass will fetch next, in their order; the computation takes them from a
+//! Readers fill buffers with the pieces that a pass will fetch next, in their order; the computation takes them from a
 //! queue, works in one at a time and gives it back. Buffers change hands, so nothing is copied and nothing is shared. If the
-//! computation asks for another piece than the next, the queue is dropped and the reader starts over from there.
+//! computation asks for another piece than the next, the queue is dropped and the readers start over from there.
+//!
+//! Two readers keep the device busy while one of them is on its way from one read to the next: what io_uring with two reads in
+//! flight gives as well, by code that would not be safe. `docs/streaming.md` has the figures.
 use super::map::anonymous;
 use super::pieces::{Piece, Pieces, is_apart};
 use super::{BlockDevice, Extent, WeightSource};
@@ -46,7 +49,7 @@ pub struct RingStats {
     pub blocks: u64,
     /// Blocks of pieces that were read and not used.
     pub dropped: u64,
-    /// How long reads took.
+    /// How long reads took, those of all readers one after another.
     pub reading: Duration,
     /// How long fetches waited for them.
     pub waiting: Duration,
@@ -55,8 +58,8 @@ pub struct RingStats {
 /// One read, or one wait for it.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
-    /// Whether it is a wait of the computation; else a read of the reader.
-    pub is_wait: bool,
+    /// The reader that read, from 0; `None` is a wait of the computation.
+    pub reader: Option<usize>,
     /// First block of the piece or row.
     pub start: u32,
     /// Blocks of it.
@@ -100,27 +103,29 @@ const fn buffer_bytes(blocks: u32, align: u32) -> u64 {
     (blocks * Block::BYTES as u64).next_multiple_of(4096)
 }
 
-/// A piece that was read, or failed to be.
+/// A piece that is read or was.
 #[derive(Debug)]
-struct Filled {
+struct Slot {
     piece: usize,
-    buffer: Buffer,
-    result: Result<(), SourceError>,
+    /// Which read it is, counted from the start.
+    read: u64,
+    /// The buffer and how it went, when it is over.
+    done: Option<(Buffer, Result<(), SourceError>)>,
 }
 
 /// What the reader and the computation share.
 #[derive(Debug)]
 struct Queue {
-    /// Pieces in the order of reading.
-    filled: VecDeque<Filled>,
+    /// Pieces in the order in which their reads began. One that is not in it any more is not wanted when it comes.
+    slots: VecDeque<Slot>,
     empty: Vec<Buffer>,
-    /// The piece that is being read, if it is still wanted.
-    reading: Option<usize>,
-    /// The piece to read after it.
+    /// Reads so far.
+    reads: u64,
+    /// The piece to read next.
     next: usize,
     /// The pieces that passes fetch, again and again.
     order: Range<usize>,
-    /// A read failed: the reader waits for a fetch.
+    /// A read failed: the readers wait for a fetch.
     halted: bool,
     row: Row,
     stopped: bool,
@@ -139,8 +144,8 @@ enum Row {
 }
 
 impl Queue {
-    /// The next piece to read, if there is one and a buffer for it.
-    fn take_next(&mut self, pieces: &Pieces) -> Option<(usize, Buffer)> {
+    /// The next piece to read, if there is one and a buffer for it: the piece, the number of the read, and the buffer.
+    fn take_next(&mut self, pieces: &Pieces) -> Option<(usize, u64, Buffer)> {
         if self.halted || self.empty.is_empty() {
             return None;
         }
@@ -148,15 +153,22 @@ impl Queue {
             let piece = if self.order.contains(&self.next) { self.next } else { self.order.start };
             self.next = piece + 1;
             if pieces.all()[piece].resident.is_none() {
-                self.reading = Some(piece);
-                return Some((piece, self.empty.pop()?));
+                let read = self.reads;
+                self.reads += 1;
+                self.slots.push_back(Slot { piece, read, done: None });
+                return Some((piece, read, self.empty.pop()?));
             }
         }
         None
     }
     /// The buffer that `piece` was read into, if it was; has it read next if it is not under way.
     fn take_filled(&mut self, piece: usize, pieces: &Pieces) -> Option<Result<Buffer, SourceError>> {
-        while let Some(Filled { piece: found, buffer, result }) = self.filled.pop_front() {
+        while let Some(first) = self.slots.front() {
+            if first.piece == piece && first.done.is_none() {
+                return None;
+            }
+            let Slot { piece: found, done, .. } = self.slots.pop_front()?;
+            let Some((buffer, result)) = done else { continue };
             match result {
                 Ok(()) if found == piece => return Some(Ok(buffer)),
                 Ok(()) => self.stats.dropped += u64::from(pieces.all()[found].extent.blocks),
@@ -169,28 +181,24 @@ impl Queue {
             }
             self.empty.push(buffer);
         }
-        if self.reading != Some(piece) {
-            self.reading = None;
-            self.next = piece;
-            self.halted = false;
-        }
+        self.next = piece;
+        self.halted = false;
         None
     }
-    fn deliver(&mut self, filled: Filled, blocks: u32) {
-        let Filled { piece, result, .. } = filled;
-        if self.reading == Some(piece) {
-            self.reading = None;
-            self.halted = result.is_err();
-            self.filled.push_back(filled);
+    /// Takes what a read of `blocks` brought.
+    fn deliver(&mut self, read: u64, buffer: Buffer, result: Result<(), SourceError>, blocks: u32) {
+        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.read == read) {
+            self.halted |= result.is_err();
+            slot.done = Some((buffer, result));
         } else {
             self.stats.dropped += u64::from(blocks);
-            self.empty.push(filled.buffer);
+            self.empty.push(buffer);
         }
     }
     fn record(&mut self, span: Span) {
-        match span.is_wait {
-            true => self.stats.waiting += span.to - span.from,
-            false => {
+        match span.reader {
+            None => self.stats.waiting += span.to - span.from,
+            Some(_) => {
                 self.stats.reading += span.to - span.from;
                 self.stats.blocks += u64::from(span.blocks);
             }
@@ -234,7 +242,7 @@ impl Shared {
             found = done(&mut queue);
             to = self.started.elapsed();
         }
-        queue.record(Span { is_wait: true, start, blocks, from, to });
+        queue.record(Span { reader: None, start, blocks, from, to });
         found.ok_or(SourceError::Timeout)
     }
 }
@@ -262,33 +270,34 @@ impl Ring {
             + buffer_bytes(pieces.row_blocks(), align_blocks)
     }
 
-    /// Reads what is to be resident, and starts the reader.
+    /// Reads what is to be resident, and starts a reader for each of `devices`, which are one device, opened several times.
     ///
     /// # Errors
     /// If memory or a thread cannot be had, or the device fails; with [`RingOptions::verify`] also if a section's checksum
     /// disagrees.
     ///
     /// # Panics
-    /// If there are fewer than [`RingOptions::SLOTS_MIN`] slots.
+    /// If there are fewer than [`RingOptions::SLOTS_MIN`] slots, or no device.
     pub fn start<D: BlockDevice + Send + 'static>(
-        mut device: D,
+        mut devices: Vec<D>,
         image: &Image<'_>,
         pieces: Pieces,
         options: RingOptions,
     ) -> io::Result<Self> {
         assert!(options.slots >= RingOptions::SLOTS_MIN, "a ring has at least {} slots", RingOptions::SLOTS_MIN);
+        let device = devices.first_mut().expect("a ring has a device");
         let align = device.align_blocks();
         let buffer = || Buffer::new(pieces.piece_blocks(), align);
         let mut empty = (0..options.slots).map(|_| buffer()).collect::<io::Result<Vec<_>>>()?;
         let row = Some(Buffer::new(pieces.row_blocks(), align)?);
         let mut resident = anonymous(pieces.resident_blocks().max(1) as usize * Block::BYTES)?;
-        let sums = load(&mut device, image, &pieces, options.verify, (&mut empty[0], &mut resident));
-        let sums = sums.map_err(io::Error::other)?;
+        let sums = load(device, image, &pieces, options.verify, (&mut empty[0], &mut resident));
+        let sums = Arc::new(sums.map_err(io::Error::other)?);
 
         let queue = Queue {
-            filled: VecDeque::with_capacity(options.slots),
+            slots: VecDeque::with_capacity(options.slots),
             empty,
-            reading: None,
+            reads: 0,
             next: 0,
             order: 0..pieces.all().len(),
             halted: false,
@@ -299,10 +308,13 @@ impl Ring {
         };
         let (queue, changed, started) = (Mutex::new(queue), Condvar::new(), Instant::now());
         let shared = Arc::new(Shared { queue, changed, pieces, started });
-        let reader = Reader { device, shared: Arc::clone(&shared), sums };
-        // It is never joined: nobody could wait for a device that does not answer.
-        thread::Builder::new().name("reader".into()).spawn(|| reader.run())?;
-        Ok(Self { shared, resident, current: None, row, patience: options.patience })
+        let ring = Self { shared, resident, current: None, row, patience: options.patience };
+        for (number, device) in devices.into_iter().enumerate() {
+            let reader = Reader { number, device, shared: Arc::clone(&ring.shared), sums: Arc::clone(&sums) };
+            // It is never joined: nobody could wait for a device that does not answer.
+            thread::Builder::new().name("reader".into()).spawn(|| reader.run())?;
+        }
+        Ok(ring)
     }
 
     /// What tells of it while a model has it.
@@ -480,12 +492,13 @@ fn compare(hash: &Xxh3, record: &Record) -> Result<(), SourceError> {
     if hash.digest() == record.checksum.get() { Ok(()) } else { Err(SourceError::Checksum { start }) }
 }
 
-/// What runs on the reader's thread.
+/// What runs on a reader's thread.
 struct Reader<D> {
+    number: usize,
     device: D,
     shared: Arc<Shared>,
     /// What the pieces were when the image was opened.
-    sums: Option<Vec<u64>>,
+    sums: Arc<Option<Vec<u64>>>,
 }
 
 impl<D: BlockDevice> Reader<D> {
@@ -502,18 +515,18 @@ impl<D: BlockDevice> Reader<D> {
                 queue = shared.lock();
                 queue.record(span);
                 queue.row = Row::Done(extent, buffer, result);
-            } else if let Some((piece, mut buffer)) = queue.take_next(&shared.pieces) {
+            } else if let Some((piece, read, mut buffer)) = queue.take_next(&shared.pieces) {
                 let extent = shared.pieces.all()[piece].extent;
                 drop(queue);
                 let (mut result, span) = self.timed(extent, |device| buffer.fill(device, extent, end));
-                if let Some(sums) = self.sums.as_ref().filter(|_| result.is_ok())
+                if let Some(sums) = self.sums.as_ref().as_ref().filter(|_| result.is_ok())
                     && checksum(buffer.blocks(0, extent.blocks).as_bytes()) != sums[piece]
                 {
                     result = Err(SourceError::Checksum { start: extent.start });
                 }
                 queue = shared.lock();
                 queue.record(span);
-                queue.deliver(Filled { piece, buffer, result }, extent.blocks);
+                queue.deliver(read, buffer, result, extent.blocks);
             } else {
                 queue = shared.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 continue;
@@ -525,6 +538,6 @@ impl<D: BlockDevice> Reader<D> {
         let from = self.shared.started.elapsed();
         let result = read(&mut self.device);
         let Extent { start, blocks } = extent;
-        (result, Span { is_wait: false, start, blocks, from, to: self.shared.started.elapsed() })
+        (result, Span { reader: Some(self.number), start, blocks, from, to: self.shared.started.elapsed() })
     }
 }

@@ -46,9 +46,10 @@ struct Report {
     /// Shares of up's rows and of down's columns that were read; absent in images that have them read whole.
     ffn_live: Option<[f64; 2]>,
     /// What as many threads read from memory in this run, at most; of streamed weights, what the same reads with nothing else
-    /// to do give.
+    /// to do give, of which there is a pass after each repetition: the median.
     read_gb_per_s: f64,
-    /// Bytes that decoding read a second, as a share of that. Above 1 if the caches hold the model.
+    /// Bytes that decoding read a second, as a share of that. Above 1 if the caches hold the model. Of streamed weights, the median
+    /// of the shares that each repetition has of the reads after it, since disks change their speed from one second to the next.
     bandwidth_share: f64,
     /// Present if weights are streamed.
     stream: Option<StreamReport>,
@@ -80,8 +81,12 @@ struct StreamReport {
     dropped_share: f64,
     /// Of the time, what the computation waited for the reader.
     waited_share: f64,
-    /// Of the time, what the reader read.
+    /// Threads that read.
+    readers: usize,
+    /// Of the time, what one of them read.
     reading_share: f64,
+    /// The lowest and the highest share of a repetition, of which `bandwidth_share` is the median.
+    bandwidth_range: [f64; 2],
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -143,22 +148,29 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let before = model.head_stats();
     let live_before = model.live_rows();
     let stream = stream.map(|stream| (stream, stream.watch.stats()));
-    let start = Instant::now();
-    let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+    let streamed_bytes = stream.map_or(0, |(stream, _)| stream.watch.pieces().streamed_blocks() * Block::BYTES as u64);
+    let (mut prefill, mut decode, mut alone, mut time) = (Vec::new(), Vec::new(), Vec::new(), Duration::ZERO);
     for _ in 0..args.repetitions {
+        let start = Instant::now();
         let (p, d) = repetition(&mut model, &mut state, &prompt, tokens, need)?;
+        time += start.elapsed();
         prefill.push(p);
         decode.push(d);
+        if let Some((stream, _)) = stream.filter(|_| streamed_bytes > 0) {
+            alone.push(stream.storage_speed()?);
+        }
     }
+    let shares = decode.iter().zip(&alone).map(|(decode, alone)| decode * streamed_bytes as f64 / alone);
+    let shares = (!alone.is_empty()).then(|| median(shares.collect()));
     let (head_rows, unread) = head_rows(&image, before, model.head_stats());
     let (ffn_live, dead) = ffn_live(&image, live_before, model.live_rows());
     let ((prefill_tokens_per_s, prefill_range), (decode_tokens_per_s, decode_range)) =
         (median(prefill), median(decode));
     let peak_rss_bytes = system::peak_rss();
     let stream_report = stream.map(|(stream, before)| {
-        let (now, time) = (stream.watch.stats(), start.elapsed().as_secs_f64());
+        let (now, time) = (stream.watch.stats(), time.as_secs_f64());
         StreamReport {
-            bytes_per_token: stream.watch.pieces().streamed_blocks() * Block::BYTES as u64,
+            bytes_per_token: streamed_bytes,
             resident_bytes: stream.resident,
             buffer_bytes: stream.buffers,
             buffers: stream.slots,
@@ -166,16 +178,17 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
             direct: stream.direct,
             dropped_share: (now.dropped - before.dropped) as f64 / (now.blocks - before.blocks).max(1) as f64,
             waited_share: (now.waiting - before.waiting).as_secs_f64() / time,
-            reading_share: (now.reading - before.reading).as_secs_f64() / time,
+            readers: stream.readers,
+            reading_share: (now.reading - before.reading).as_secs_f64() / time / stream.readers as f64,
+            bandwidth_range: shares.map_or([0.0; 2], |(_, range)| range),
         }
     });
-    let (bytes_per_token, read_gb_per_s) = match (&stream_report, stream) {
-        (Some(report), Some((stream, _))) if report.bytes_per_token > 0 => {
-            (report.bytes_per_token, stream.storage_speed()? / 1e9)
-        }
-        _ => {
+    let (bytes_per_token, read_gb_per_s, bandwidth_share) = match shares {
+        Some((share, _)) => (streamed_bytes, median(alone).0 / 1e9, share),
+        None => {
             let bytes = weight_bytes_per_token(&image) + kv_bytes - unread - dead;
-            (bytes, system::read_bandwidth(threads.pool(), threads.decode().threads) / 1e9)
+            let speed = system::read_bandwidth(threads.pool(), threads.decode().threads) / 1e9;
+            (bytes, speed, bytes as f64 * decode_tokens_per_s / 1e9 / speed)
         }
     };
     Ok(Report {
@@ -187,7 +200,7 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
         head_rows,
         ffn_live,
         read_gb_per_s,
-        bandwidth_share: bytes_per_token as f64 * decode_tokens_per_s / 1e9 / read_gb_per_s,
+        bandwidth_share,
         stream: stream_report,
         plan_bytes,
         peak_rss_bytes,
