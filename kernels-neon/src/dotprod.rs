@@ -14,7 +14,8 @@
 //! There is no software prefetch: it could not be measured, and the cores in question follow a sequential stream well.
 use crate::apart::{self, SUMMED};
 use crate::panel::{Sums, Tile, Unit};
-use crate::{lanes, panel};
+use crate::{float, lanes, panel};
+use bitnet_kernel::float::Cache;
 use bitnet_kernel::{Activations, Batch, Block, BlockActivations, BlockMatrix, Format, Kernels, Matrix, blocks};
 use core::arch::aarch64::*;
 use core::arch::asm;
@@ -86,6 +87,9 @@ impl Kernels for Dotprod {
     fn matvec_blocks(&self, w: BlockMatrix<'_>, x: BlockActivations<'_>, y: &mut [i32]) {
         // SAFETY: `self` exists, so the CPU has dot products.
         unsafe { matvec_blocks_neon_dotprod(w, x, y) }
+    }
+    fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
+        float::attend(q, keys, values, scale, out);
     }
 }
 

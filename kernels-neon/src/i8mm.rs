@@ -4,7 +4,9 @@
 //!
 //! The order of the operands is tokens, rows: a sum of two rows by two tokens then holds the rows of a token side by side.
 use crate::dotprod::{self, Dotprod};
+use crate::float;
 use crate::panel::{self, Sums, Tile, Unit};
+use bitnet_kernel::float::Cache;
 use bitnet_kernel::{Activations, Batch, Block, BlockActivations, BlockMatrix, Format, Kernels, Matrix};
 use core::arch::aarch64::*;
 use core::arch::asm;
@@ -53,6 +55,9 @@ impl Kernels for I8mm {
     }
     fn matvec_blocks(&self, w: BlockMatrix<'_>, x: BlockActivations<'_>, y: &mut [i32]) {
         self.0.matvec_blocks(w, x, y);
+    }
+    fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
+        float::attend(q, keys, values, scale, out);
     }
 }
 

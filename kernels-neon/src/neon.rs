@@ -8,7 +8,8 @@
 #![allow(clippy::needless_range_loop, reason = "one index for several arrays of registers")]
 
 use crate::apart::{self, SUMMED};
-use crate::{lanes, panel};
+use crate::{float, lanes, panel};
+use bitnet_kernel::float::Cache;
 use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
 use core::arch::aarch64::*;
 
@@ -61,6 +62,9 @@ impl Kernels for Neon {
     fn sum_rows(&self, w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
         // SAFETY: as above.
         apart::sum_rows(w, rows, x, y, |rows, at, x| unsafe { sum_t2r_neon(rows, at, x) });
+    }
+    fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
+        float::attend(q, keys, values, scale, out);
     }
 }
 

@@ -1,5 +1,6 @@
 //! The two backends: which loop serves what.
 use crate::{batch, grouped, lanes, planes, sparse};
+use bitnet_kernel::float::Cache;
 use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
 
 /// Invariant: a value exists only where the CPU has SVE and what its fields say. [`sve`] and [`sve2`] make the only ones.
@@ -95,6 +96,9 @@ impl Kernels for Sve {
     // unaligned accesses are not allowed, as on boards. The floating-point methods are the bodies of `float` as they are: the
     // compiler makes NEON of them, and their order of sums is one of 16 lanes, which longer vectors would not serve better on
     // CPUs of 128 and 256 bits.
+    fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
+        bitnet_kernels_neon::float::attend(q, keys, values, scale, out);
+    }
 }
 
 impl Sve {

@@ -18,6 +18,8 @@ struct Layer {
 
 const LAYERS: &[Layer] = &[
     Layer { folders: "runtime/kernel", may_use: &[] },
+    // A CPU with SVE has NEON too.
+    Layer { folders: "kernels-sve2", may_use: &["runtime/kernel", "kernels-neon"] },
     Layer { folders: "kernels-*", may_use: &["runtime/kernel"] },
     Layer { folders: "runtime/host", may_use: &["runtime/kernel", "runtime"] },
     Layer { folders: "runtime", may_use: &["runtime/kernel", "kernels-*"] },
