@@ -228,7 +228,7 @@ fn tile<const BLOCKS: usize, const BASE: i16>(
 
 /// Bytes of a vector.
 #[target_feature(enable = "sve")]
-fn vector_bytes() -> usize {
+pub(crate) fn vector_bytes() -> usize {
     let bytes;
     // SAFETY: reads a constant of the CPU.
     unsafe { asm!("cntb {}", out(reg) bytes, options(pure, nomem, nostack, preserves_flags)) };
