@@ -37,7 +37,7 @@ pub use dummy::{Preset, Shape, dummy};
 pub use error::Error;
 pub use export::{Exported, export};
 pub use inspect::{Summary, inspect};
-pub use pack::{Layouts, Options, pack};
+pub use pack::{Layouts, Options, pack, plan};
 pub use prune::{Pattern, Pruned, Sparsity};
 pub use report::{Progress, Report};
 pub use tune::{Target, tune};

@@ -7,7 +7,7 @@ use bitnet_pack::export::Ternary;
 use bitnet_pack::{Error, Layouts, Options, Pattern, Preset, Progress, Report, Sparsity, Stateful, Target};
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::model::{Memory, Window};
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use core::sync::atomic::{AtomicBool, Ordering};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -64,6 +64,7 @@ Examples:
   bitnet-pack pack ./Falcon3-1B-Instruct-1.58bit -o falcon3.bitnet --head i4
   bitnet-pack pack ./model/model.safetensors -o model.bitnet --context 2048 --kv i8
   bitnet-pack pack ggml-model-i2_s.gguf -o 2b4t.bitnet
+  bitnet-pack pack ggml-model-i2_s.gguf --dry-run --bandwidth 17
   bitnet-pack pack SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2.bitnet --dense i4
   bitnet-pack pack model.gguf -o model.bitnet --bits auto --calibration text.txt --average-bits 4.2 --report report.html
   bitnet-pack pack ./stories -o small.bitnet --sparsity 0.1 --sparsity-type structured-rowcol --calibration text.txt")]
@@ -72,15 +73,27 @@ struct Pack {
     /// GGUF file (the first, if the model is in several); or a file of llama2.c.
     source: PathBuf,
     /// The image to write; an image that is there already is replaced.
-    #[arg(short, long, value_name = "IMAGE")]
-    output: PathBuf,
+    #[arg(short, long, value_name = "IMAGE", required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
+    /// Write nothing: say what would be written, and how much memory packing and running take. Not with --bits or --plan,
+    /// whose formats are known after calibration only.
+    #[arg(long, conflicts_with_all = ["bits", "plan_file", "report", "write_plan"])]
+    dry_run: bool,
+    /// With --dry-run: predict tokens a second on a machine whose memory is read at so many GB/s (of 1,000,000,000 bytes).
+    #[arg(long, value_name = "GB/S", requires = "dry_run", value_parser = bandwidth)]
+    bandwidth: Option<f64>,
+    /// Go on where linears that should be ternary are not: in GGUF files of BitNet's architectures those whose numbers are not
+    /// ternary, else masters more than 85% from ternary.
+    #[arg(long)]
+    lossy: bool,
     /// The tokenizer: tokenizer.json, a sentencepiece model or a tiktoken file [default: the one in the directory, or in the
     /// GGUF file].
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
-    /// Weights in a group of I2_S in a GGUF file: 128, or 64 as bitnet.cpp once wrote on ARM. The packer does not tell by itself.
-    #[arg(long, value_name = "WEIGHTS", default_value = "128", value_parser = i2s_group())]
-    i2s_group: Dtype,
+    /// Weights in a group of I2_S in a GGUF file: 128, or 64 as bitnet.cpp once wrote on ARM. auto is 128 unless the numbers
+    /// speak for 64, and says so where they do, and where they say nothing.
+    #[arg(long, value_name = "WEIGHTS", default_value = "auto", value_parser = PossibleValuesParser::new(["auto", "128", "64"]))]
+    i2s_group: String,
     /// Choose the layout of each linear with zeros by its speed on a CPU in place of its bytes: native times the layouts here,
     /// on the model's own shapes and zeros; for another CPU a model of costs decides, for ARM with a reserve. What was chosen
     /// and why is shown, and recorded in the image. `bitnet tune` does it again on the device.
@@ -245,6 +258,11 @@ fn average(text: &str) -> Result<f64, String> {
     if (0.5..=16.0).contains(&bits) { Ok(bits) } else { Err("between 0.5 and 16".into()) }
 }
 
+fn bandwidth(text: &str) -> Result<f64, String> {
+    let rate: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.001..=1e6).contains(&rate) { Ok(rate) } else { Err("between 0.001 and 1000000".into()) }
+}
+
 fn size(text: &str) -> Result<u64, String> {
     let (digits, unit) = match text.as_bytes().last() {
         Some(b'K' | b'k') => (&text[..text.len() - 1], 1_000),
@@ -290,7 +308,7 @@ struct Formats {
     /// Layout of linears of models that were pruned, where it saves a sixteenth or more: rowcol leaves rows and columns of zeros
     /// out of what is stored and read, 16x64 and 16x16 blocks of zeros of ternary linears; auto what saves most. Results are
     /// the same. whole stores every linear with its zeros.
-    #[arg(long, default_value = "auto", value_parser = PossibleValuesParser::new(["auto", "rowcol", "16x64", "16x16", "whole"]).map(|l| layouts(&l)))]
+    #[arg(long, default_value = "auto", value_parser = PossibleValuesParser::new(LAYOUTS.map(|(name, seen)| PossibleValue::new(name).hide(!seen))).try_map(|l| layouts(&l)))]
     layout: Layouts,
     /// The model's name in the image [default: the directory's].
     #[arg(long)]
@@ -442,8 +460,13 @@ fn format(names: &'static [&'static str]) -> impl TypedValueParser<Value = Forma
     PossibleValuesParser::new(names.iter().copied()).map(named)
 }
 
-fn i2s_group() -> impl TypedValueParser<Value = Dtype> {
-    PossibleValuesParser::new(["128", "64"]).map(|n| if n == "64" { Dtype::I2_S_64 } else { Dtype::I2_S })
+/// The type that the option stands for, if it does not leave it open.
+fn i2s_group(option: &str) -> Option<Dtype> {
+    match option {
+        "64" => Some(Dtype::I2_S_64),
+        "128" => Some(Dtype::I2_S),
+        _ => None,
+    }
 }
 
 fn ternary() -> impl TypedValueParser<Value = Ternary> {
@@ -460,12 +483,32 @@ fn target() -> impl TypedValueParser<Value = Target> {
     PossibleValuesParser::new(Target::ALL.map(|(name, _)| name)).map(named)
 }
 
-fn layouts(name: &str) -> Layouts {
-    match name {
+/// Names of layouts, and whether they are offered: people know the others from elsewhere, and are told why they are not here.
+const LAYOUTS: [(&str, bool); 7] = [
+    ("auto", true),
+    ("rowcol", true),
+    ("16x64", true),
+    ("16x16", true),
+    ("whole", true),
+    ("csr", false),
+    ("block-diagonal", false),
+];
+
+fn layouts(name: &str) -> Result<Layouts, &'static str> {
+    Ok(match name {
         "rowcol" => Layouts::Kept,
         "whole" => Layouts::Whole,
+        "csr" => {
+            return Err(
+                "lists of columns are slower than the whole ternary linear unless 2 % of its weights or fewer are not zero \
+                        (docs/benchmarks.md); whole is what to use",
+            );
+        }
+        "block-diagonal" => {
+            return Err("such a linear is one whose live blocks are on the diagonal; use 16x64 or 16x16");
+        }
         name => BlockShape::ALL.into_iter().find(|s| s.name() == name).map_or(Layouts::Auto, Layouts::Blocks),
-    }
+    })
 }
 
 fn kv_format(name: &str) -> KvFormat {
@@ -544,11 +587,16 @@ impl Drop for Bar {
 fn run(command: Command) -> Result<String, Error> {
     match command {
         Command::Pack(pack) => {
-            let Pack { source, output, tokenizer, i2s_group, target_arch: target, formats, widths, sparsity, plan } =
-                *pack;
+            let Pack { source, output, bandwidth, lossy, tokenizer, i2s_group: groups, .. } = *pack;
+            let Pack { dry_run, target_arch: target, formats, widths, sparsity, plan, .. } = *pack;
             let sparsity = sparsity.chosen(formats.layout, widths.calibration.as_ref())?;
             let adaptive = widths.adaptive(sparsity.is_some())?;
-            let options = Options { tokenizer, i2s: i2s_group, target, adaptive, sparsity, ..options(formats, plan) };
+            let i2s = i2s_group(&groups);
+            let options = Options { tokenizer, i2s, target, adaptive, sparsity, lossy, ..options(formats, plan) };
+            let Some(output) = output.filter(|_| !dry_run) else {
+                let report = bitnet_pack::plan(&source, &options, &mut Bar::new().listen())?;
+                return Ok(planned(&report, bandwidth));
+            };
             let report = bitnet_pack::pack(&source, &output, &options, &mut Bar::new().listen())?;
             widths.write(&report)?;
             Ok(written(&report, &output))
@@ -590,13 +638,30 @@ fn run(command: Command) -> Result<String, Error> {
     }
 }
 
+/// The report of what would be written.
+fn planned(report: &Report, bandwidth: Option<f64>) -> String {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let rate = bandwidth.map_or(String::new(), |bandwidth| {
+        let (first, last) = report.decode_rate(bandwidth * 1e9);
+        format!(
+            "decode:  at most {first:.1} tokens/s at {bandwidth} GB/s, {last:.1} at the end of the context\n         \
+             a token reads {:.1} MiB of weights, the last one {:.1} MiB of the conversation besides\n",
+            mib(report.token_bytes()),
+            mib(report.state_bytes()),
+        )
+    });
+    format!("{report}{rate}packing: would take {:.1} MiB of memory\nnothing was written\n", mib(report.peak_bytes))
+}
+
 /// The report, whether the packer kept to its memory, and where the image lies.
 fn written(report: &Report, output: &Path) -> String {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let promised = mib(report.peak_bytes);
     let used = peak_rss().map_or("unknown".into(), |bytes| format!("{:.1} MiB", mib(bytes)));
     format!(
-        "{report}packing: took {used} of memory at most, {promised:.1} MiB were promised\nwritten: {}\n",
+        "{report}checked: every section read back; bits a weight are those planned in all {} layers\n\
+         packing: took {used} of memory at most, {promised:.1} MiB were promised\nwritten: {}\n",
+        report.config.layers,
         output.display()
     )
 }

@@ -1,10 +1,10 @@
 //! A checkpoint becomes an image, one unit of 64 rows after another.
 use crate::calibrate::{Adaptive, Linear, Places, Prepared, adapt};
 use crate::checkpoint::sections::{self, Bound, Source};
-use crate::checkpoint::{Checkpoint, Dtype, Naming, TensorInfo};
+use crate::checkpoint::{Checkpoint, Dtype, Naming, Table, TensorInfo, groups};
 use crate::encode::{encode, encode_f16, encode_grouped};
 use crate::kept::{Kept, Live};
-use crate::prune::{Sparsity, prune};
+use crate::prune::{Pruned, Sparsity, prune};
 use crate::quantize::{self, Absmean, Distance, MagnitudeSum};
 use crate::report::{LayerBits, Progress, Report, SectionReport, planned_bits};
 use crate::split::{self, Energy, Plane};
@@ -36,8 +36,8 @@ pub struct Options {
     pub split_head: bool,
     /// The embedding's format, where it is not the head; the head's if `None`.
     pub embedding: Option<Format>,
-    /// How I2_S tensors of GGUF files are read: [`Dtype::I2_S`] or [`Dtype::I2_S_64`].
-    pub i2s: Dtype,
+    /// How I2_S tensors of GGUF files are read: [`Dtype::I2_S`] or [`Dtype::I2_S_64`]; if `None`, as their numbers say.
+    pub i2s: Option<Dtype>,
     /// The tokenizer file, where the choice is not left to the packer.
     pub tokenizer: Option<PathBuf>,
     /// A name for people; the directory's if `None`.
@@ -58,7 +58,17 @@ pub struct Options {
     pub sparsity: Option<Sparsity>,
     /// The CPU whose speed decides between layouts, in place of bytes alone.
     pub target: Option<Target>,
+    /// Whether linears that should be ternary may be far from it: [`FAR`].
+    pub lossy: bool,
 }
+
+/// Masters that are further from ternary ([`Distance`]) are not made ternary without a word.
+///
+/// A choice: the farthest linear of each kind in the bundled model, which was trained to be ternary, is at 0.56 to 0.71
+/// (`bitnet-pack pack models/stories-ternary` shows them), and where nothing is left of the weights is 1. Nearness is no evidence
+/// of training, since numbers from a normal distribution are at 0.513: plain weights of a model that is said to be a BitNet
+/// pass. What is refused has most of its energy in few large weights, which no ternary matrix can follow.
+pub const FAR: f32 = 0.85;
 
 /// Which layouts of linears the packer may choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +91,7 @@ impl Default for Options {
             head: Format::I8,
             split_head: false,
             embedding: None,
-            i2s: Dtype::I2_S,
+            i2s: None,
             tokenizer: None,
             name: None,
             context: None,
@@ -92,6 +102,7 @@ impl Default for Options {
             adaptive: None,
             sparsity: None,
             target: None,
+            lossy: false,
         }
     }
 }
@@ -148,8 +159,10 @@ impl Options {
                 return Err(Error::Options(what.into()));
             }
         }
-        if !matches!(self.i2s, Dtype::I2_S | Dtype::I2_S_64) {
-            return Err(Error::Options(format!("I2_S is not read as {}", self.i2s.name())));
+        if let Some(i2s) = self.i2s
+            && !matches!(i2s, Dtype::I2_S | Dtype::I2_S_64)
+        {
+            return Err(Error::Options(format!("I2_S is not read as {}", i2s.name())));
         }
         Ok(())
     }
@@ -194,49 +207,9 @@ impl Options {
 /// # Errors
 /// The first thing that is wrong. Then nothing is there under the name `output` that was not there before.
 pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn Progress) -> Result<Report, Error> {
-    options.check()?;
-    options.check_source()?;
-    let mut checkpoint = Checkpoint::open(source, options.i2s)?;
-    let pruned = match &options.sparsity {
-        Some(sparsity) => {
-            let mut less = Checkpoint::open(source, options.i2s)?;
-            let pruned = prune(&checkpoint, &mut less, sparsity, options.tokenizer.as_deref(), progress)?;
-            checkpoint = less;
-            Some(pruned)
-        }
-        None => None,
-    };
-    let mut table = checkpoint.table()?;
-    table.config.split_head = options.split_head;
-    table.config.live_ffn = options.live_ffn;
-    let limits = options.limits(&table.config)?;
-    let mut timer = options.target.map(|target| timer(target, options.format, &table.config)).transpose()?;
-    let mut tuner = timer.as_mut().map(|timer| Tuner::new(timer.as_mut()));
-    let mut bound = sections::bind(&checkpoint, &mut table, options, tuner.as_mut(), progress)?;
-    let tuning = tuner.map(Tuner::finish);
-    let calibration = options.adaptive.as_ref().map_or(0, |adaptive| adaptive.peak(&table.config));
-    let mut peak_bytes = peak(&checkpoint, &bound, options)? + calibration;
-    peak_bytes += pruned.as_ref().map_or(0, |pruned| pruned.peak);
+    let Ready { checkpoint, mut table, mut bound, tokenizer, mut parts, mut layout, peak_bytes, pruned, tuning } =
+        ready(source, options, progress)?;
     progress.say(&format!("peak memory: {} MiB", peak_bytes.div_ceil(1 << 20)));
-
-    let text = tokenizer::read(&checkpoint, &mut table, options.tokenizer.as_deref())?;
-    let name = match &options.name {
-        Some(name) => name.clone(),
-        None => name_of(source, &checkpoint),
-    };
-    let mut parts = Parts {
-        config: table.config,
-        limits,
-        name: name.clone(),
-        architecture: table.architecture.clone(),
-        bos: text.bos,
-        stop: text.stop,
-        chat_template: text.chat_template,
-        tuning: tuning.as_ref().map_or(String::new(), Tuning::to_string),
-    };
-    let sections = |bound: &[Bound]| bound.iter().map(|b| (b.stored(), b.encoding, b.blocks())).collect::<Vec<_>>();
-    let tokenizer = text.tokenizer.as_ref().map(Vec::len);
-    let mut layout = Layout::new(&parts, tokenizer, sections(&bound).into_iter())?;
     let prepared = match &options.adaptive {
         Some(adaptive) => {
             let places = Places {
@@ -253,24 +226,33 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
             }
             table.config.formats = sections::formats(&bound);
             parts.config = table.config;
-            layout = Layout::new(&parts, tokenizer, sections(&bound).into_iter())?;
+            layout = laid_out(&parts, tokenizer.as_deref(), &bound)?;
             Some(prepared)
         }
         None => None,
     };
     let mut reports: Vec<SectionReport> = layout.records().iter().filter_map(SectionReport::of).collect();
+    let (name, limits) = (parts.name.clone(), parts.limits);
     progress.start(layout.file_bytes());
     let mut writer = ImageWriter::create(output, parts, layout)?;
     let mut written = 0;
-    if let Some(tokenizer) = &text.tokenizer {
+    if let Some(tokenizer) = &tokenizer {
         writer.begin(1.0)?;
         writer.put(tokenizer)?;
         writer.end()?;
         written = 1;
     }
-    let (buffers, columns, prepared_ref) = (Buffers::default(), None, prepared.as_ref());
-    let mut packer =
-        Packer { checkpoint: &checkpoint, writer: &mut writer, progress, buffers, columns, prepared: prepared_ref };
+    let (buffers, columns, lossy) = (Buffers::default(), None, options.lossy);
+    let prepared_ref = prepared.as_ref();
+    let mut packer = Packer {
+        checkpoint: &checkpoint,
+        writer: &mut writer,
+        progress,
+        buffers,
+        columns,
+        prepared: prepared_ref,
+        lossy,
+    };
     for (bound, report) in bound.iter().zip(&mut reports[written..]) {
         packer.section(bound, report)?;
     }
@@ -303,6 +285,92 @@ fn timer(target: Target, format: Format, config: &Config) -> Result<Box<dyn Time
     Ok(Box::new(measured.map_err(|e| Error::Options(format!("--target-arch native: no {threads} threads: {e}")))?))
 }
 
+/// What [`pack`] would write, without writing it. The numbers of linears are read where they decide on a format; how far
+/// masters are from ternary is not known yet.
+///
+/// # Errors
+/// The first thing that is wrong, or if formats of linears are to be chosen by calibration.
+pub fn plan(source: &Path, options: &Options, progress: &mut dyn Progress) -> Result<Report, Error> {
+    if options.adaptive.is_some() {
+        return Err(Error::Options("formats that are chosen one by one are not known without calibration".into()));
+    }
+    let Ready { table, bound, parts, layout, peak_bytes, pruned, tuning, .. } = ready(source, options, progress)?;
+    Ok(Report {
+        name: parts.name,
+        architecture: table.architecture,
+        config: table.config,
+        limits: parts.limits,
+        image_bytes: layout.file_bytes(),
+        peak_bytes,
+        sections: layout.records().iter().filter_map(SectionReport::of).collect(),
+        layers: planned(&bound),
+        notes: table.notes,
+        adapted: None,
+        pruned,
+        tuning,
+    })
+}
+
+/// A checkpoint of which all is known but the weights.
+struct Ready {
+    checkpoint: Checkpoint,
+    table: Table,
+    bound: Vec<Bound>,
+    tokenizer: Option<Vec<u8>>,
+    parts: Parts,
+    layout: Layout,
+    peak_bytes: u64,
+    pruned: Option<Pruned>,
+    tuning: Option<Tuning>,
+}
+
+fn ready(source: &Path, options: &Options, progress: &mut dyn Progress) -> Result<Ready, Error> {
+    options.check()?;
+    options.check_source()?;
+    let (i2s, note) = options.i2s.map_or_else(|| groups::found(source), |i2s| Ok((i2s, None)))?;
+    let mut checkpoint = Checkpoint::open(source, i2s)?;
+    let pruned = match &options.sparsity {
+        Some(sparsity) => {
+            let mut less = Checkpoint::open(source, i2s)?;
+            let pruned = prune(&checkpoint, &mut less, sparsity, options.tokenizer.as_deref(), progress)?;
+            checkpoint = less;
+            Some(pruned)
+        }
+        None => None,
+    };
+    let mut table = checkpoint.table()?;
+    table.notes.extend(note);
+    table.config.split_head = options.split_head;
+    table.config.live_ffn = options.live_ffn;
+    let limits = options.limits(&table.config)?;
+    let mut timer = options.target.map(|target| timer(target, options.format, &table.config)).transpose()?;
+    let mut tuner = timer.as_mut().map(|timer| Tuner::new(timer.as_mut()));
+    let bound = sections::bind(&checkpoint, &mut table, options, tuner.as_mut(), progress)?;
+    let tuning = tuner.map(Tuner::finish);
+    let calibration = options.adaptive.as_ref().map_or(0, |adaptive| adaptive.peak(&table.config));
+    let mut peak_bytes = peak(&checkpoint, &bound, options)? + calibration;
+    peak_bytes += pruned.as_ref().map_or(0, |pruned| pruned.peak);
+
+    let text = tokenizer::read(&checkpoint, &mut table, options.tokenizer.as_deref())?;
+    let parts = Parts {
+        config: table.config,
+        limits,
+        name: options.name.clone().unwrap_or_else(|| name_of(source, &checkpoint)),
+        architecture: table.architecture.clone(),
+        bos: text.bos,
+        stop: text.stop,
+        chat_template: text.chat_template,
+        tuning: tuning.as_ref().map_or(String::new(), Tuning::to_string),
+    };
+    let layout = laid_out(&parts, text.tokenizer.as_deref(), &bound)?;
+    Ok(Ready { checkpoint, table, bound, tokenizer: text.tokenizer, parts, layout, peak_bytes, pruned, tuning })
+}
+
+fn laid_out(parts: &Parts, tokenizer: Option<&[u8]>, bound: &[Bound]) -> Result<Layout, Error> {
+    let sections = bound.iter().map(|b| (b.stored(), b.encoding, b.blocks()));
+    Layout::new(parts, tokenizer.map(<[u8]>::len), sections)
+}
+
 /// The linear that a section is, if it gets a format of its own where formats are chosen.
 fn chosen(bound: &Bound) -> Option<Linear> {
     let dense = bound.section.kind.is_linear() && matches!(bound.source, Source::Rows(_));
@@ -324,20 +392,7 @@ fn check_written(finished: &Finished, bound: &[Bound], progress: &mut dyn Progre
     let opened = Opened::open(finished.path())?;
     let image = opened.image()?;
     let found = LayerBits::of(&image);
-    let planned = bound.iter().filter_map(|b| match b.encoding {
-        Encoding::Blocks(_) => {
-            let section = b.stored();
-            Some((section.layer, u64::from(section.rows) * u64::from(section.cols), 8 * 64 * b.blocks()))
-        }
-        Encoding::Matrix(format) => {
-            let section = b.stored();
-            let (rows, cols) = (section.rows.into(), section.cols.into());
-            let weights = if matches!(section.kind, Kind::HeadApart | Kind::HeadLow) { 0 } else { rows * cols };
-            Some((section.layer, weights, planned_bits(format, rows, cols)))
-        }
-        _ => None,
-    });
-    let planned = LayerBits::sum(planned);
+    let planned = planned(bound);
     if let Some((p, f)) = planned.iter().zip(&found).find(|(p, f)| p != f) {
         let layer = p.layer.map_or("embedding and head".into(), |l| format!("layer {l}"));
         let (planned, found) = (p.average(), f.average());
@@ -351,6 +406,24 @@ fn check_written(finished: &Finished, bound: &[Bound], progress: &mut dyn Progre
     Ok(found)
 }
 
+/// The bits that each layer is to have.
+fn planned(bound: &[Bound]) -> Vec<LayerBits> {
+    let bits = bound.iter().filter_map(|b| match b.encoding {
+        Encoding::Blocks(_) => {
+            let section = b.stored();
+            Some((section.layer, u64::from(section.rows) * u64::from(section.cols), 8 * 64 * b.blocks()))
+        }
+        Encoding::Matrix(format) => {
+            let section = b.stored();
+            let (rows, cols) = (section.rows.into(), section.cols.into());
+            let weights = if matches!(section.kind, Kind::HeadApart | Kind::HeadLow) { 0 } else { rows * cols };
+            Some((section.layer, weights, planned_bits(format, rows, cols)))
+        }
+        _ => None,
+    });
+    LayerBits::sum(bits)
+}
+
 /// A name for people: the directory's, or the repository's in a Hugging Face cache; the file's where one file is all.
 fn name_of(source: &Path, checkpoint: &Checkpoint) -> String {
     let path = source.canonicalize().unwrap_or_else(|_| source.into());
@@ -362,6 +435,15 @@ fn name_of(source: &Path, checkpoint: &Checkpoint) -> String {
     let cached = directory.and_then(Path::parent).filter(|p| p.ends_with("snapshots")).and_then(Path::parent);
     let cached = cached.and_then(last).and_then(|n| n.strip_prefix("models--").map(|n| n.replace("--", "/")));
     cached.or_else(|| directory.and_then(last)).unwrap_or_else(|| "model".into())
+}
+
+/// What is said of a linear that should be ternary and is not.
+pub(crate) fn far(distance: f32, lossy: &str) -> String {
+    format!(
+        "not ternary, and {:.0}% from it, which the model should be (the root of the energy of what becomes of it by the \
+         absmean rule, over that of the weights); {lossy}",
+        distance * 100.0
+    )
 }
 
 /// Memory of the program itself, its libraries and its stack.
@@ -526,6 +608,8 @@ struct Packer<'a> {
     columns: Option<Columns>,
     /// Linears that are quantized already.
     prepared: Option<&'a Prepared>,
+    /// Whether masters may be far from ternary.
+    lossy: bool,
 }
 
 impl Packer<'_> {
@@ -748,6 +832,10 @@ impl Packer<'_> {
         }
         self.buffers.floats = floats;
         report.distance = Some(distance.relative());
+        if distance.relative() > FAR && !self.lossy {
+            let what = far(distance.relative(), "--lossy makes it ternary all the same");
+            return Err(Error::tensor(self.checkpoint.path_of(tensor), &tensor.name, what));
+        }
         Ok(())
     }
 

@@ -308,6 +308,25 @@ pub(crate) fn totals(
     )
 }
 
+impl Report {
+    /// Bytes of weights that a token reads: all sections but the tokenizer and an embedding that is not the head. Of the
+    /// feed-forward layer with [`Config::live_ffn`] and of a head in two planes it is the most that can be.
+    pub fn token_bytes(&self) -> u64 {
+        let is_read = |s: &&SectionReport| !matches!(s.kind, Kind::Tokenizer | Kind::Embedding);
+        self.sections.iter().filter(is_read).map(|s| s.bytes).sum()
+    }
+    /// Bytes of keys and values (and of a memory) that the last token of a full context reads besides.
+    pub fn state_bytes(&self) -> u64 {
+        Plan::new(&self.config, &self.limits).state as u64 * 64
+    }
+    /// Tokens a second of decoding if the memory gives `bandwidth` bytes a second and nothing else takes time: at the start of
+    /// a conversation, and at the end of the context.
+    pub fn decode_rate(&self, bandwidth: f64) -> (f64, f64) {
+        let (weights, state) = (self.token_bytes() as f64, self.state_bytes() as f64);
+        (bandwidth / weights, bandwidth / (weights + state))
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} ({})", printable(&self.name), printable(&self.architecture))?;
@@ -322,11 +341,6 @@ impl fmt::Display for Report {
         if let Some(tuning) = &self.tuning {
             write!(f, "{tuning}")?;
         }
-        totals(f, self.image_bytes, &self.layers, &self.config, &self.limits)?;
-        writeln!(
-            f,
-            "checked: every section read back; bits a weight are those planned in all {} layers",
-            self.config.layers
-        )
+        totals(f, self.image_bytes, &self.layers, &self.config, &self.limits)
     }
 }

@@ -11,7 +11,7 @@ use bitnet_runtime::parallel::Serial;
 use bitnet_runtime::source::Mapped;
 use bitnet_runtime::{Image, Limits, Model, Plan, State};
 use common::gguf::{F32, Gguf, I2_S, Q1_0, Q2_0, Q8_0, TQ1_0, TQ2_0, Value, WIDTH, floats, i2_s, text};
-use common::{Checkpoint, Codes, Place, SMALL, Shape, Storage, Tensor, named, rows, section, stories};
+use common::{Checkpoint, Codes, Place, SMALL, Shape, Storage, Tensor, assert_says, named, rows, section, stories};
 use kitoken::{Definition, Kitoken};
 use serde_json::{Value as Json, json};
 use std::collections::HashMap;
@@ -137,7 +137,7 @@ fn golden_matrix_in_a_file() {
             "q2_0_g128_ternary" => (query.tag, query.data) = (Q2_0, [1, 0, 0x55, 0x55].repeat(512 * 34 / 4)),
             _ => {}
         }
-        let (report, image) = pack_gguf(&gguf, &Options { i2s, ..named() });
+        let (report, image) = pack_gguf(&gguf, &Options { i2s: Some(i2s), lossy: true, ..named() });
         assert_eq!(rows(&image, Kind::Key, Some(0)), matrix(), "{name}");
         let (record, _) = section(&image, Kind::Key, Some(0));
         assert_eq!(record.scale.get().to_bits(), 0.5f32.to_bits(), "{name}");
@@ -157,9 +157,35 @@ fn groups_of_i2_s() {
     for (group, i2s) in [(128, Dtype::I2_S), (64, Dtype::I2_S_64)] {
         let mut gguf = Gguf::model("bitnet");
         gguf.tensor("blk.0.attn_v.weight").data = i2_s(&weights.concat(), group, 0.25);
-        let (_, image) = pack_gguf(&gguf, &Options { i2s, ..named() });
+        let (_, image) = pack_gguf(&gguf, &Options { i2s: Some(i2s), lossy: true, ..named() });
         assert_eq!(rows(&image, Kind::Value, Some(0)), weights, "{group}");
     }
+}
+
+/// Columns whose gain is large have fewer zeros, in this order: with the right groups the two go together.
+#[test]
+fn groups_of_i2_s_by_their_numbers() {
+    let gain = |c: u64| 1.0 + (c * 37 % WIDTH) as f32;
+    let weight = |r: u64, c: u64| if (r * 101 % WIDTH) as f32 + 1.0 < gain(c) { 1 } else { 0 };
+    let weights: Vec<i8> = (0..WIDTH * WIDTH).map(|i| weight(i / WIDTH, i % WIDTH)).collect();
+    let gains: Vec<f32> = (0..WIDTH).map(gain).collect();
+    let run = |group: usize, gains: &[f32]| {
+        let mut gguf = Gguf::model("bitnet-b1.58");
+        gguf.tensor("blk.0.attn_output.weight").data = i2_s(&weights, group, 0.25);
+        gguf.tensor("blk.0.attn_sub_norm.weight").data = floats(gains);
+        let (report, image) = pack_gguf(&gguf, &named());
+        let notes: Vec<String> = report.notes.into_iter().filter(|note| note.contains("groups of")).collect();
+        (image, notes)
+    };
+    let (right, none) = run(128, &gains);
+    assert_eq!(none, [""; 0], "the usual groups, and clearly so");
+    let (found, notes) = run(64, &gains);
+    assert_says("64", &notes[0], &["groups of 64: rank correlation", "1.00 in groups of 64"]);
+    let output = |image: &[u8]| section(image, Kind::Output, Some(0)).0.checksum.get();
+    assert_eq!(output(&found), output(&right));
+    let (kept, notes) = run(64, &vec![1.0; WIDTH as usize]);
+    assert_says("no evidence", &notes[0], &["groups of 128, but the weights do not say", "--i2s-group 64"]);
+    assert_ne!(output(&kept), output(&right));
 }
 
 /// A-02 and the architectures: what each computes, and which tensors it has.

@@ -213,6 +213,31 @@ fn perplexity_is_low_on_a_story_and_high_on_noise() {
     assert!(story < 1.5 && noise > 3.0, "{story} {noise}");
 }
 
+/// The same image has no divergence; one with a coarser head has some, and as much either way of counting as the sum says.
+#[test]
+fn perplexity_against_another_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, coarse) = (dir.path().join("text"), dir.path().join("coarse.bitnet"));
+    let story = "Once upon a time, there was a little girl named Lily. She loved to play outside.";
+    std::fs::write(&file, story).unwrap();
+    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/stories-ternary");
+    let options = bitnet_pack::Options { head: bitnet_kernel::Format::I4, ..Default::default() };
+    bitnet_pack::pack(&checkpoint, &coarse, &options, &mut ()).unwrap();
+    let (file, coarse) = (file.to_str().unwrap(), coarse.to_str().unwrap());
+    let report = |image, against| {
+        let json = output(&["perplexity", image, file, "--against", against, "--json", "--threads", "2"]);
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        ["kl_nats_per_token", "same_best", "perplexity", "perplexity_against"].map(|key| json[key].as_f64().unwrap())
+    };
+    let [kl, same, perplexity, against] = report(image(), image());
+    assert!(kl == 0.0 && same == 1.0 && perplexity == against, "{kl} {same} {perplexity} {against}");
+    let [kl, same, perplexity, against] = report(coarse, image());
+    assert!(kl > 1e-4 && kl < 0.5 && same > 0.5 && perplexity != against, "{kl} {same} {perplexity} {against}");
+    let alone: serde_json::Value = serde_json::from_str(&output(&["perplexity", image(), file, "--json"])).unwrap();
+    assert_eq!(alone["perplexity"].as_f64(), Some(against));
+    assert!(output(&["perplexity", coarse, file, "--against", image()]).contains("the same best token in "));
+}
+
 #[test]
 fn selftest_says_what_runs() {
     let text = output(&["selftest"]);

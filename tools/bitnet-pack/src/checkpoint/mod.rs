@@ -2,6 +2,7 @@
 //! GGUF file, which holds all of it, or the parts of one; or a file of llama2.c.
 pub mod dtype;
 pub mod gguf;
+pub(crate) mod groups;
 pub(crate) mod llama2c;
 mod pieces;
 pub mod rope;

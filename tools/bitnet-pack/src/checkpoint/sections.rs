@@ -2,7 +2,8 @@
 //! written, and no tensor may be left over.
 use super::{Checkpoint, Dtype, Naming, Storage, Table, TensorInfo, llama2c};
 use crate::kept::{self, Found, Kept, Live};
-use crate::quantize::Evidence;
+use crate::pack::far;
+use crate::quantize::{Absmean, Distance, Evidence, MagnitudeSum};
 use crate::tune::Tuner;
 use crate::{Error, Options, Progress};
 use bitnet_kernel::float::TAPS;
@@ -107,6 +108,15 @@ pub fn bind(
     let mut bound = Vec::new();
     for section in expected_sections(&table.config) {
         let source = binder.source(&section, table)?;
+        if let Source::Rows(tensor) = &source
+            && section.kind.is_linear()
+            && naming == Naming::Gguf
+            && table.config.sub_norms
+            && !options.lossy
+        {
+            let lossy = format!("--lossy keeps it as --dense {}", options.dense.name());
+            return binder.wrong(tensor, far(binder.distance(tensor)?, &lossy));
+        }
         let encoding = options.encoding_of(section.kind, &source);
         let found = match encoding {
             Encoding::Matrix(format)
@@ -441,6 +451,29 @@ impl<'a> Binder<'a> {
             }
         }
         Ok(evidence)
+    }
+
+    /// How far a matrix is from what the absmean rule would make of it.
+    fn distance(&self, tensor: &TensorInfo) -> Result<f32, Error> {
+        let (mut raw, mut floats) = (Vec::new(), Vec::new());
+        let (rows, cols) = (tensor.shape[0], tensor.shape[1]);
+        let mut each = |then: &mut dyn FnMut(&[f32])| {
+            (0..rows).step_by(UNIT_ROWS).try_for_each(|first| {
+                floats.resize((cols * (UNIT_ROWS as u64).min(rows - first)) as usize, 0.0);
+                self.checkpoint.read_floats(tensor, first * cols, &mut raw, &mut floats)?;
+                then(&floats);
+                Ok::<_, Error>(())
+            })
+        };
+        let mut sum = MagnitudeSum::default();
+        each(&mut |values| sum.add(values))?;
+        let (rule, mut distance, mut codes) = (Absmean::new(sum.mean()), Distance::default(), Vec::new());
+        each(&mut |values| {
+            codes.resize(values.len(), 0);
+            rule.ternarize(values, &mut codes);
+            distance.add(values, &codes, rule.multiplier);
+        })?;
+        Ok(distance.relative())
     }
 
     /// Reads a `weight_scale` and turns it into what the image stores.
