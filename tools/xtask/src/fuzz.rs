@@ -39,7 +39,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<bool> {
         .env("RUSTFLAGS", FLAGS)
         .status()?;
     if !built.success() {
-        bail!("the fuzzers were not built; libFuzzer needs a C++ compiler (Debian: g++)");
+        bail!("the fuzzers were not built; if no error above says why: libFuzzer needs a C++ compiler (Debian: g++)");
     }
     let found = output.join("found").join(target);
     let kept = found.join("corpus");

@@ -152,6 +152,12 @@ pub(crate) fn steps() -> Vec<Step> {
         step("style/tidy", &[], Action::Tidy),
         step("style/fmt", &[RUSTFMT], cargo("fmt --all --check")),
         step("style/lock", &[], cargo("update --workspace --locked --quiet")),
+        // The fuzzers are a workspace of their own, since nobody builds them with the rest.
+        step(
+            "style/lock-fuzz",
+            &[],
+            cargo("update --manifest-path tests/fuzz/Cargo.toml --workspace --locked --quiet"),
+        ),
         step("style/clippy", &[CLIPPY], cargo("clippy --workspace --all-targets -- -D warnings")),
         step(
             "style/clippy-aarch64",
