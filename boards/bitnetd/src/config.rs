@@ -1,6 +1,7 @@
 //! Options, from the command line or from environment variables.
 use anyhow::{Context as _, ensure};
 use bitnet_host::open::ModelArgs;
+use bitnet_host::weights::size;
 use clap::Parser;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -50,18 +51,28 @@ pub struct ServeArgs {
     /// Conversations in memory: so many requests are answered at once, and so many prompts are remembered.
     #[arg(long, env = "BITNETD_SESSIONS", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=SESSIONS_MAX))]
     pub sessions: u8,
+    /// Memory for conversations beyond those, such as 256M: prompts that begin as one of them did need not read that again
+    /// [default: sixteen conversations, and no more than a quarter of the free memory].
+    #[arg(long, env = "BITNETD_PROMPT_CACHE", value_parser = size, value_name = "BYTES")]
+    pub prompt_cache: Option<u64>,
     /// Requests that may wait for a conversation; others are told to come again.
     #[arg(long, env = "BITNETD_QUEUE", default_value_t = 32)]
     pub queue: usize,
     /// Most bytes of a request's body.
     #[arg(long, env = "BITNETD_BODY_BYTES", default_value_t = 1 << 20)]
     pub body_bytes: usize,
+    /// Measure how fast the memory is read before the model is loaded, so that /metrics tells the share of it that a pass gets.
+    #[arg(long, env = "BITNETD_MEASURE_BANDWIDTH")]
+    pub measure_bandwidth: bool,
     /// Seconds after which a reply ends wherever it is.
     #[arg(long, env = "BITNETD_REPLY_SECONDS", default_value_t = 600)]
     pub reply_seconds: u64,
     /// Seconds that a client has for sending its headers, and again for its body.
     #[arg(long, env = "BITNETD_READ_SECONDS", default_value_t = 10)]
     pub read_seconds: u64,
+    /// Seconds after which a client that takes nothing of its reply is cut off.
+    #[arg(long, env = "BITNETD_STALL_SECONDS", default_value_t = 30)]
+    pub stall_seconds: u64,
     /// Seconds that replies have for ending after SIGTERM.
     #[arg(long, env = "BITNETD_DRAIN_SECONDS", default_value_t = 20)]
     pub drain_seconds: u64,
@@ -109,6 +120,9 @@ impl Settings {
     }
     pub(crate) const fn read_time(&self) -> Duration {
         Duration::from_secs(self.serve.read_seconds)
+    }
+    pub(crate) const fn stall_time(&self) -> Duration {
+        Duration::from_secs(self.serve.stall_seconds)
     }
     pub(crate) const fn reply_time(&self) -> Duration {
         Duration::from_secs(self.serve.reply_seconds)

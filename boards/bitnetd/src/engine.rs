@@ -1,143 +1,25 @@
 //! One thread owns the model and every conversation; requests reach it through a bounded queue.
 //!
-//! A turn of its loop: take what is new, drop what nobody waits for any more, give free conversations to those who wait, read
-//! one batch of one prompt, and one token of every reply in one pass over the weights. So a long prompt delays others by a
-//! batch at a time, and whoever leaves stops costing within a batch or a token.
+//! A turn of its loop: take what is new, drop what nobody waits for any more, give free conversations to those who wait, with
+//! what others had read of the same (`cache`), read one batch of one prompt, and one token of every reply in one pass over the
+//! weights. So a long prompt delays others by a batch at a time, and whoever leaves stops costing within a batch or a token.
+use crate::cache::{Cache, Cut, WORTH, common};
 use crate::metrics::Metrics;
-use anyhow::{Context as _, ensure};
+use crate::order::{Event, Finish, Logprobs, Order, Orders, Scored, Ticket, Usage};
+use anyhow::ensure;
 use bitnet_host::open::{Opened, mib};
+use bitnet_host::weights::PassBytes;
 use bitnet_kernel::Block;
 use bitnet_runtime::cgroup::available_memory;
 use bitnet_runtime::model::Need;
 use bitnet_runtime::sampler::{Sampler, Sampling};
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
-use bitnet_runtime::{Error, Model, State};
+use bitnet_runtime::{Error, Image, Model, State};
 use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
-use std::time::Instant;
-use tokio::sync::mpsc::UnboundedSender;
+use std::time::{Duration, Instant};
 
-/// What a request asks the engine for.
-#[derive(Debug)]
-pub struct Order {
-    /// The tokens to continue, at least one.
-    pub prompt: Vec<u32>,
-    /// How tokens are chosen.
-    pub sampling: Sampling,
-    /// Taken from the logit of every token that the reply has already.
-    pub presence_penalty: f32,
-    /// The same for every time that the reply has it.
-    pub frequency_penalty: f32,
-    /// Added to the logits of these tokens.
-    pub bias: Vec<(u32, f32)>,
-    /// Texts before which the reply ends.
-    pub stops: Vec<String>,
-    /// At most so many tokens.
-    pub max_tokens: usize,
-    /// Whether the probability of each token is wanted, and of how many others.
-    pub logprobs: Option<usize>,
-    /// When it is to have ended at the latest.
-    pub deadline: Instant,
-    /// Where the reply goes. Whoever drops the other end has left.
-    pub events: UnboundedSender<Event>,
-}
-
-/// A token and the logarithm of its probability.
-#[derive(Clone, Copy, Debug)]
-pub struct Scored {
-    /// The token.
-    pub token: u32,
-    /// Its natural logarithm, by the model's own logits at temperature 1.
-    pub logprob: f32,
-}
-
-/// What the model thought of a token.
-#[derive(Clone, Debug)]
-pub struct Logprobs {
-    /// The token that was chosen.
-    pub chosen: Scored,
-    /// The likeliest, best first.
-    pub top: Vec<Scored>,
-}
-
-/// Why a reply ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// A stop token or text.
-    Stop,
-    /// As many tokens as were asked for, as fit the context, or as there was time for.
-    Length,
-}
-
-/// What a reply cost.
-#[derive(Clone, Copy, Debug)]
-pub struct Usage {
-    /// Tokens of the prompt.
-    pub prompt: usize,
-    /// Those of them that an earlier request had left in memory.
-    pub cached: usize,
-    /// Tokens of the reply, without one that ended it.
-    pub completion: usize,
-}
-
-/// A piece of a reply.
-#[derive(Debug)]
-pub enum Event {
-    /// Text that is certain by now, which may be none, and what was wanted about the token.
-    Piece(String, Option<Logprobs>),
-    /// The end.
-    Done(Finish, Usage),
-    /// Something went wrong.
-    Failed(String),
-}
-
-/// The end of the queue where orders go in.
-#[derive(Clone, Debug)]
-pub struct Queue {
-    orders: mpsc::Sender<Order>,
-    waiting: Arc<AtomicUsize>,
-    most: usize,
-}
-
-impl Queue {
-    /// A queue in which at most `most` orders wait for a conversation.
-    pub fn new(most: usize) -> (Self, Orders) {
-        let (sender, receiver) = mpsc::channel();
-        let waiting = Arc::new(AtomicUsize::new(0));
-        (Self { orders: sender, waiting: waiting.clone(), most }, Orders { receiver, waiting })
-    }
-    /// Orders that wait.
-    pub fn waiting(&self) -> usize {
-        self.waiting.load(Ordering::Relaxed)
-    }
-    /// Puts an order in.
-    ///
-    /// # Errors
-    /// If there is no room, or nobody at the other end.
-    pub fn push(&self, order: Order) -> Result<(), Full> {
-        let room = |n: usize| (n < self.most).then_some(n + 1);
-        self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).map_err(|_| Full::Busy)?;
-        self.orders.send(order).map_err(|_| Full::Gone)
-    }
-}
-
-/// Why an order was not taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Full {
-    /// As many wait as may.
-    Busy,
-    /// The engine has ended.
-    Gone,
-}
-
-/// The other end.
-#[derive(Debug)]
-pub struct Orders {
-    receiver: mpsc::Receiver<Order>,
-    waiting: Arc<AtomicUsize>,
-}
+/// How long the engine looks away when every reply waits for its reader.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// A conversation in memory and the order that uses it.
 struct Slot<'m, 't> {
@@ -158,11 +40,13 @@ impl<'m> Slot<'m, '_> {
 
 struct Job<'t> {
     order: Order,
+    ticket: Ticket,
     stream: TextStream<'t>,
-    started: Instant,
     cached: usize,
     /// Tokens of the reply.
     reply: Vec<u32>,
+    /// Tokens of the prompt after which another conversation went on otherwise, so that more may: worth a snapshot.
+    boundary: Option<usize>,
     /// How often, of those that occurred; empty without such penalties.
     counts: Vec<u32>,
 }
@@ -173,29 +57,52 @@ impl Job<'_> {
         let at = read.checked_sub(self.order.prompt.len())?;
         self.reply.get(at).copied()
     }
+    /// Whether what the next token makes has room: if not, its client reads more slowly than the model writes.
+    fn has_room(&self) -> bool {
+        self.order.events.capacity() >= Event::PER_TOKEN
+    }
+    /// Gives out an event, for which there is room, or nobody who would miss it.
+    fn send(&self, event: Event) {
+        let _ = self.order.events.try_send(event);
+    }
     fn leave(self, finish: Finish, metrics: &Metrics) {
         let usage = Usage { prompt: self.order.prompt.len(), cached: self.cached, completion: self.reply.len() };
-        metrics.finished(self.started.elapsed());
-        let _ = self.order.events.send(Event::Done(finish, usage));
+        metrics.finished(self.order.arrived.elapsed());
+        // First, or a client that asks again at once would find its own place taken.
+        drop(self.ticket);
+        let _ = self.order.events.try_send(Event::Done(finish, usage));
     }
 }
 
-/// A prefix shorter than this is no reason to give up a conversation that someone may continue.
-const WORTH: usize = 16;
+/// Conversations that fit the memory for snapshots unless the options say how large it is, and the share of the free memory, one
+/// in so many, that it has at most.
+const CACHED: u64 = 16;
+const CACHED_SHARE: u64 = 4;
 
-/// Runs until every [`Queue`] is gone and all orders have ended. `ready` is called when the model is in memory.
+/// How much to hold in memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Conversations.
+    pub conversations: usize,
+    /// Bytes of snapshots, if not as many as there is room for.
+    pub cache_bytes: Option<u64>,
+}
+
+/// Runs until every [`Queue`](crate::order::Queue) is gone and all orders have ended. `ready` is called when the model is in memory.
 ///
 /// # Errors
 /// If there is not enough memory for so many conversations.
 pub fn run(
     opened: Opened<'_>,
     tokenizer: &Tokenizer,
-    conversations: usize,
+    room: Room,
     orders: &Orders,
     metrics: &Metrics,
     ready: &dyn Fn(),
 ) -> anyhow::Result<()> {
-    let stop_ids = opened.image.header().text.stop;
+    let conversations = room.conversations;
+    let image = opened.image;
+    let stop_ids = image.header().text.stop;
     let (config, limits, plan) = (opened.image.header().config, opened.limits, opened.plan);
     let bytes = (conversations as u64 - 1) * ((plan.state + plan.sampler) * Block::BYTES) as u64;
     let available = available_memory().unwrap_or(u64::MAX);
@@ -208,13 +115,18 @@ pub fn run(
     );
     let mut memories: Vec<(Vec<Block>, Vec<Block>)> =
         (1..conversations).map(|_| (vec![Block::ZERO; plan.state], vec![Block::ZERO; plan.sampler])).collect();
-    let weight_bytes = opened.image.file_bytes();
+    let bytes = PassBytes::of(&image);
     let (model, state, sampler) = opened.load()?;
     let mut slots = vec![Slot::new(state, Sampler::new(config.vocab, Sampling::GREEDY, sampler)?)];
     for (state, sampler) in &mut memories {
         let state = State::new(&config, &limits, state)?;
         slots.push(Slot::new(state, Sampler::new(config.vocab, Sampling::GREEDY, sampler)?));
     }
+    let cache_bytes = room.cache_bytes.unwrap_or_else(|| {
+        let state = (plan.state * Block::BYTES) as u64;
+        (CACHED * state).min(available_memory().unwrap_or(0) / CACHED_SHARE)
+    });
+    let cut = if config.memory.is_none() && config.window.is_none() { Cut::Anywhere } else { Cut::Nowhere };
     let vocab = config.vocab as usize;
     let batch = limits.batch as usize;
     let mut engine = Engine {
@@ -222,7 +134,10 @@ pub fn run(
         tokenizer,
         stop_ids: stop_ids.ids(),
         metrics,
-        weight_bytes,
+        image,
+        cut,
+        cache: Cache::new(cut, usize::try_from(cache_bytes).unwrap_or(usize::MAX)),
+        bytes,
         logits: vec![0.0; vocab * batch.min(conversations)],
         adjusted: Vec::with_capacity(vocab),
         turn: 0,
@@ -232,22 +147,24 @@ pub fn run(
     loop {
         let idle = queue.is_empty() && slots.iter().all(|slot| slot.job.is_none());
         if idle {
-            match orders.receiver.recv() {
+            match orders.recv() {
                 Ok(order) => queue.push_back(order),
                 Err(_) => return Ok(()),
             }
         }
-        queue.extend(orders.receiver.try_iter());
-        queue.retain(|order: &Order| {
+        queue.extend(orders.try_iter());
+        queue.retain(|(order, _): &(Order, Ticket)| {
             let there = !order.events.is_closed();
             if !there {
-                orders.waiting.fetch_sub(1, Ordering::Relaxed);
                 metrics.cancelled();
             }
             there
         });
-        engine.turn(&mut slots, &mut queue, &orders.waiting).context("the engine")?;
+        let computed = engine.turn(&mut slots, &mut queue);
         metrics.active(slots.iter().filter(|slot| slot.job.is_some()).count());
+        if !computed && slots.iter().any(|slot| slot.job.is_some()) {
+            queue.extend(orders.recv_timeout(PAUSE));
+        }
     }
 }
 
@@ -256,7 +173,10 @@ struct Engine<'m, 't> {
     tokenizer: &'t Tokenizer,
     stop_ids: &'t [u32],
     metrics: &'t Metrics,
-    weight_bytes: u64,
+    image: Image<'m>,
+    cut: Cut,
+    cache: Cache,
+    bytes: PassBytes,
     /// Those of the conversations that share a pass.
     logits: Vec<f32>,
     /// Those of one, with what the request adds to them.
@@ -265,12 +185,8 @@ struct Engine<'m, 't> {
 }
 
 impl<'t> Engine<'_, 't> {
-    fn turn(
-        &mut self,
-        slots: &mut [Slot<'_, 't>],
-        queue: &mut VecDeque<Order>,
-        waiting: &AtomicUsize,
-    ) -> anyhow::Result<()> {
+    /// Returns whether anything was computed.
+    fn turn(&mut self, slots: &mut [Slot<'_, 't>], queue: &mut VecDeque<(Order, Ticket)>) -> bool {
         self.turn += 1;
         for slot in slots.iter_mut() {
             if let Some(job) = &slot.job {
@@ -284,48 +200,101 @@ impl<'t> Engine<'_, 't> {
             }
         }
         while !queue.is_empty() && slots.iter().any(|slot| slot.job.is_none()) {
-            let order = queue.pop_front().expect("it is not empty");
-            waiting.fetch_sub(1, Ordering::Relaxed);
-            self.admit(slots, order);
+            let turn = self.turn;
+            let next = fair(turn, queue.iter().map(|(order, _)| order.prompt.len())).expect("it is not empty");
+            let (order, ticket) = queue.remove(next).expect("found just now");
+            self.admit(slots, order, ticket);
         }
-        self.read_prompt(slots);
-        self.read_replies(slots);
-        Ok(())
+        let prompt = self.read_prompt(slots);
+        let replies = self.read_replies(slots);
+        prompt || replies
     }
 
-    /// Gives an order the free conversation that has read most of its prompt, or else the one that was not used for longest.
-    fn admit(&self, slots: &mut [Slot<'_, 't>], order: Order) {
-        let common = |slot: &Slot<'_, '_>| {
-            let common = slot.history.iter().zip(&order.prompt).take_while(|(a, b)| a == b).count();
-            // The last token is always read: its logits choose the next.
-            common.min(order.prompt.len() - 1)
+    /// Gives an order a free conversation.
+    fn admit(&mut self, slots: &mut [Slot<'_, 't>], order: Order, ticket: Ticket) {
+        let shared = || {
+            let histories = slots.iter().map(|slot| &*slot.history).chain(self.cache.histories());
+            histories.map(|tokens| common(tokens, &order.prompt)).max()
         };
-        let worth = |slot: &Slot<'_, '_>| if common(slot) < WORTH { 0 } else { common(slot) };
-        let free = slots.iter_mut().filter(|slot| slot.job.is_none());
-        let slot = free.max_by_key(|slot| (worth(slot), u64::MAX - slot.used)).expect("one is free");
-        let cached = slot.state.rewind(common(slot));
-        slot.history.truncate(cached);
+        let boundary = shared().filter(|&n| self.cut == Cut::Nowhere && n >= WORTH);
+        let (slot, cached) = self.seat(slots, &order);
+        let slot = &mut slots[slot];
         slot.sampler.restart(order.sampling);
-        self.metrics.admitted(order.prompt.len(), cached);
+        self.metrics.admitted(order.prompt.len(), cached, order.arrived.elapsed());
+        self.metrics.cache(self.cache.bytes());
         let counted = order.presence_penalty != 0.0 || order.frequency_penalty != 0.0;
         let counts = if counted { vec![0; self.model.config().vocab as usize] } else { Vec::new() };
         let stream = TextStream::new(self.tokenizer, order.stops.clone());
-        slot.job = Some(Job { order, stream, started: Instant::now(), cached, reply: Vec::new(), counts });
+        slot.job = Some(Job { order, ticket, stream, cached, reply: Vec::new(), boundary, counts });
         slot.used = self.turn;
     }
 
-    /// Reads a batch of the prompt whose turn it is: of those that wait the one that was not read for longest.
-    fn read_prompt(&mut self, slots: &mut [Slot<'_, 't>]) {
-        let unread =
-            |slot: &&mut Slot<'_, '_>| slot.job.as_ref().is_some_and(|job| slot.history.len() < job.order.prompt.len());
-        let Some(slot) = slots.iter_mut().filter(unread).min_by_key(|slot| slot.used) else { return };
+    /// A free conversation that has read, or is given, as much as any has of what a prompt begins with; and how much that is.
+    fn seat(&mut self, slots: &mut [Slot<'_, 't>], order: &Order) -> (usize, usize) {
+        let prompt = &order.prompt;
+        let free = |i: usize| slots[i].job.is_none();
+        let usable = |i: usize| self.cut.usable(&slots[i].history, prompt);
+        let oldest = (0..slots.len()).filter(|&i| free(i)).min_by_key(|&i| slots[i].used).expect("one is free");
+        // Of those that save as much the free one, which need not be copied.
+        let best = (0..slots.len()).max_by_key(|&i| (usable(i), free(i))).expect("there are some");
+        let here = usable(best);
+        let anew = !order.use_cache;
+        let to = if !anew && here >= WORTH && free(best) { best } else { oldest };
+        // What the conversation gives up may be continued by someone, unless another has it too.
+        let lost = slots[to].history.len() - common(&slots[to].history, prompt);
+        let elsewhere = |(i, slot): (usize, &Slot<'_, '_>)| i != to && slot.history.starts_with(&slots[to].history);
+        if lost >= WORTH && !slots.iter().enumerate().any(elsewhere) {
+            self.cache.keep(&slots[to].history, &slots[to].state, &self.image);
+        }
+        if anew {
+            slots[to].state.rewind(0);
+            slots[to].history.clear();
+            return (to, 0);
+        }
+        match self.cache.find(prompt) {
+            Some((there, entry)) if there > here => {
+                let slot = &mut slots[to];
+                // A snapshot of this model, made with these limits.
+                if slot.state.restore(&self.image, &entry.snapshot).is_ok() {
+                    slot.history.clone_from(&entry.tokens);
+                    self.metrics.restored();
+                }
+            }
+            _ if here >= WORTH && to != best => {
+                let [to, from] = slots.get_disjoint_mut([to, best]).expect("they are two");
+                if to.state.fork_from(&from.state).is_ok() {
+                    to.history.clone_from(&from.history);
+                    self.metrics.forked();
+                }
+            }
+            _ => {}
+        }
+        let slot = &mut slots[to];
+        let cached = slot.state.rewind(common(&slot.history, prompt).min(prompt.len() - 1));
+        slot.history.truncate(cached);
+        (to, cached)
+    }
+
+    /// Reads a batch of the prompt whose turn it is; returns whether there was one.
+    fn read_prompt(&mut self, slots: &mut [Slot<'_, 't>]) -> bool {
+        let unread = |slot: &Slot<'_, '_>| {
+            let prompt = slot.job.as_ref().map_or(0, |job| job.order.prompt.len());
+            prompt.saturating_sub(slot.history.len())
+        };
+        let mut those: Vec<&mut Slot<'_, 't>> = slots.iter_mut().filter(|slot| unread(slot) > 0).collect();
+        those.sort_by_key(|slot| slot.used);
+        let Some(next) = fair(self.turn, those.iter().map(|slot| unread(slot))) else { return false };
+        let slot = those.swap_remove(next);
         slot.used = self.turn;
         let job = slot.job.as_mut().expect("its prompt is not read");
         let prompt = &job.order.prompt;
         let from = slot.history.len();
-        let to = prompt.len().min(from + self.model.limits().batch as usize);
+        let batch = from + self.model.limits().batch as usize;
+        let boundary = job.boundary.filter(|&n| n > from && n < batch);
+        let to = prompt.len().min(boundary.unwrap_or(batch));
         let whole = to == prompt.len();
         let need = job.need(&slot.sampler);
+        let start = Instant::now();
         let done = self.model.read(&mut slot.state, &prompt[from..to]).and_then(|()| {
             if whole {
                 let logits = self.model.logits_after(to - from - 1, need)?;
@@ -333,23 +302,31 @@ impl<'t> Engine<'_, 't> {
             }
             Ok(())
         });
-        self.metrics.pass(self.weight_bytes, to - from, 0);
+        let bytes = self.bytes.layers + if whole { self.bytes.head } else { 0 };
+        self.metrics.pass(bytes, start.elapsed(), to - from, 0);
         match done {
             Ok(()) => {
                 slot.history.extend_from_slice(&prompt[from..to]);
+                // Where this conversation will end nobody knows, but others may begin with its prompt.
+                if self.cut == Cut::Nowhere && (whole || job.boundary == Some(to)) {
+                    self.cache.keep(&slot.history, &slot.state, &self.image);
+                }
                 if whole {
-                    self.metrics.first_token(job.started.elapsed());
+                    self.metrics.first_token(job.order.arrived.elapsed());
                     self.choose(slot, 0);
                 }
             }
             Err(e) => Self::fail(slot, e, self.metrics),
         }
+        true
     }
 
-    /// Reads the last token of every reply and chooses the next, as many replies in a pass as the model's batch.
-    fn read_replies<'s>(&mut self, slots: &mut [Slot<'s, 't>]) {
-        let next = |slot: &Slot<'_, '_>| slot.job.as_ref()?.next(slot.history.len());
+    /// Reads the last token of every reply and chooses the next, as many replies in a pass as the model's batch. Returns whether
+    /// there were any.
+    fn read_replies<'s>(&mut self, slots: &mut [Slot<'s, 't>]) -> bool {
+        let next = |slot: &Slot<'_, '_>| slot.job.as_ref().filter(|job| job.has_room())?.next(slot.history.len());
         let mut replies: Vec<&mut Slot<'s, 't>> = slots.iter_mut().filter(|slot| next(slot).is_some()).collect();
+        let any = !replies.is_empty();
         let most = self.model.limits().batch as usize;
         for together in replies.chunks_mut(most) {
             if let Err(e) = self.read_together(together) {
@@ -365,6 +342,7 @@ impl<'t> Engine<'_, 't> {
                 }
             }
         }
+        any
     }
 
     fn read_together<'s>(&mut self, slots: &mut [&mut Slot<'s, 't>]) -> Result<(), Error> {
@@ -375,8 +353,11 @@ impl<'t> Engine<'_, 't> {
             slots.iter().map(|slot| slot.job.as_ref().map_or(Need::All, |job| job.need(&slot.sampler))).collect();
         let mut states: Vec<&mut State<'s>> = slots.iter_mut().map(|slot| &mut slot.state).collect();
         let logits = &mut self.logits[..tokens.len() * vocab];
+        let start = Instant::now();
         self.model.step_each(&mut states, &tokens, &needs, logits)?;
-        self.metrics.pass(self.weight_bytes, 0, tokens.len());
+        // Models with a memory beside attention read their weights once for each.
+        let passes = if self.model.config().memory.is_some() { tokens.len() as u64 } else { 1 };
+        self.metrics.pass(passes * self.bytes.token(), start.elapsed(), 0, tokens.len());
         for (i, (slot, token)) in slots.iter_mut().zip(tokens).enumerate() {
             slot.history.push(token);
             slot.used = self.turn;
@@ -393,34 +374,34 @@ impl<'t> Engine<'_, 't> {
         if job.order.max_tokens == 0 {
             return job.leave(Finish::Length, self.metrics);
         }
-        let token = if job.order.bias.is_empty() && job.counts.is_empty() {
+        let token = if job.is_plain() {
             slot.sampler.sample(logits, &slot.history)
         } else {
             self.adjusted.clear();
             self.adjusted.extend_from_slice(logits);
-            for &(token, bias) in &job.order.bias {
-                self.adjusted[token as usize] += bias;
-            }
-            for (logit, &count) in self.adjusted.iter_mut().zip(&job.counts) {
-                if count > 0 {
-                    *logit -= job.order.presence_penalty + count as f32 * job.order.frequency_penalty;
-                }
+            if let Err(e) = job.adjust(&mut self.adjusted) {
+                return job.fail(e, self.metrics);
             }
             slot.sampler.sample(&self.adjusted, &slot.history)
         };
         if self.stop_ids.contains(&token) {
             return self.end(job, Finish::Stop);
         }
+        let whole = match job.order.constraint.as_mut().map_or(Ok(false), |constraint| constraint.push(token)) {
+            Ok(whole) => whole,
+            Err(e) => return job.fail(e, self.metrics),
+        };
         job.reply.push(token);
+        self.metrics.generated();
         if let Some(count) = job.counts.get_mut(token as usize) {
             *count += 1;
         }
         let logprobs = job.order.logprobs.map(|top| logprobs(logits, token, top));
         let mut text = String::new();
         job.stream.push(token, &mut |piece| text.push_str(piece));
-        let _ = job.order.events.send(Event::Piece(text, logprobs));
+        job.send(Event::Piece(text, logprobs));
         let full = slot.history.len() == self.model.limits().context as usize;
-        if job.stream.stopped() {
+        if whole || job.stream.stopped() {
             self.end(job, Finish::Stop);
         } else if full || job.reply.len() >= job.order.max_tokens {
             self.end(job, Finish::Length);
@@ -436,7 +417,7 @@ impl<'t> Engine<'_, 't> {
             job.stream.finish(&mut |piece| text.push_str(piece));
         }
         if !text.is_empty() {
-            let _ = job.order.events.send(Event::Piece(text, None));
+            job.send(Event::Piece(text, None));
         }
         job.leave(finish, self.metrics);
     }
@@ -444,8 +425,7 @@ impl<'t> Engine<'_, 't> {
     /// Ends an order whose pass failed; what its conversation had read is not trusted.
     fn fail(slot: &mut Slot<'_, '_>, e: Error, metrics: &Metrics) {
         if let Some(job) = slot.job.take() {
-            metrics.failed();
-            let _ = job.order.events.send(Event::Failed(e.to_string()));
+            job.fail(e.to_string(), metrics);
         }
         slot.state.rewind(0);
         slot.history.clear();
@@ -455,9 +435,35 @@ impl<'t> Engine<'_, 't> {
 impl Job<'_> {
     /// The logits that choosing needs: all, where something other than the sampler looks at them.
     fn need(&self, sampler: &Sampler<'_>) -> Need {
-        let plain = self.order.bias.is_empty() && self.counts.is_empty() && self.order.logprobs.is_none();
-        if plain { sampler.need() } else { Need::All }
+        if self.is_plain() && self.order.logprobs.is_none() { sampler.need() } else { Need::All }
     }
+    /// Whether the sampler gets the model's own logits.
+    fn is_plain(&self) -> bool {
+        self.order.bias.is_empty() && self.counts.is_empty() && self.order.constraint.is_none()
+    }
+    /// Makes of the model's logits those that the sampler gets.
+    fn adjust(&mut self, logits: &mut [f32]) -> Result<(), String> {
+        for &(token, bias) in &self.order.bias {
+            logits[token as usize] += bias;
+        }
+        for (logit, &count) in logits.iter_mut().zip(&self.counts) {
+            if count > 0 {
+                *logit -= self.order.presence_penalty + count as f32 * self.order.frequency_penalty;
+            }
+        }
+        self.order.constraint.as_mut().map_or(Ok(()), |constraint| constraint.mask(logits))
+    }
+    fn fail(self, e: String, metrics: &Metrics) {
+        metrics.failed();
+        self.send(Event::Failed(e));
+    }
+}
+
+/// Which of several with so much to do is next, the first having waited for longest: by turns that one and the one with least to do,
+/// so that a short request need not wait for long ones, and a long one not for a run of short ones.
+fn fair(turn: u64, to_do: impl Iterator<Item = usize>) -> Option<usize> {
+    let mut all = to_do.enumerate();
+    if turn.is_multiple_of(2) { all.next() } else { all.min_by_key(|&(_, n)| n) }.map(|(i, _)| i)
 }
 
 /// Logarithms of probabilities: `logit - ln(Σ exp(logit))`, the sum in double precision.

@@ -3,6 +3,7 @@ use axum::body::Body;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
+use std::time::Duration;
 
 /// Why a request gets no answer.
 #[derive(Debug)]
@@ -12,10 +13,15 @@ pub(crate) struct Refusal {
     code: Option<&'static str>,
     parameter: Option<&'static str>,
     message: String,
+    /// Seconds.
+    retry_after: u64,
 }
 
+/// The longest time after which a client is asked to come again, in seconds.
+const RETRY_MAX: u64 = 60;
+
 impl Refusal {
-    /// A request that cannot be read.
+    /// A refusal with a status.
     pub(crate) fn new(status: StatusCode, message: impl Into<String>) -> Self {
         let kind = match status.as_u16() {
             401 => "authentication_error",
@@ -24,7 +30,7 @@ impl Refusal {
             500.. => "server_error",
             _ => "invalid_request_error",
         };
-        Self { status, kind, code: None, parameter: None, message: message.into() }
+        Self { status, kind, code: None, parameter: None, message: message.into(), retry_after: 1 }
     }
     /// A request that cannot be read.
     pub(crate) fn bad(message: impl Into<String>) -> Self {
@@ -37,6 +43,11 @@ impl Refusal {
     /// With one of the codes that clients look at.
     pub(crate) const fn code(mut self, code: &'static str) -> Self {
         self.code = Some(code);
+        self
+    }
+    /// With a time after which it is worth to come again.
+    pub(crate) fn retry_after(mut self, time: Duration) -> Self {
+        self.retry_after = (time.as_secs() + 1).min(RETRY_MAX);
         self
     }
     /// The body.
@@ -52,7 +63,7 @@ impl IntoResponse for Refusal {
         let mut response = json_response(self.status, &self.json());
         let headers = response.headers_mut();
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            headers.insert(header::RETRY_AFTER, self.retry_after.into());
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

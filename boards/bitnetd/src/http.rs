@@ -4,8 +4,9 @@
 //! page of the web reaches the daemon through a name that it owns; its `Origin`, which browsers send, must be the same; and
 //! where there are keys it must have one. No part of a request names a file.
 use crate::App;
-use crate::engine::Full;
+use crate::constraint::{Constraint, Format, Vocabulary};
 use crate::error::{Refusal, json_response};
+use crate::order::{Event, Full};
 use crate::reply::{self, Shape};
 use crate::request::{Chat, Common, Completion, Prompt};
 use axum::Router;
@@ -16,15 +17,16 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use bitnet_host::template;
 use bitnet_runtime::tokenizer::TextStream;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use serde_json::json;
+use sha2::{Digest as _, Sha256};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 use subtle::{Choice, ConstantTimeEq as _};
 use tokio::sync::mpsc;
 
@@ -33,10 +35,46 @@ type Answer = Result<Response, Refusal>;
 /// Tokens of `/v1/completions` unless the request says how many, as OpenAI has it.
 const COMPLETION_TOKENS: usize = 16;
 
+/// The chat page, all of it.
+const PAGE: &str = include_str!("page.html");
+
+/// What browsers let the page do: run its own script and style, by their hashes, and ask this daemon.
+pub(crate) fn page_policy() -> HeaderValue {
+    let hash = |element: &str| {
+        let (open, close) = (format!("<{element}>"), format!("</{element}>"));
+        let inside = PAGE.split_once(&open).and_then(|(_, rest)| rest.split_once(&close));
+        let (inside, _) = inside.expect("the page has a script and a style");
+        format!("'sha256-{}'", BASE64_STANDARD.encode(Sha256::digest(inside)))
+    };
+    let (script, style) = (hash("script"), hash("style"));
+    let policy = format!(
+        "default-src 'none'; script-src {script}; style-src {style}; img-src data:; connect-src 'self'; base-uri 'none'; \
+         form-action 'none'; frame-ancestors 'none'"
+    );
+    HeaderValue::try_from(policy).expect("the policy is plain text")
+}
+
+/// All paths, which `openapi.json` describes.
+pub const ROUTES: [&str; 11] = [
+    "/",
+    "/health",
+    "/metrics",
+    "/openapi.json",
+    "/props",
+    "/v1/models",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+];
+
 pub(crate) fn router(app: Arc<App>) -> Router {
     Router::new()
+        .route("/", get(page))
         .route("/health", get(health))
         .route("/metrics", get(metrics))
+        .route("/openapi.json", get(openapi))
         .route("/props", get(props))
         .route("/v1/models", get(models))
         .route("/v1/chat/completions", post(chat))
@@ -75,8 +113,8 @@ fn admit(app: &App, request: &Request) -> Result<(), Refusal> {
             return Err(Refusal::new(StatusCode::FORBIDDEN, "pages of other origins may not ask"));
         }
     }
-    // Who watches over a service has no key.
-    let open = request.uri().path() == "/health" && request.method() == Method::GET;
+    // Who watches over a service has no key, and who gives one does so on the page.
+    let open = matches!(request.uri().path(), "/" | "/health") && request.method() == Method::GET;
     if !open && !app.settings.keys.is_empty() && !has_key(app, headers)? {
         return Err(Refusal::new(StatusCode::UNAUTHORIZED, "a key is needed").code("invalid_api_key"));
     }
@@ -137,16 +175,31 @@ async fn body<T: DeserializeOwned>(app: &App, request: Request) -> Result<T, Ref
     serde_json::from_slice(&bytes).map_err(|e| Refusal::bad(format!("the body is not what is asked for: {e}")))
 }
 
+async fn page(State(app): State<Arc<App>>) -> Response {
+    let mut response = text_response("text/html; charset=utf-8", PAGE.to_owned());
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_SECURITY_POLICY, app.page_policy.clone());
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    response
+}
+
+async fn openapi() -> Response {
+    text_response("application/json", include_str!("openapi.json").to_owned())
+}
+
+fn text_response(kind: &'static str, text: String) -> Response {
+    let mut response = Response::new(Body::from(text));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
+}
+
 async fn health(State(app): State<Arc<App>>) -> Response {
     let (status, word) = app.health();
     json_response(status, &json!({ "status": word }))
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let mut response = Response::new(Body::from(app.metrics.text(app.queue.waiting())));
-    let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    response.headers_mut().insert(header::CONTENT_TYPE, kind);
-    response
+    text_response("text/plain; version=0.0.4; charset=utf-8", app.metrics.text(app.queue.waiting()))
 }
 
 async fn props(State(app): State<Arc<App>>) -> Answer {
@@ -185,7 +238,7 @@ async fn chat(State(app): State<Arc<App>>, request: Request) -> Answer {
     }
     let (messages, logprobs) = (chat.messages()?, chat.logprobs()?);
     let tokenizer = ready.tokenizer.clone();
-    let (template, eos) = (ready.template.clone(), ready.eos);
+    let (template, eos) = (ready.template.clone(), ready.ends.first().copied());
     let prompt = blocking(move || template::encode(&template, &messages, eos, &tokenizer)).await?;
     let prompt = prompt.map_err(|e| Refusal::parameter("messages", format!("{e:#}")))?;
     answer(&app, true, chat.common, prompt, logprobs).await
@@ -214,7 +267,7 @@ async fn completions(State(app): State<Arc<App>>, request: Request) -> Answer {
 }
 
 /// Puts a request in the queue and answers it.
-async fn answer(app: &App, chat: bool, common: Common, prompt: Vec<u32>, logprobs: Option<usize>) -> Answer {
+async fn answer(app: &Arc<App>, chat: bool, common: Common, prompt: Vec<u32>, logprobs: Option<usize>) -> Answer {
     let ready = app.ready()?;
     if common.names_another(&app.settings.name) {
         let message = format!("the model here is `{}`", app.settings.name);
@@ -239,18 +292,34 @@ async fn answer(app: &App, chat: bool, common: Common, prompt: Vec<u32>, logprob
     };
     let streamed = common.stream.unwrap_or(false);
     let default = if chat { usize::MAX } else { COMPLETION_TOKENS };
-    let deadline = Instant::now() + app.settings.reply_time();
-    let (sender, events) = mpsc::unbounded_channel();
-    let order = common.order(prompt, ready.vocab, default, logprobs, deadline, sender)?;
+    let (sender, events) = mpsc::channel(Event::ROOM);
+    let format = common.format()?;
+    let mut order = common.order(prompt, ready.vocab, default, logprobs, app.settings.reply_time(), sender)?;
+    if let Some(format) = format {
+        order.constraint = Some(constrain(app, format).await?);
+    }
     match app.queue.push(order) {
         Ok(()) if streamed => Ok(reply::stream(shape, events)),
         Ok(()) => Ok(reply::whole(&shape, events).await),
         Err(Full::Busy) => {
             app.metrics.refused();
-            Err(Refusal::new(StatusCode::TOO_MANY_REQUESTS, "too many requests wait already"))
+            let wait = app.metrics.wait(app.queue.waiting(), app.settings.serve.sessions.into());
+            Err(Refusal::new(StatusCode::TOO_MANY_REQUESTS, "too many requests wait already").retry_after(wait))
         }
         Err(Full::Gone) => Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the model is not running")),
     }
+}
+
+async fn constrain(app: &Arc<App>, format: Format) -> Result<Constraint, Refusal> {
+    let app = app.clone();
+    let made = blocking(move || {
+        let ready = app.ready()?;
+        let vocabulary = ready.vocabulary.get_or_init(|| Vocabulary::new(&ready.tokenizer, ready.vocab, &ready.ends));
+        let internal = |e: &String| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the vocabulary: {e}"));
+        let vocabulary = vocabulary.as_ref().map_err(internal)?;
+        vocabulary.constrain(format).map_err(|e| Refusal::parameter("response_format", e))
+    });
+    made.await?
 }
 
 #[derive(Debug, serde::Deserialize)]

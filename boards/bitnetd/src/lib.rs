@@ -1,24 +1,34 @@
 //! `bitnetd`: a daemon that serves one model over HTTP, in the shapes of OpenAI's API.
 //!
-//! A request comes in by [`serve`], passes the gate in `http`, becomes an [`engine::Order`] in `request`, waits in a bounded
+//! A request comes in by [`serve`], passes the gate in `http`, becomes an [`order::Order`] in `request`, waits in a bounded
 //! queue, is answered by the one thread that owns the model, in [`engine`], and goes out by `reply`.
 #![forbid(unsafe_code)]
+mod cache;
 pub mod config;
+pub mod constraint;
 pub mod engine;
 mod error;
 mod http;
 pub mod metrics;
 mod notify;
+pub mod order;
 mod reply;
 mod request;
+mod stall;
 
 use crate::config::Settings;
-use crate::engine::{Orders, Queue};
+pub use crate::http::ROUTES;
+
+use crate::constraint::Vocabulary;
+use crate::engine::Room;
 use crate::error::Refusal;
 use crate::metrics::Metrics;
+use crate::order::{Orders, Queue};
+use crate::stall::Stall;
 use anyhow::Context as _;
-use axum::http::StatusCode;
+use axum::http::{HeaderValue, StatusCode};
 use bitnet_host::open::with_model;
+use bitnet_host::system;
 use bitnet_runtime::tokenizer::Tokenizer;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -46,6 +56,7 @@ pub struct App {
     failed: AtomicBool,
     draining: AtomicBool,
     ids: AtomicU64,
+    page_policy: HeaderValue,
     /// When the daemon started, in seconds of Unix time.
     boot: u64,
 }
@@ -55,8 +66,11 @@ pub struct App {
 struct Ready {
     tokenizer: Arc<Tokenizer>,
     template: String,
-    eos: Option<u32>,
+    /// Tokens that end a reply.
+    ends: Vec<u32>,
     vocab: u32,
+    /// Made by the first request that wants it.
+    vocabulary: OnceLock<Result<Vocabulary, String>>,
     context: usize,
     backend: &'static str,
     memory: String,
@@ -94,7 +108,7 @@ fn unix_time() -> u64 {
 /// # Errors
 /// If the model cannot be loaded.
 pub async fn serve(settings: Settings, listener: TcpListener, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let (queue, orders) = Queue::new(settings.serve.queue);
+    let (queue, orders) = Queue::new(settings.serve.sessions.into(), settings.serve.queue);
     let drain = Duration::from_secs(settings.serve.drain_seconds);
     let app = Arc::new(App {
         settings,
@@ -104,6 +118,7 @@ pub async fn serve(settings: Settings, listener: TcpListener, stop: impl Future<
         failed: AtomicBool::new(false),
         draining: AtomicBool::new(false),
         ids: AtomicU64::new(0),
+        page_policy: http::page_policy(),
         boot: unix_time(),
     });
     let (ended, mut engine) = tokio::sync::oneshot::channel();
@@ -123,6 +138,7 @@ pub async fn serve(settings: Settings, listener: TcpListener, stop: impl Future<
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(app.settings.read_time());
     http.max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
+    let stall = app.settings.stall_time();
     let mut watchdog = tokio::time::interval(notify::watchdog_interval());
     tokio::pin!(stop);
     let failed = loop {
@@ -138,7 +154,7 @@ pub async fn serve(settings: Settings, listener: TcpListener, stop: impl Future<
                     continue;
                 };
                 let _ = stream.set_nodelay(true);
-                let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service.clone()));
+                let connection = graceful.watch(http.serve_connection(TokioIo::new(Stall::new(stream, stall)), service.clone()));
                 tokio::spawn(async move {
                     let _ = connection.await;
                     drop(permit);
@@ -170,13 +186,20 @@ fn run_engine(app: &App, orders: &Orders) -> anyhow::Result<()> {
         let header = opened.image.header();
         let tokenizer = Tokenizer::load(&opened.image, opened.source).context("the image has no usable tokenizer")?;
         let tokenizer = Arc::new(tokenizer);
-        let (eos, template) = (header.text.stop.ids().first().copied(), header.text.chat_template.to_owned());
+        let (ends, template) = (header.text.stop.ids().to_vec(), header.text.chat_template.to_owned());
         let (backend, memory) = (opened.kernels.name(), opened.plan_text());
         let (vocab, context) = (header.config.vocab, opened.limits.context as usize);
-        let (shared, sessions) = (tokenizer.clone(), usize::from(app.settings.serve.sessions));
-        engine::run(opened, &tokenizer, sessions, orders, &app.metrics, &|| {
-            let (tokenizer, template, memory) = (shared.clone(), template.clone(), memory.clone());
-            let _ = app.model.set(Ready { tokenizer, template, eos, vocab, context, backend, memory });
+        let serve = &app.settings.serve;
+        let room = Room { conversations: serve.sessions.into(), cache_bytes: serve.prompt_cache };
+        let shared = tokenizer.clone();
+        if app.settings.serve.measure_bandwidth {
+            let (pool, threads) = (opened.threads.pool(), opened.threads.decode().threads);
+            app.metrics.memory(system::read_bandwidth(pool, threads));
+        }
+        engine::run(opened, &tokenizer, room, orders, &app.metrics, &|| {
+            let (tokenizer, template, memory, ends) = (shared.clone(), template.clone(), memory.clone(), ends.clone());
+            let vocabulary = OnceLock::new();
+            let _ = app.model.set(Ready { tokenizer, template, ends, vocab, vocabulary, context, backend, memory });
             notify::send("READY=1");
         })
     })

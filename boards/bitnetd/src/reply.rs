@@ -1,6 +1,6 @@
 //! From the engine's events to JSON, whole or as a stream of server-sent events.
-use crate::engine::{Event, Finish, Logprobs, Scored, Usage};
 use crate::error::{Refusal, json_response};
+use crate::order::{Event, Finish, Logprobs, Scored, Usage};
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::mpsc::Receiver;
 
 /// What the answers to one request have in common.
 #[derive(Clone, Debug)]
@@ -107,7 +107,7 @@ fn broken_off() -> Refusal {
 }
 
 /// Waits for the whole reply.
-pub(crate) async fn whole(shape: &Shape, mut events: UnboundedReceiver<Event>) -> Response {
+pub(crate) async fn whole(shape: &Shape, mut events: Receiver<Event>) -> Response {
     let (mut text, mut scored) = (String::new(), Vec::new());
     loop {
         match events.recv().await {
@@ -138,7 +138,7 @@ pub(crate) async fn whole(shape: &Shape, mut events: UnboundedReceiver<Event>) -
 /// The state of a stream: what is still to be sent.
 struct Stream {
     shape: Shape,
-    events: UnboundedReceiver<Event>,
+    events: Receiver<Event>,
     ready: VecDeque<String>,
     /// Characters that were sent.
     sent: usize,
@@ -182,7 +182,7 @@ impl Stream {
 }
 
 /// Sends the reply piece by piece. When the client leaves, the stream is dropped, and the engine sees that.
-pub(crate) fn stream(shape: Shape, events: UnboundedReceiver<Event>) -> Response {
+pub(crate) fn stream(shape: Shape, events: Receiver<Event>) -> Response {
     let mut stream = Stream { shape, events, ready: VecDeque::new(), sent: 0, ended: false };
     if stream.shape.chat {
         let role = stream.shape.chunk(&json!({ "role": "assistant", "content": "" }), &Value::Null, None);

@@ -1,15 +1,16 @@
 //! What clients may ask for, in the shapes of OpenAI's API, and what is made of it. Whatever would change the answer and is
 //! not there is refused; fields that only inform are not looked at.
-use crate::engine::{Event, Order};
+use crate::constraint::Format;
 use crate::error::Refusal;
+use crate::order::{Event, Order};
 use bitnet_host::template::Message;
 use bitnet_runtime::sampler::Sampling;
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
-use std::time::Instant;
-use tokio::sync::mpsc::UnboundedSender;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc::Sender;
 
 /// Most stop texts, and bytes of each.
 const STOPS_MAX: usize = 16;
@@ -39,6 +40,7 @@ pub(crate) struct Common {
     n: Option<i64>,
     best_of: Option<i64>,
     response_format: Option<Value>,
+    cache_prompt: Option<bool>,
     tools: Option<Value>,
     functions: Option<Value>,
     suffix: Option<Value>,
@@ -175,6 +177,20 @@ impl Common {
         self.stream_options.as_ref().and_then(|options| options.include_usage).unwrap_or(false)
     }
 
+    /// What the reply is held to.
+    pub(crate) fn format(&self) -> Result<Option<Format>, Refusal> {
+        let Some(format) = self.response_format.as_ref().filter(|format| !format.is_null()) else { return Ok(None) };
+        match format["type"].as_str() {
+            Some("text") => Ok(None),
+            Some("json_object") => Ok(Some(Format::Object)),
+            Some("json_schema") => match &format["json_schema"]["schema"] {
+                Value::Null => Err(Refusal::parameter("response_format", "json_schema has no schema")),
+                schema => Ok(Some(Format::Schema(schema.clone()))),
+            },
+            _ => Err(Refusal::parameter("response_format", "types are text, json_object and json_schema")),
+        }
+    }
+
     /// The order for the engine. `default` tokens at most, unless the request says how many.
     pub(crate) fn order(
         self,
@@ -182,9 +198,10 @@ impl Common {
         vocab: u32,
         default: usize,
         logprobs: Option<usize>,
-        deadline: Instant,
-        events: UnboundedSender<Event>,
+        time: Duration,
+        events: Sender<Event>,
     ) -> Result<Order, Refusal> {
+        let arrived = Instant::now();
         self.refuse_what_is_not_there()?;
         let most = at_most("max_completion_tokens", self.max_completion_tokens, usize::MAX >> 1)?;
         let max_tokens = most.or(at_most("max_tokens", self.max_tokens, usize::MAX >> 1)?).unwrap_or(default);
@@ -221,10 +238,13 @@ impl Common {
             presence_penalty: number("presence_penalty", self.presence_penalty, 0.0, -2.0, 2.0)?,
             frequency_penalty: number("frequency_penalty", self.frequency_penalty, 0.0, -2.0, 2.0)?,
             bias,
+            constraint: None,
             stops,
+            use_cache: self.cache_prompt.unwrap_or(true),
             max_tokens,
             logprobs,
-            deadline,
+            arrived,
+            deadline: arrived + time,
             events,
         })
     }
@@ -233,15 +253,9 @@ impl Common {
         let some = |value: &Option<Value>| {
             value.as_ref().is_some_and(|value| !value.is_null() && value.as_array().is_none_or(|a| !a.is_empty()))
         };
-        let format = self.response_format.as_ref().filter(|format| !format.is_null());
         let refusals = [
             (self.n.is_some_and(|n| n != 1), "n", "one reply at a time: n is 1"),
             (self.best_of.is_some_and(|n| n != 1), "best_of", "one reply at a time: best_of is 1"),
-            (
-                format.is_some_and(|format| format["type"] != "text"),
-                "response_format",
-                "replies are plain text: there is no JSON mode yet",
-            ),
             (some(&self.tools), "tools", "there are no tool calls"),
             (some(&self.functions), "functions", "there are no function calls"),
             (some(&self.suffix), "suffix", "text is continued, not filled in"),

@@ -4,6 +4,7 @@ use crate::system;
 use anyhow::{Context as _, bail, ensure};
 use bitnet_kernel::Block;
 use bitnet_runtime::cgroup::available_memory;
+use bitnet_runtime::image::Kind;
 use bitnet_runtime::source::{BlockDevice as _, ImageFile, Pieces, Ring, RingOptions, Span, Watch};
 use bitnet_runtime::{Image, Limits, Plan};
 use clap::ValueEnum;
@@ -45,8 +46,38 @@ pub enum Source {
     Streamed,
 }
 
+/// Bytes of weights that a pass goes over, zeros with them and rows that an exact pass can leave out.
+#[derive(Clone, Copy, Debug)]
+pub struct PassBytes {
+    /// Of the layers.
+    pub layers: u64,
+    /// Of the head, which a prompt needs once, after its last token.
+    pub head: u64,
+}
+
+impl PassBytes {
+    /// All sections but the tokenizer and an embedding of its own, of which one row is read.
+    pub fn of(image: &Image<'_>) -> Self {
+        let unread = [Kind::Tokenizer as u8, Kind::Embedding as u8];
+        let bytes = |head: bool| {
+            let records = image.sections().records().iter().filter(|r| !unread.contains(&r.kind));
+            let those =
+                records.filter(|r| (r.kind >= Kind::FinalNorm as u8 && r.kind <= Kind::HeadNorms as u8) == head);
+            those.map(|r| u64::from(r.blocks.get()) * Block::BYTES as u64).sum()
+        };
+        Self { layers: bytes(false), head: bytes(true) }
+    }
+    /// Of a token of a reply.
+    pub const fn token(self) -> u64 {
+        self.layers + self.head
+    }
+}
+
 /// Bytes as people write them.
-fn size(text: &str) -> Result<u64, String> {
+///
+/// # Errors
+/// What is expected.
+pub fn size(text: &str) -> Result<u64, String> {
     let wrong = || "expected bytes, or a number with K, M or G, such as 256M".to_owned();
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);

@@ -2,6 +2,7 @@
 use crate::output;
 use bitnet_host::open::{ModelArgs, Opened, mib, with_model};
 use bitnet_host::system;
+use bitnet_host::weights::PassBytes;
 use bitnet_kernel::Block;
 use bitnet_runtime::image::Kind;
 use bitnet_runtime::model::{HeadStats, LiveRows, Need};
@@ -186,7 +187,7 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let (bytes_per_token, read_gb_per_s, bandwidth_share) = match shares {
         Some((share, _)) => (streamed_bytes, median(alone).0 / 1e9, share),
         None => {
-            let bytes = weight_bytes_per_token(&image) + kv_bytes - unread - dead;
+            let bytes = PassBytes::of(&image).token() + kv_bytes - unread - dead;
             let speed = system::read_bandwidth(threads.pool(), threads.decode().threads) / 1e9;
             (bytes, speed, bytes as f64 * decode_tokens_per_s / 1e9 / speed)
         }
@@ -249,13 +250,6 @@ fn repetition(
 fn median(mut values: Vec<f64>) -> (f64, [f64; 2]) {
     values.sort_by(f64::total_cmp);
     (values[values.len() / 2], [values[0], values[values.len() - 1]])
-}
-
-/// All sections but the tokenizer and an embedding of its own, of which one row is read.
-fn weight_bytes_per_token(image: &Image<'_>) -> u64 {
-    let unread = [Kind::Tokenizer as u8, Kind::Embedding as u8];
-    let read = image.sections().records().iter().filter(|r| !unread.contains(&r.kind));
-    read.map(|r| u64::from(r.blocks.get()) * Block::BYTES as u64).sum()
 }
 
 /// Rows of the low plane that one token read, and bytes of it that it did not.

@@ -304,7 +304,8 @@ impl Image {
         if !cargo().args(arguments).current_dir(&workspace.root).status()?.success() {
             bail!("the image does not build");
         }
-        let programs = run::build(workspace, &["build", "-p", "bitnet", "-p", "bitnet-pack"].map(str::to_owned))?;
+        let programs =
+            run::build(workspace, &["build", "-p", "bitnet", "-p", "bitnet-pack"].map(str::to_owned), &run::PROGRAMS)?;
         let [(_, bitnet), (_, packer)] = &programs[..] else { unreachable!("there are two programs") };
         let folder = workspace.target.join("boot").join(name);
         fs::create_dir_all(&folder)?;

@@ -16,7 +16,7 @@ const PROMPT: &str = "Once upon a time";
 /// generates a story.
 pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     let arguments = ["build", "--release", "-p", "bitnet", "-p", "bitnet-pack"].map(str::to_owned);
-    let programs = run::build(workspace, &arguments)?;
+    let programs = run::build(workspace, &arguments, &run::PROGRAMS)?;
     let [(_, bitnet), (_, packer)] = &programs[..] else { unreachable!("there are two programs") };
     let checkpoint = workspace.root.join(CHECKPOINT);
     let image = workspace.target.join("demo").join("stories-ternary.bitnet");

@@ -3,7 +3,7 @@
 //! In the order in which they are used: [`workspace`] finds the tree, [`matrix`] is the table of everything that is
 //! checked, [`setup`] installs what the chosen steps need, [`riscv`] is one of these needs, [`run`] runs them and counts, [`bochs`] boots what needs a CPU that the machine may lack, [`boot`] the boards' images, [`tidy`] holds the rules about
 //! the tree itself, [`elf`] looks into finished programs, [`mod@bench`] and [`arm`] say how fast the kernels are with what
-//! [`report`] has for both, [`fuzz`] searches for input that fails, [`stream`] runs a model in less memory than it has, and [`demo`] shows the project to a newcomer.
+//! [`report`] has for both, [`fuzz`] searches for input that fails, [`stream`] runs a model in less memory than it has, [`clients`] puts the daemon under clients of others, and [`demo`] shows the project to a newcomer.
 #![forbid(unsafe_code)]
 #![allow(clippy::std_instead_of_core, clippy::std_instead_of_alloc, reason = "a host tool; it always has std")]
 
@@ -19,6 +19,7 @@ mod arm;
 mod bench;
 mod bochs;
 mod boot;
+mod clients;
 mod demo;
 mod elf;
 mod fuzz;
@@ -58,6 +59,8 @@ Usage: cargo xtask COMMAND
                   --interactive gives you the console in place of the comparison (an empty line ends it)
   stream-proof    an image of 574 MiB with 128 MiB of RAM in a control group of 160 MiB, which root may make: the same logits,
                   within both, and as fast as nine tenths of the disk; beside it the same image mapped (a minute or two)
+  clients         OpenAI's clients and schemathesis against the daemon (installs them with pip and npm below target/clients)
+  soak            a thousand requests of eight clients to the daemon, a third cut off; it is killed in the end and starts again
   demo            build, pack the bundled checkpoint and let it tell a story (the same as `cargo demo`)
   deny            licences and advisories of the dependencies, by cargo-deny";
 
@@ -105,6 +108,8 @@ fn command(arguments: &[String]) -> Result<bool> {
         "fuzz" => fuzz::run(&Workspace::load()?, rest),
         "boot" => boot::run(&Workspace::load()?, rest),
         "stream-proof" => stream::run(&Workspace::load()?),
+        "clients" => clients::run(&Workspace::load()?),
+        "soak" => clients::soak(&Workspace::load()?),
         "demo" => demo::run(&Workspace::load()?),
         "deny" => run::deny(),
         "help" | "--help" | "-h" => {

@@ -171,7 +171,7 @@ fn result(line: &str) -> Option<Count> {
 }
 
 /// The two programs that people install.
-const PROGRAMS: [&str; 2] = ["bitnet", "bitnet-pack"];
+pub(crate) const PROGRAMS: [&str; 2] = ["bitnet", "bitnet-pack"];
 
 fn static_build(target: &str) -> Vec<String> {
     let mut arguments = vec!["build".to_owned(), "--release".to_owned(), "--target".to_owned(), target.to_owned()];
@@ -182,7 +182,7 @@ fn static_build(target: &str) -> Vec<String> {
 fn static_programs(workspace: &Workspace, target: &str, machine: elf::Machine) -> Result<Count> {
     let arguments = static_build(target);
     let mut count = PASSED;
-    let programs = build(workspace, &arguments)?;
+    let programs = build(workspace, &arguments, &PROGRAMS)?;
     for (name, path) in &programs {
         let bytes = std::fs::read(path).with_context(|| format!("reading {path}"))?;
         match elf::check_static(&bytes, machine) {
@@ -243,7 +243,11 @@ fn tells_a_story(workspace: &Workspace, programs: &[(&str, String)], cpu: &str) 
 
 /// Builds by the given arguments and answers with the two programs, in the order of [`PROGRAMS`], and where cargo says
 /// that they lie: the folder depends on settings that only cargo knows.
-pub(crate) fn build(workspace: &Workspace, arguments: &[String]) -> Result<Vec<(&'static str, String)>> {
+pub(crate) fn build(
+    workspace: &Workspace,
+    arguments: &[String],
+    names: &[&'static str],
+) -> Result<Vec<(&'static str, String)>> {
     let output = cargo()
         .args(arguments)
         .args(["--message-format", "json-render-diagnostics"])
@@ -267,7 +271,7 @@ pub(crate) fn build(workspace: &Workspace, arguments: &[String]) -> Result<Vec<(
         let path = built.filter_map(|message| message["executable"].as_str()).next();
         path.map(|path| (name, path.to_owned())).with_context(|| format!("cargo built no program `{name}`"))
     };
-    PROGRAMS.into_iter().map(find).collect()
+    names.iter().copied().map(find).collect()
 }
 
 /// Licences and advisories of the dependencies. It is no step of `test`, because advisories come from the network and
