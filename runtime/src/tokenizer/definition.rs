@@ -3,7 +3,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use kitoken::{
     CharsMap, Decoding, DecodingReplacePattern, Definition, InsertionPosition, Model, Normalization,
-    NormalizationReplacePattern, Split, SplitBehavior, SplitPattern,
+    NormalizationReplacePattern, Processing, Split, SplitBehavior, SplitPattern,
 };
 
 /// Most characters that a step may add to a text: a hostile one could add gigabytes to each.
@@ -31,6 +31,11 @@ pub fn check(definition: &Definition) -> Result<(), &'static str> {
             }
         }
         _ => {}
+    }
+    // No converter makes another but padding and truncating, which the packer leaves out. kitoken strips more tokens than there
+    // are, and pads a text to four billion.
+    if !definition.config.processing.iter().all(|step| matches!(step, Processing::Collapse { .. })) {
+        return Err("it pads, strips or cuts the tokens of a text");
     }
     let long = |left: u32, right: u32| left > ADDED_MAX || right > ADDED_MAX;
     for step in &definition.config.decoding {
