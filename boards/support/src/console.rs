@@ -1,4 +1,5 @@
 //! The serial port: a PL011, for text in both directions.
+use aarch64_cpu::asm::wfe;
 use arm_pl011_uart::{DataBits, LineConfig, PL011Registers, Parity, StopBits, Uart};
 use core::cell::RefCell;
 use core::fmt::{self, Write};
@@ -107,7 +108,8 @@ impl Console {
             if let Some(Ok(Some(byte))) = word {
                 return byte;
             }
-            core::hint::spin_loop();
+            // The timer wakes it (`time::wake_often`).
+            wfe();
         }
     }
 }

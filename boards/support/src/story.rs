@@ -116,6 +116,7 @@ fn run(machine: Machine) -> Result<(), Failure> {
     let _ = writeln!(Console, "{board}: CPU {cpu:#x}, started at EL{}, {name}", start.level);
     defmt::info!("CPU {=u64:#x}, EL{=u8}, backend {=str}", cpu, start.level, name);
     time::count_cycles();
+    time::wake_often();
     self_test(ram)?;
     let wake = || wake(start);
     let mut ram = Ram { left: ram, used: memory::image_bytes() };

@@ -1,6 +1,6 @@
 //! Clocks: the generic timer for seconds, the performance monitor for cycles.
 use aarch64_cpu::asm::barrier;
-use aarch64_cpu::registers::{CNTFRQ_EL0, CNTPCT_EL0, Readable};
+use aarch64_cpu::registers::{CNTFRQ_EL0, CNTKCTL_EL1, CNTPCT_EL0, Readable, Writeable};
 use core::arch::asm;
 
 /// Starts this core's cycle counter.
@@ -17,6 +17,12 @@ pub fn cycles() -> u64 {
     // SAFETY: a read of a counter.
     unsafe { asm!("isb", "mrs {}, pmccntr_el0", out(reg) cycles, options(nomem, nostack)) };
     cycles
+}
+
+/// Has the timer wake this core from `wfe` again and again, each time that bit 11 of its count turns to one: every 76 microseconds
+/// at the 54 MHz of a Raspberry Pi 5, while a byte on its serial port takes 87.
+pub fn wake_often() {
+    CNTKCTL_EL1.write(CNTKCTL_EL1::EVNTEN::Enable + CNTKCTL_EL1::EVNTI.val(11));
 }
 
 /// Microseconds since the machine was switched on, or from wherever the timer counts.
