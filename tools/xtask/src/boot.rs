@@ -456,7 +456,6 @@ impl Image {
     }
 }
 
-
 /// Writes a file of a fixed size, zeros at the end.
 fn padded(path: &Path, content: &[u8], size: u64) -> Result<()> {
     if content.len() as u64 > size {

@@ -30,6 +30,7 @@ mod run;
 mod setup;
 mod stream;
 mod tidy;
+mod timeline;
 mod workspace;
 
 use std::process::ExitCode;
@@ -58,7 +59,8 @@ Usage: cargo xtask COMMAND
                   --strict-align makes every unaligned access a fault and runs the whole self-test;
                   --interactive gives you the console in place of the comparison (an empty line ends it)
   stream-proof    an image of 574 MiB with 128 MiB of RAM in a control group of 160 MiB, which root may make: the same logits,
-                  within both, and as fast as nine tenths of the disk; beside it the same image mapped (a minute or two)
+                  within both, and as fast as nine tenths of the disk; beside it the same image mapped (a minute or two);
+                  draws when readers read and the computation computed (target/stream-proof/timeline.svg)
   clients         OpenAI's clients and schemathesis against the daemon (installs them with pip and npm below target/clients)
   soak            a thousand requests of eight clients to the daemon, a third cut off; it is killed in the end and starts again
   demo            build, pack the bundled checkpoint and let it tell a story (the same as `cargo demo`)

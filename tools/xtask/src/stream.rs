@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::run;
+use crate::timeline::{Overlap, Timeline};
 use crate::workspace::Workspace;
 
 const GROUP: &str = "bitnet-stream-proof";
@@ -28,6 +29,10 @@ const LOOK: Duration = Duration::from_millis(20);
 const LOGITS: [&str; 4] = ["--context", "256", "--ids", "1,5,9,100"];
 /// Mapped, a token reads the whole image by page faults: a few will do. `bench` would not fit the group beside it.
 const MAPPED: &str = "--context 256 --ids 1 --print-ids --temperature 0 --max-tokens 5 --stats --source mapped";
+/// What is drawn of.
+const TIMELINE: &str = "--context 256 --ids 1 --print-ids --temperature 0 --max-tokens 6 --ram 128M --timeline";
+/// Of a token, a sixth or so: more, and single reads would not be seen.
+const DRAWN_MS: f64 = 30.0;
 /// Few tokens between two passes of reads alone, so that both see the same disk.
 const BENCH: &str = "--context 256 --prompt-tokens 1 --tokens 2 --repetitions 16 --json --ram 128M";
 
@@ -137,7 +142,29 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     forget(&image)?;
     let mapped: Vec<&str> = ["run", &image].into_iter().chain(MAPPED.split(' ')).collect();
     let mapped = group.run(bitnet, &mapped)?;
+    draw(&group, bitnet, &image, &folder)?;
     judge(same, &streamed, &mapped)
+}
+
+/// Records a timeline, draws it, and says how much of the time there was more than one thing done.
+fn draw(group: &Group, bitnet: &str, image: &str, folder: &Path) -> Result<()> {
+    let [json, svg] = ["timeline.json", "timeline.svg"].map(|name| folder.join(name));
+    let path = json.display().to_string();
+    let arguments: Vec<&str> = ["run", image].into_iter().chain(TIMELINE.split(' ')).chain([path.as_str()]).collect();
+    group.run(bitnet, &arguments)?;
+    let timeline = Timeline::parse(&fs::read(&json)?)?;
+    fs::write(&svg, timeline.svg(DRAWN_MS))?;
+    let Overlap { reading, both, computing, computing_and_reading } = timeline.overlap();
+    let percent = |share: f64| format!("{:.0} %", 100.0 * share);
+    say!(
+        "{}: {} of the time a reader was reading, {} two; {} the computation computed, {} while a reader was reading",
+        svg.display(),
+        percent(reading),
+        percent(both),
+        percent(computing),
+        percent(computing_and_reading)
+    );
+    Ok(())
 }
 
 /// Drops the image from the page cache, where the run in memory left it: pages that another group pays for cost this one nothing.
