@@ -12,6 +12,7 @@ use bitnet_tests::golden;
 use bitnet_tests::images::{Packed, Way, fingerprint};
 use bitnet_tests::tiny::Tiny;
 use std::ops::Range;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -282,6 +283,78 @@ fn every_pass_reads_the_weights_once() {
         assert_eq!(watch.stats().dropped, 0);
     })
     .unwrap();
+}
+
+/// A device that waits before one of its reads.
+struct Gated {
+    blocks: Vec<Block>,
+    start: u32,
+    open: Receiver<()>,
+}
+
+impl BlockDevice for Gated {
+    fn read(&mut self, start: u32, into: &mut [Block]) -> Result<(), SourceError> {
+        if start == self.start {
+            self.open.recv().unwrap();
+        }
+        into.copy_from_slice(&self.blocks[start as usize..][..into.len()]);
+        Ok(())
+    }
+}
+
+/// A reader that is late goes on with the first piece of the next pass, though that pass has more at its end than the one
+/// before.
+#[test]
+fn a_late_reader_begins_where_the_next_pass_does() {
+    let packed = tiny();
+    let image = packed.image();
+    let section = |kind| image.sections().find(kind, None).unwrap().extent();
+    let row = Extent { blocks: 1, ..section(image::Kind::Embedding) };
+    let start = image.sections().find(image::Kind::AttentionNorm, Some(0)).unwrap().start.get();
+    let until = |end| Extent { start, blocks: end - start };
+    let (body, all) = (until(section(image::Kind::FinalNorm).start), until(section(image::Kind::Head).end()));
+
+    let (open, gate) = channel();
+    let device = Gated { blocks: packed.blocks().to_vec(), start: row.start, open: gate };
+    let options = RingOptions { slots: 2, patience: Duration::from_millis(20), ..OPTIONS };
+    let mut ring = Ring::start(vec![device], &image, Pieces::new(&image, 0), options).unwrap();
+    let watch = ring.watch();
+    // However long a read takes: a fetch that gave up is tried again.
+    let fetch = |ring: &mut Ring, at: u32| -> u32 {
+        let piece = Extent { start: at, blocks: ring.piece_from(at) };
+        while ring.fetch(piece) == Err(SourceError::Timeout) {}
+        piece.end()
+    };
+
+    ring.expect(body);
+    let (mut at, mut last) = (start, start);
+    while at < body.end() {
+        last = at;
+        at += ring.piece_from(at);
+    }
+    assert!(last > start && at <= all.end());
+    let mut at = start;
+    while at < last {
+        at = fetch(&mut ring, at);
+    }
+    // The last piece is there, and both buffers are full. The reader is kept by a row, and meanwhile the next pass begins.
+    while watch.stats().blocks < u64::from(last + ring.piece_from(last) - start) {
+        thread::yield_now();
+    }
+    assert_eq!(ring.fetch_row(row), Err(SourceError::Timeout));
+    fetch(&mut ring, last);
+    ring.expect(all);
+    let before = watch.stats().blocks;
+    open.send(()).unwrap();
+    // The row, and then what it takes for the next piece.
+    while watch.stats().blocks < before + 2 {
+        thread::yield_now();
+    }
+    let mut at = start;
+    while at < all.end() {
+        at = fetch(&mut ring, at);
+    }
+    assert_eq!(watch.stats().dropped, 0);
 }
 
 fn random(seed: u64) -> impl FnMut(u64) -> u64 {

@@ -144,22 +144,30 @@ enum Row {
 }
 
 impl Queue {
+    /// The piece to read next, if any is to be read at all.
+    fn upcoming(&self, pieces: &[Piece]) -> Option<usize> {
+        let from = if self.order.contains(&self.next) { self.next } else { self.order.start };
+        (from..self.order.end).chain(self.order.start..from).find(|&piece| pieces[piece].resident.is_none())
+    }
+    /// Passes fetch these pieces from now on: the next one begins.
+    fn expect(&mut self, order: Range<usize>, pieces: &[Piece]) {
+        // By the order until now: a reader that comes to it late would go on with what only the new one has at its end.
+        if let Some(next) = self.upcoming(pieces) {
+            self.next = next;
+        }
+        self.order = order;
+    }
     /// The next piece to read, if there is one and a buffer for it: the piece, the number of the read, and the buffer.
-    fn take_next(&mut self, pieces: &Pieces) -> Option<(usize, u64, Buffer)> {
+    fn take_next(&mut self, pieces: &[Piece]) -> Option<(usize, u64, Buffer)> {
         if self.halted || self.empty.is_empty() {
             return None;
         }
-        for _ in 0..self.order.len() {
-            let piece = if self.order.contains(&self.next) { self.next } else { self.order.start };
-            self.next = piece + 1;
-            if pieces.all()[piece].resident.is_none() {
-                let read = self.reads;
-                self.reads += 1;
-                self.slots.push_back(Slot { piece, read, done: None });
-                return Some((piece, read, self.empty.pop()?));
-            }
-        }
-        None
+        let piece = self.upcoming(pieces)?;
+        self.next = piece + 1;
+        let read = self.reads;
+        self.reads += 1;
+        self.slots.push_back(Slot { piece, read, done: None });
+        Some((piece, read, self.empty.pop()?))
     }
     /// The buffer that `piece` was read into, if it was; has it read next if it is not under way.
     fn take_filled(&mut self, piece: usize, pieces: &Pieces) -> Option<Result<Buffer, SourceError>> {
@@ -425,7 +433,7 @@ impl WeightSource for Ring {
         let order = self.shared.pieces.range(order);
         let mut queue = self.shared.lock();
         if queue.order != order {
-            queue.order = order;
+            queue.expect(order, self.shared.pieces.all());
             self.shared.changed.notify_all();
         }
     }
@@ -515,7 +523,7 @@ impl<D: BlockDevice> Reader<D> {
                 queue = shared.lock();
                 queue.record(span);
                 queue.row = Row::Done(extent, buffer, result);
-            } else if let Some((piece, read, mut buffer)) = queue.take_next(&shared.pieces) {
+            } else if let Some((piece, read, mut buffer)) = queue.take_next(shared.pieces.all()) {
                 let extent = shared.pieces.all()[piece].extent;
                 drop(queue);
                 let (mut result, span) = self.timed(extent, |device| buffer.fill(device, extent, end));
