@@ -20,7 +20,7 @@ fn no_reader_fails_on_the_corpus() {
             println!("{}", path.display());
             let (bytes, start) = (std::fs::read(&path).unwrap(), Instant::now());
             target(&bytes);
-            assert!(start.elapsed() < Duration::from_secs(10), "{}: {:?}", path.display(), start.elapsed());
+            assert!(start.elapsed() < Duration::from_secs(60), "{}: {:?}", path.display(), start.elapsed());
         }
     }
 }

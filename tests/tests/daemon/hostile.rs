@@ -5,7 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::time::{Duration, Instant};
 
 /// Longer than any refusal takes, and far shorter than what a refusal avoids.
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(60);
 
 #[test]
 fn hostile_requests_are_refused_and_nobody_else_notices() {
@@ -115,13 +115,13 @@ fn nothing_is_smuggled() {
 /// Headers and bodies that come byte by byte, or never, end after the time that they have; others are answered meanwhile.
 #[test]
 fn slow_requests_end() {
-    let daemon = Daemon::start(&["--read-seconds", "1"]);
+    let daemon = Daemon::start(&["--read-seconds", "2"]);
     let head = b"POST /tokenize HTTP/1.1\r\n";
     let body = format!("POST /tokenize HTTP/1.1\r\n{JSON}Content-Length: 50\r\n\r\n{{");
     let start = Instant::now();
     let mut slow: Vec<_> = [&head[..], body.as_bytes()].map(|bytes| daemon.send(bytes)).into();
     // Some bytes more do not buy more time.
-    while start.elapsed() < Duration::from_millis(700) {
+    while start.elapsed() < Duration::from_millis(1500) {
         for stream in &mut slow {
             let _ = stream.write_all(b"a");
         }
@@ -133,7 +133,7 @@ fn slow_requests_end() {
         let _ = stream.read_to_string(&mut answer);
         assert!(answer.starts_with(expected), "{answer}");
     }
-    assert!(start.elapsed() > Duration::from_millis(900) && start.elapsed() < SOON, "{:?}", start.elapsed());
+    assert!(start.elapsed() > Duration::from_millis(1900) && start.elapsed() < SOON, "{:?}", start.elapsed());
 }
 
 /// A key, where there are any, is asked for everywhere but for the state of the service.

@@ -18,6 +18,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
+/// So long nothing takes on any machine, emulated or not: waiting ends there.
+const HANGS: Duration = Duration::from_secs(600);
+
 /// A daemon in this process, which ends with it, or in one of its own.
 struct Daemon {
     address: SocketAddr,
@@ -76,7 +79,7 @@ impl Daemon {
     }
     /// Waits for something that has to come.
     fn until(&self, what: &str, there: impl Fn() -> bool) {
-        let end = Instant::now() + Duration::from_secs(60);
+        let end = Instant::now() + HANGS;
         while !there() {
             assert!(Instant::now() < end, "{what}");
             std::thread::sleep(Duration::from_millis(2));
@@ -91,7 +94,7 @@ impl Daemon {
     /// A connection on which `bytes` were sent.
     fn send(&self, bytes: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream.set_read_timeout(Some(HANGS)).unwrap();
         // A daemon that refuses may close before it has read all.
         let _ = stream.write_all(bytes);
         stream
