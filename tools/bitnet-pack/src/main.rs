@@ -173,8 +173,8 @@ impl SparsityOptions {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Linears that are not ternary, one by one")]
 struct Widths {
-    /// One format for all, or auto: the formats that are predicted to lose least within a budget, by default the bytes of
-    /// i4 for all. The prediction is half the diagonal of the Kronecker-factored Fisher information times the
+    /// One format for all linears, or auto: the formats that are predicted to lose least within a budget, by default the bytes of
+    /// i4 for all; the head is one of them unless --head is given. The prediction is half the diagonal of the Kronecker-factored Fisher information times the
     /// squared error (Martens and Grosse 2015). It costs a forward pass over 8,192 tokens with the products of inputs, the work
     /// of three over 3,072 for gradients with labels drawn from the model, quantizing in six formats, and three passes
     /// over 4,096 tokens of the end of the text, which decide whether the plan is better than one format for
@@ -208,8 +208,8 @@ struct Widths {
 }
 
 impl Widths {
-    /// What the options ask for, if they ask for anything. Something else may be `calibrated`.
-    fn adaptive(&self, calibrated: bool) -> Result<Option<Adaptive>, Error> {
+    /// What the options ask for, if they ask for anything. Something else may be `calibrated`; the `head` may be free to be chosen for.
+    fn adaptive(&self, calibrated: bool, head: bool) -> Result<Option<Adaptive>, Error> {
         let calibration = self.calibration.is_some() && !calibrated;
         let budget = self.average_bits.is_some() || self.max_size.is_some() || self.high.is_some();
         let rule = match (&self.plan_file, self.bits.as_deref()) {
@@ -234,7 +234,8 @@ impl Widths {
             (None, Some("i4")) => Rule::Uniform(Format::I4G),
             (None, Some(_)) => Rule::Uniform(Format::I8),
         };
-        Ok(Some(Adaptive { rule, text: self.calibration.clone() }))
+        let head = head && !matches!(rule, Rule::Uniform(_));
+        Ok(Some(Adaptive { rule, text: self.calibration.clone(), head }))
     }
 
     /// Writes plan and reports.
@@ -295,9 +296,10 @@ struct Formats {
     dense: Format,
     /// Format of the head, which scores the tokens. two-stage has 8 bits in two planes, and reads the second for the few
     /// tokens only that can be the best: the same tokens from
-    /// fewer bytes. Not shown to be faster; with --top-k 40 it was slower.
-    #[arg(long, default_value = "i8", value_parser = PossibleValuesParser::new(["i8", "i4", "f16", "i4g128", "i3g128", "i2g128", "tlg128", "b1g128", TWO_STAGE]))]
-    head: String,
+    /// fewer bytes. Not shown to be faster; with --top-k 40 it was slower. Without this option it has i8, or with --bits auto and
+    /// --plan the one that is chosen for it as for a linear.
+    #[arg(long, value_parser = PossibleValuesParser::new(["i8", "i4", "f16", "i4g128", "i3g128", "i2g128", "tlg128", "b1g128", TWO_STAGE]))]
+    head: Option<String>,
     /// Format of the embedding, in models where the head is not the embedding too [default: as the head, i8 for two-stage].
     #[arg(long, value_parser = format(&["i8", "i4", "f16", "i4g128", "i3g128", "i2g128", "tlg128", "b1g128"]))]
     embedding: Option<Format>,
@@ -522,8 +524,8 @@ fn kv_format(name: &str) -> KvFormat {
 fn options(formats: Formats, plan: PlanOptions) -> Options {
     let Formats { format, dense, head, embedding, live_ffn, layout, name } = formats;
     let PlanOptions { context, batch, kv } = plan;
-    let split_head = head == TWO_STAGE;
-    let head = Format::ALL.into_iter().find(|f| f.name() == head).unwrap_or(Format::I8);
+    let split_head = head.as_deref() == Some(TWO_STAGE);
+    let head = Format::ALL.into_iter().find(|f| head.as_deref() == Some(f.name())).unwrap_or(Format::I8);
     let rest = Options::default();
     Options { format, dense, head, split_head, embedding, live_ffn, layout, name, context, batch, kv, ..rest }
 }
@@ -590,7 +592,7 @@ fn run(command: Command) -> Result<String, Error> {
             let Pack { source, output, bandwidth, lossy, tokenizer, i2s_group: groups, .. } = *pack;
             let Pack { dry_run, target_arch: target, formats, widths, sparsity, plan, .. } = *pack;
             let sparsity = sparsity.chosen(formats.layout, widths.calibration.as_ref())?;
-            let adaptive = widths.adaptive(sparsity.is_some())?;
+            let adaptive = widths.adaptive(sparsity.is_some(), formats.head.is_none())?;
             let i2s = i2s_group(&groups);
             let options = Options { tokenizer, i2s, target, adaptive, sparsity, lossy, ..options(formats, plan) };
             let Some(output) = output.filter(|_| !dry_run) else {

@@ -149,6 +149,9 @@ impl Options {
         if !matches!(self.dense, Format::I4 | Format::I8 | Format::F16 | Format::I4G | Format::I3G | Format::I2G) {
             return Err(Error::Options(format!("--dense cannot be {}", self.dense.name())));
         }
+        if self.adaptive.as_ref().is_some_and(|adaptive| adaptive.head) && self.split_head {
+            return Err(Error::Options("a head in two planes has no format that could be chosen".into()));
+        }
         if self.adaptive.is_some() && self.live_ffn {
             return Err(Error::Options("--live-ffn is for ternary linears, whose formats are not chosen".into()));
         }
@@ -216,11 +219,12 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
                 checkpoint: &checkpoint,
                 tokenizer: options.tokenizer.as_deref(),
                 directory: output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")),
-                rest: layout.file_bytes() - bound.iter().filter(|b| chosen(b).is_some()).map(linear_bytes).sum::<u64>(),
+                rest: layout.file_bytes()
+                    - bound.iter().filter(|b| chosen(b, adaptive.head).is_some()).map(linear_bytes).sum::<u64>(),
             };
             let prepared = adapt(adaptive, places, progress)?;
             for bound in &mut bound {
-                if let Some(format) = chosen(bound).and_then(|linear| prepared.plan.format(linear)) {
+                if let Some(format) = chosen(bound, adaptive.head).and_then(|linear| prepared.plan.format(linear)) {
                     bound.encoding = Encoding::Matrix(format);
                 }
             }
@@ -371,9 +375,10 @@ fn laid_out(parts: &Parts, tokenizer: Option<&[u8]>, bound: &[Bound]) -> Result<
     Layout::new(parts, tokenizer.map(<[u8]>::len), sections)
 }
 
-/// The linear that a section is, if it gets a format of its own where formats are chosen.
-fn chosen(bound: &Bound) -> Option<Linear> {
-    let dense = bound.section.kind.is_linear() && matches!(bound.source, Source::Rows(_));
+/// The linear that a section is, if it gets a format of its own where formats are chosen, that of the `head` too.
+fn chosen(bound: &Bound, head: bool) -> Option<Linear> {
+    let kind = bound.section.kind;
+    let dense = (kind.is_linear() || head && kind == Kind::Head) && matches!(bound.source, Source::Rows(_));
     dense.then_some(Linear { layer: bound.section.layer, kind: bound.section.kind })
 }
 
@@ -690,7 +695,7 @@ impl Packer<'_> {
 
     fn is_prepared(&self, bound: &Bound, format: Format) -> bool {
         let has = |linear| self.prepared.is_some_and(|prepared| prepared.spool.has(linear, format));
-        chosen(bound).is_some_and(has)
+        chosen(bound, true).is_some_and(has)
     }
 
     /// A linear that is quantized already.
@@ -702,7 +707,7 @@ impl Packer<'_> {
         report: &mut SectionReport,
     ) -> Result<(), Error> {
         let spool = &self.prepared.expect("it was looked up").spool;
-        let linear = chosen(bound).expect("it was looked up");
+        let linear = chosen(bound, true).expect("it was looked up");
         self.writer.begin(1.0)?;
         let mut distance = Distance::default();
         for unit in units(tensor, format, bound) {

@@ -3,7 +3,7 @@ mod common;
 
 use bitnet_kernel::portable::Portable;
 use bitnet_kernel::{Block, Format, Kernels};
-use bitnet_pack::calibrate::gptq::{Factor, compensate};
+use bitnet_pack::calibrate::gptq::{Factor, compensate, predicted_embedding_loss};
 use bitnet_pack::calibrate::{Adaptive, HeldOut, Linear, Plan, Reference, Rule, Site, Wanted, Windows};
 use bitnet_pack::checkpoint::{Checkpoint, Dtype};
 use bitnet_pack::{Error, Options};
@@ -182,7 +182,11 @@ fn squared_gradients_predict_what_a_change_costs() {
     let model = Reference::new(&checkpoint, &()).unwrap();
     let windows = Windows::new((0..1600).map(|i| (i * i + 3 * i) % 41).collect(), 16);
     let fisher = model.fisher(&windows, 7, &mut ()).unwrap();
-    assert_eq!(fisher.len(), 2 * 7 + 1);
+    assert_eq!(fisher.len(), 2 * 7 + 2);
+    let (embedding, of_embedding) = fisher.last().unwrap();
+    assert_eq!((*embedding, of_embedding.len()), (Linear::EMBEDDING, model.config().hidden as usize));
+    let share = |token: u32| windows.tokens().iter().filter(|&&t| t == token).count() as f64 / 1600.0;
+    let shares: Vec<f64> = (0..41).map(share).collect();
     let held = HeldOut::new(&model, windows.clone(), &mut ()).unwrap();
     let mut moments = Vec::new();
     model
@@ -191,7 +195,7 @@ fn squared_gradients_predict_what_a_change_costs() {
             Ok(())
         })
         .unwrap();
-    for (linear, gradients) in &fisher {
+    for (linear, gradients) in fisher.iter().filter(|(linear, _)| *linear != Linear::EMBEDDING) {
         let moment = moments.iter().find(|m| m.layer == linear.layer && m.site == linear.site()).unwrap();
         let (rows, cols) = model.shape(*linear);
         let change: Vec<f32> = numbers((rows * cols) as u64, 5, 0.02);
@@ -199,6 +203,13 @@ fn squared_gradients_predict_what_a_change_costs() {
         for (d, g) in change.chunks_exact(cols).zip(gradients) {
             let by = |i: usize| d.iter().zip(&moment.values[i * cols..]).map(|(d, h)| d * h).sum::<f32>();
             predicted += 0.5 * g * (0..cols).map(|i| d[i] * by(i)).sum::<f32>();
+        }
+        if *linear == Linear::HEAD {
+            // It is the embedding too.
+            let more = predicted_embedding_loss(&change, &vec![0.0; change.len()], of_embedding, &shares) as f32;
+            println!("embedding: {more} of {}", predicted + more);
+            assert!(more > 0.1 * predicted, "it matters: {more}, {predicted}");
+            predicted += more;
         }
         let add = |of: Linear, weights: &mut [f32]| {
             if of == *linear {
@@ -227,10 +238,15 @@ fn what_cannot_be_run_is_refused() {
 }
 
 fn adaptive(rule: Rule, text: Option<&Path>) -> Options {
-    Options { adaptive: Some(Adaptive { rule, text: text.map(Into::into) }), ..named() }
+    Options { adaptive: Some(Adaptive { rule, text: text.map(Into::into), head: false }), ..named() }
 }
 
-/// A model whose linears have all six formats by turns: every backend gives portable's bits, and those are what floats give with
+/// The same with the head among what is chosen for.
+fn with_head(rule: Rule, text: Option<&Path>) -> Options {
+    Options { adaptive: Some(Adaptive { rule, text: text.map(Into::into), head: true }), ..named() }
+}
+
+/// A model whose linears, and head, have all six formats by turns: every backend gives portable's bits, and those are what floats give with
 /// the same weights, but for eight bits of activations.
 #[test]
 fn a_model_of_all_widths_runs_on_every_backend() {
@@ -239,11 +255,12 @@ fn a_model_of_all_widths_runs_on_every_backend() {
     let checkpoint = open(&place.source());
     let model = Reference::new(&checkpoint, &()).unwrap();
     // Twice through six formats is not twice through seven linears: both layers differ.
-    let formats: Vec<(Linear, Format)> = model.linears().zip(Plan::FORMATS.into_iter().cycle()).collect();
+    let linears = model.linears().chain([Linear::HEAD]);
+    let formats: Vec<(Linear, Format)> = linears.zip(Plan::FORMATS.into_iter().cycle()).collect();
     let plan = Plan::new(formats.iter().copied());
     let path = place.out().join("plan.toml");
     std::fs::write(&path, plan.write(formats.iter().map(|(linear, _)| (*linear, String::new())))).unwrap();
-    let options = Options { head: Format::F16, ..adaptive(Rule::Plan(path), None) };
+    let options = with_head(Rule::Plan(path), None);
     let report =
         bitnet_pack::pack(&place.source(), &place.image(), &options, &mut ()).unwrap_or_else(|e| panic!("{e}"));
     assert!(
@@ -332,6 +349,54 @@ fn widths_are_chosen_within_a_budget() {
             && !html.contains("http://www.w3.org/1999")
     );
     assert!(report.to_string().contains("formats chosen for 14 linears"), "{report}");
+}
+
+/// The head is one of the linears, if it is not said what it is: within the budget, in the plan, in the report; and two planes are
+/// no format.
+#[test]
+fn the_head_is_chosen_for_with_the_linears() {
+    let place = Place::new();
+    let text = with_text(&place);
+    let pack = |options: &Options| {
+        let report = bitnet_pack::pack(&place.source(), &place.image(), options, &mut ());
+        report.map(|report| (std::fs::read(place.image()).unwrap(), report))
+    };
+    let mut formats = std::collections::BTreeSet::new();
+    for bits in [2.3, 6.0] {
+        let (image, report) = pack(&with_head(Rule::Average(bits), Some(&text))).unwrap();
+        let adapted = report.adapted.as_ref().unwrap();
+        let head = adapted.linears.last().unwrap();
+        assert_eq!((adapted.linears.len(), head.linear, head.shape), (15, Linear::HEAD, (512, 128)));
+        assert!(head.trace.unwrap() > 0.0 && head.choices.len() == 6);
+        let (record, _) = common::section(&image, Kind::Head, None);
+        assert_eq!(record.tensor().unwrap().format, head.format);
+        assert_eq!(u64::from(record.blocks.get()) * 64, head.bytes);
+        let (bytes, weights) =
+            adapted.linears.iter().fold((0, 0), |(b, w), of| (b + of.bytes, w + of.shape.0 * of.shape.1));
+        assert!(bytes as f64 * 8.0 <= bits * weights as f64, "{bytes} bytes for {weights} weights");
+        formats.insert(head.format.name());
+        let path = place.out().join("plan.toml");
+        std::fs::write(&path, adapted.plan()).unwrap();
+        assert!(pack(&with_head(Rule::Plan(path.clone()), Some(&text))).unwrap().0 == image, "{}", adapted.plan());
+        let error = pack(&adaptive(Rule::Plan(path), Some(&text))).unwrap_err();
+        assert_says("the head is not asked for", &error.to_string(), &["\"head\"", "no linear"]);
+        assert!(report.to_string().contains("\nhead ") && adapted.to_html("x").contains("<title>head: "), "{report}");
+    }
+    assert!(formats.len() > 1, "{formats:?}");
+    let path = place.out().join("plan.toml");
+    let checkpoint = open(&place.source());
+    let model = Reference::new(&checkpoint, &()).unwrap();
+    let plan = Plan::new(model.linears().map(|linear| (linear, Format::I8)));
+    std::fs::write(&path, plan.write(model.linears().map(|linear| (linear, String::new())))).unwrap();
+    let error = pack(&with_head(Rule::Plan(path), None)).unwrap_err();
+    assert_says("no line", &error.to_string(), &["head has no format", "--head"]);
+    let error = pack(&Options { split_head: true, ..with_head(Rule::Fixed, None) }).unwrap_err();
+    assert_says("two planes", &error.to_string(), &["two planes"]);
+    let all = pack(&with_head(Rule::Fixed, None)).unwrap().1.adapted.unwrap().linears;
+    assert_eq!(all.last().unwrap().format, Format::I8);
+    // Of a ternary model it is all that is left to choose for.
+    let report = bitnet_pack::pack(&stories(), &place.image(), &with_head(Rule::Fixed, None), &mut ()).unwrap();
+    assert_eq!(report.adapted.unwrap().linears.len(), 1);
 }
 
 /// A size is that of the whole image.

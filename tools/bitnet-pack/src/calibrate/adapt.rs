@@ -1,6 +1,6 @@
 //! From a text and a rule to the format and the codes of every linear that is not ternary.
 use super::allocate::{Choice, allocate};
-use super::gptq::{Factor, compensate, output_errors, predicted_loss};
+use super::gptq::{Factor, compensate, output_errors, predicted_embedding_loss, predicted_loss};
 use super::spool::Spool;
 use super::{HeldOut, Linear, Moment, Plan, Reference, Score, Wanted, Windows, windows};
 use crate::checkpoint::Checkpoint;
@@ -8,6 +8,7 @@ use crate::{Error, Progress, quantize};
 use bitnet_kernel::Format;
 use bitnet_runtime::Config;
 use bitnet_runtime::image::{Encoding, Kind};
+use core::ops::Range;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -17,6 +18,8 @@ const WINDOW: usize = 512;
 const WINDOWS: [usize; 3] = [16, 6, 8];
 /// What labels are drawn with.
 const SEED: u64 = 1;
+/// Rows that are quantized together: a head has many.
+const SLAB: usize = 4096;
 
 /// How formats are chosen.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,7 +42,8 @@ pub enum Rule {
     },
     /// A file.
     Plan(PathBuf),
-    /// Without a text: `i8` for value, for the last layer's gate, up and down, and for the first layer's output; else `i4g128`.
+    /// Without a text: `i8` for value, for the last layer's gate, up and down, for the first layer's output, and for the head; else
+    /// `i4g128`.
     Fixed,
 }
 
@@ -57,6 +61,8 @@ pub struct Adaptive {
     pub rule: Rule,
     /// A text of the kind that the model will read, UTF-8. Without one, weights are rounded.
     pub text: Option<PathBuf>,
+    /// Whether the head, if it has floats, is one of the linears that are chosen for.
+    pub head: bool,
 }
 
 impl Adaptive {
@@ -69,15 +75,17 @@ impl Adaptive {
         let layer = hidden * (2 * query + 2 * kv + 3 * ffn);
         let head = wide(c.vocab) * hidden;
         let largest = layer.max(2 * head);
+        // Of its weights, what becomes of them, errors, codes and products, some of them twice.
+        let slab = if self.head { 8 * wide(c.vocab.min(SLAB as u32)) * hidden } else { 0 };
         if self.text.is_none() {
-            return 4 * 3 * layer;
+            return 4 * (3 * layer).max(if self.head { 2 * head + slab } else { 0 });
         }
         const PASS: u64 = 1024;
         let inside = PASS * (8 * hidden + 6 * query + 4 * kv + 8 * ffn);
         let streams = hidden * (2 * (WINDOWS[0] * WINDOW) as u64 + PASS * wide(c.layers));
         let moment = 4 * ffn.max(hidden) * ffn.max(hidden);
         let logits = 256 * 3 * wide(c.vocab);
-        4 * (largest + layer + inside + streams + moment + logits)
+        4 * (largest + layer + slab + inside + streams + moment + logits)
     }
 }
 
@@ -137,6 +145,23 @@ fn bytes(format: Format, (rows, cols): (usize, usize)) -> u64 {
     Encoding::Matrix(format).blocks(rows as u32, cols as u32) * 64
 }
 
+/// Rows, some at a time.
+fn slabs(rows: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..rows).step_by(SLAB).map(move |first| first..rows.min(first + SLAB))
+}
+
+/// How often each token of a vocabulary is in a text, as a share of all.
+fn shares(text: &Windows, vocab: usize) -> Vec<f64> {
+    let mut shares = vec![0.0; vocab];
+    let part = 1.0 / text.tokens().len() as f64;
+    for &token in text.tokens() {
+        if let Some(share) = shares.get_mut(token as usize) {
+            *share += part;
+        }
+    }
+    shares
+}
+
 /// Rounds a linear as [`Format::I8`] does.
 fn round_i8(weights: &mut [f32], cols: usize) {
     let mut codes = vec![0; cols];
@@ -152,7 +177,8 @@ fn round_i8(weights: &mut [f32], cols: usize) {
 /// If the checkpoint or the text cannot be read, a budget is too small, a plan is not for this model, or the user ends it.
 pub(crate) fn adapt(adaptive: &Adaptive, places: Places<'_>, progress: &mut dyn Progress) -> Result<Prepared, Error> {
     let model = Reference::new(places.checkpoint, &*progress)?;
-    let linears: Vec<Linear> = model.linears().filter(|&linear| model.is_dense(linear)).collect();
+    let all = model.linears().chain(adaptive.head.then_some(Linear::HEAD));
+    let linears: Vec<Linear> = all.filter(|&linear| model.is_dense(linear)).collect();
     if linears.is_empty() {
         return Err(Error::Options("all linears are ternary; there is nothing to choose for".into()));
     }
@@ -162,6 +188,7 @@ pub(crate) fn adapt(adaptive: &Adaptive, places: Places<'_>, progress: &mut dyn 
         spool: Spool::new(places.directory)?,
         choices: HashMap::new(),
         traces: HashMap::new(),
+        shares: Vec::new(),
         notes: Vec::new(),
     };
     let rule = &adaptive.rule;
@@ -191,6 +218,7 @@ pub(crate) fn adapt(adaptive: &Adaptive, places: Places<'_>, progress: &mut dyn 
                 true => model.fisher(for_gradients, SEED, progress)?.into_iter().collect(),
                 false => HashMap::new(),
             };
+            run.shares = shares(for_moments, model.config().vocab as usize);
             model.moments(for_moments, Wanted::Full, progress, &mut |moment, progress| {
                 run.quantize(&moment, &fisher, &wanted, progress)
             })?;
@@ -223,6 +251,8 @@ struct Run<'a> {
     spool: Spool,
     choices: HashMap<Linear, Vec<Choice>>,
     traces: HashMap<Linear, f64>,
+    /// How often each token is in the text.
+    shares: Vec<f64>,
     notes: Vec<String>,
 }
 
@@ -237,6 +267,7 @@ impl Run<'_> {
             Kind::Value => true,
             Kind::Gate | Kind::Up | Kind::Down => linear.layer == Some(last),
             Kind::Output => linear.layer == Some(0),
+            Kind::Head => true,
             _ => false,
         };
         let format = |linear: &Linear| if eight(linear) { Format::I8 } else { Format::I4G };
@@ -251,40 +282,22 @@ impl Run<'_> {
         wanted: &dyn Fn(Linear) -> Vec<Format>,
         progress: &mut dyn Progress,
     ) -> Result<(), Error> {
-        let Some(layer) = moment.layer else { return Ok(()) };
-        let of = moment.site.kinds().iter().map(|&kind| Linear::new(layer, kind));
+        let of = moment.site.kinds().iter().map(|&kind| Linear { layer: moment.layer, kind });
         let of: Vec<Linear> = of.filter(|linear| self.linears.contains(linear)).collect();
         if of.iter().all(|&linear| wanted(linear).iter().all(|f| !f.is_grouped())) {
             return Ok(());
         }
         let factor = Factor::new(&moment.values, moment.cols).unwrap_or_else(|| {
-            self.notes
-                .push(format!("layer {layer}: what {} reads has no sound second moment; rounded", of[0].kind.name()));
+            self.notes.push(format!("{}: what it reads has no sound second moment; rounded", of[0]));
             Factor::identity(moment.cols)
         });
         for linear in of {
-            if progress.cancelled() {
-                return Err(Error::Interrupted);
-            }
-            progress.section(&format!("quantizing {linear}"));
-            let weights = self.model.weights(linear)?;
-            let shape = self.model.shape(linear);
-            let mut choices = Vec::new();
-            for format in wanted(linear) {
-                let mut changed = weights.clone();
-                if format.is_grouped() {
-                    let quantized = compensate(&weights, &factor, format);
-                    self.spool.put(linear, format, &quantized)?;
-                    changed = quantized.weights();
-                } else {
-                    round_i8(&mut changed, shape.1);
-                }
-                if let Some(fisher) = fisher.get(&linear) {
-                    let loss = predicted_loss(&output_errors(&weights, &changed, &moment.values, shape.1), fisher);
-                    choices.push(Choice { bytes: bytes(format, shape), loss });
-                }
-            }
+            let formats = wanted(linear);
+            let losses = self.candidates(linear, moment, &factor, fisher, &formats, progress)?;
             if let Some(fisher) = fisher.get(&linear) {
+                let shape = self.model.shape(linear);
+                let choice = |(format, loss)| Choice { bytes: bytes(format, shape), loss };
+                let mut choices: Vec<Choice> = formats.into_iter().zip(losses).map(choice).collect();
                 let sum = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>();
                 self.traces.insert(linear, sum(fisher) * sum(&moment.diagonal()));
                 self.without_holes(linear, &mut choices);
@@ -292,6 +305,47 @@ impl Run<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Quantizes a linear in each of these formats, and says what it is predicted to lose in each, zero without gradients.
+    fn candidates(
+        &mut self,
+        linear: Linear,
+        moment: &Moment,
+        factor: &Factor,
+        fisher: &HashMap<Linear, Vec<f32>>,
+        formats: &[Format],
+        progress: &mut dyn Progress,
+    ) -> Result<Vec<f64>, Error> {
+        let (rows, cols) = self.model.shape(linear);
+        let mut losses = vec![0.0; formats.len()];
+        for rows in slabs(rows) {
+            if progress.cancelled() {
+                return Err(Error::Interrupted);
+            }
+            progress.section(&format!("quantizing {linear}"));
+            let weights = self.model.rows(linear, rows.start, rows.len())?;
+            for (&format, loss) in formats.iter().zip(&mut losses) {
+                let mut changed = weights.clone();
+                if format.is_grouped() {
+                    let quantized = compensate(&weights, factor, format);
+                    self.spool.put(linear, format, &quantized)?;
+                    changed = quantized.weights();
+                } else {
+                    round_i8(&mut changed, cols);
+                }
+                if let Some(fisher) = fisher.get(&linear) {
+                    let errors = output_errors(&weights, &changed, &moment.values, cols);
+                    *loss += predicted_loss(&errors, &fisher[rows.clone()]);
+                }
+                if let (Linear::HEAD, true, Some(fisher)) =
+                    (linear, self.model.config().tied, fisher.get(&Linear::EMBEDDING))
+                {
+                    *loss += predicted_embedding_loss(&weights, &changed, fisher, &self.shares[rows.clone()]);
+                }
+            }
+        }
+        Ok(losses)
     }
 
     /// What has no prediction gets eight bits: nothing is known that would speak for fewer.
@@ -308,13 +362,17 @@ impl Run<'_> {
     fn round(&mut self, wanted: &dyn Fn(Linear) -> Vec<Format>, progress: &mut dyn Progress) -> Result<(), Error> {
         self.notes.push("no text for calibration: weights are rounded, and no loss is known".into());
         for linear in self.linears.clone() {
-            if progress.cancelled() {
-                return Err(Error::Interrupted);
-            }
-            let weights = self.model.weights(linear)?;
-            for format in wanted(linear).into_iter().filter(|f| f.is_grouped()) {
-                let quantized = compensate(&weights, &Factor::identity(self.model.shape(linear).1), format);
-                self.spool.put(linear, format, &quantized)?;
+            let formats: Vec<Format> = wanted(linear).into_iter().filter(|f| f.is_grouped()).collect();
+            let (rows, cols) = self.model.shape(linear);
+            for rows in slabs(rows) {
+                if progress.cancelled() {
+                    return Err(Error::Interrupted);
+                }
+                let weights = self.model.rows(linear, rows.start, rows.len())?;
+                for &format in &formats {
+                    let quantized = compensate(&weights, &Factor::identity(cols), format);
+                    self.spool.put(linear, format, &quantized)?;
+                }
             }
         }
         Ok(())
@@ -407,7 +465,11 @@ impl Run<'_> {
     fn change(&self, plan: &Plan, linear: Linear, weights: &mut [f32]) -> Result<(), Error> {
         match plan.format(linear) {
             Some(format) if self.spool.has(linear, format) => {
-                weights.copy_from_slice(&self.spool.get(linear, format)?.weights());
+                let (rows, cols) = self.model.shape(linear);
+                for rows in slabs(rows) {
+                    let part = &mut weights[rows.start * cols..rows.end * cols];
+                    part.copy_from_slice(&self.spool.rows(linear, format, rows)?.weights());
+                }
             }
             Some(_) => round_i8(weights, self.model.shape(linear).1),
             None => {}

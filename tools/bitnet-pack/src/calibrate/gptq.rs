@@ -245,6 +245,17 @@ pub fn predicted_loss(errors: &[f64], fisher: &[f32]) -> f64 {
     0.5 * errors.iter().zip(fisher).map(|(e, f)| e * f64::from(*f)).sum::<f64>()
 }
 
+/// The same of rows of an embedding, which tokens read one by one: `½ Σ_t p_t Σ_j E[g_j²] dW_tj²`, with the tokens' `shares` of a
+/// text for `p` and squared gradients at what the embedding gives for `E[g²]`.
+pub fn predicted_embedding_loss(weights: &[f32], quantized: &[f32], fisher: &[f32], shares: &[f64]) -> f64 {
+    let rows = weights.chunks_exact(fisher.len()).zip(quantized.chunks_exact(fisher.len())).zip(shares);
+    let row = |((w, q), share): ((&[f32], &[f32]), &f64)| {
+        let squares = w.iter().zip(q).zip(fisher).map(|((w, q), f)| f64::from(w - q).powi(2) * f64::from(*f));
+        share * squares.sum::<f64>()
+    };
+    0.5 * rows.map(row).sum::<f64>()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

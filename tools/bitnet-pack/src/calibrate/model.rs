@@ -1,4 +1,5 @@
 //! The numbers of a checkpoint as floats, one matrix at a time.
+use super::Change;
 use crate::checkpoint::sections::{self, Bound, Source};
 use crate::checkpoint::{Checkpoint, Table, TensorInfo};
 use crate::quantize::{Absmean, MagnitudeSum};
@@ -8,12 +9,12 @@ use bitnet_runtime::image::Kind;
 use core::fmt;
 use std::collections::BTreeMap;
 
-/// One linear of a model, or its head.
+/// One linear of a model, its head, or its embedding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Linear {
-    /// Its layer; the head has none.
+    /// Its layer; the head and the embedding have none.
     pub layer: Option<u32>,
-    /// Which of the layer's it is: [`Kind::Query`] to [`Kind::Down`], or [`Kind::Head`].
+    /// Which of the layer's it is: [`Kind::Query`] to [`Kind::Down`]; or [`Kind::Head`], or [`Kind::Embedding`].
     pub kind: Kind,
 }
 
@@ -26,6 +27,8 @@ impl Linear {
     }
     /// The head.
     pub const HEAD: Self = Self { layer: None, kind: Kind::Head };
+    /// The embedding, of which a token reads one row. In some models it is the head too.
+    pub const EMBEDDING: Self = Self { layer: None, kind: Kind::Embedding };
     /// What it reads.
     pub const fn site(self) -> Site {
         match self.kind {
@@ -227,12 +230,22 @@ impl<'a> Reference<'a> {
         Ok(Some(values))
     }
 
+    /// The embedding of each token, row after row, of a model whose linears `change` changed: its head may be the embedding too.
+    pub(super) fn embed_changed(&self, tokens: &[u32], change: &Change<'_>) -> Result<Vec<f32>, Error> {
+        if !self.config.tied {
+            return self.embed(tokens);
+        }
+        let mut head = self.weights(Linear::HEAD)?;
+        change(Linear::HEAD, &mut head)?;
+        let cols = self.config.hidden as usize;
+        Ok(tokens.iter().flat_map(|&token| head[token as usize * cols..][..cols].iter().copied()).collect())
+    }
+
     /// The embedding of each token, row after row.
     pub(super) fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, Error> {
-        let embedding = Linear { layer: None, kind: Kind::Embedding };
         let mut x = Vec::with_capacity(tokens.len() * self.config.hidden as usize);
         for &token in tokens {
-            x.extend(self.rows(embedding, token as usize, 1)?);
+            x.extend(self.rows(Linear::EMBEDDING, token as usize, 1)?);
         }
         Ok(x)
     }

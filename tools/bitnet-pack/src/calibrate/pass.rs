@@ -136,7 +136,7 @@ impl Reference<'_> {
     /// What the head reads after each token.
     fn hidden(&self, windows: &Windows, change: &Change<'_>, progress: &mut dyn Progress) -> Result<Vec<f32>, Error> {
         self.check(windows)?;
-        let mut x = self.embed(windows.tokens())?;
+        let mut x = self.embed_changed(windows.tokens(), change)?;
         for layer in 0..self.config().layers {
             heard(progress, &format!("loss, layer {layer}"))?;
             let weights = Layer::read(self, layer, windows.length(), change)?;
@@ -160,9 +160,9 @@ impl Reference<'_> {
         Ok(product(View::new(&hidden, cols), View::new(&head, cols).t()))
     }
 
-    /// Hands the mean squared gradient at the output of every linear to `each`, `[rows]`, layer after layer from the first, then
-    /// the head's: the diagonal of the outputs' factor of the Fisher information, which is the expected Hessian of the loss
-    /// (Martens and Grosse 2015, arXiv:1503.05671).
+    /// The mean squared gradient at the output of every linear, `[rows]`, layer after layer from the first, then the head's: the
+    /// diagonal of the outputs' factor of the Fisher information, which is the expected Hessian of the loss
+    /// (Martens and Grosse 2015, arXiv:1503.05671). Last comes that at what the embedding gives, `[cols]`.
     ///
     /// The loss is the sum of the tokens' losses with labels drawn from the model's own distribution by a generator with this
     /// seed. It costs two forward passes and one that is as long. The residual streams of `CHUNK` tokens at all layers
@@ -180,6 +180,7 @@ impl Reference<'_> {
         let (hidden, layers) = (self.config().hidden as usize, self.config().layers);
         let linears: Vec<Linear> = self.linears().chain([Linear::HEAD]).collect();
         let mut sums: Vec<Vec<f64>> = linears.iter().map(|&linear| vec![0.0; self.shape(linear).0]).collect();
+        let mut of_embedding = vec![0.0; hidden];
         let norm = self.vector(None, Kind::FinalNorm, self.config().hidden)?.expect("every model has it");
         let head = self.weights(Linear::HEAD)?;
         let mut random = Random(seed);
@@ -210,10 +211,12 @@ impl Reference<'_> {
                 sums.iter_mut().zip(&gradients.outputs).for_each(|(sums, gradient)| add_squares(sums, gradient));
                 gradient = gradients.input;
             }
+            add_squares(&mut of_embedding, &gradient);
         }
         let tokens = windows.tokens().len() as f64;
         let mean = |sums: Vec<f64>| sums.into_iter().map(|sum| (sum / tokens) as f32).collect();
-        Ok(linears.into_iter().zip(sums.into_iter().map(mean)).collect())
+        let sums = linears.into_iter().zip(sums).chain([(Linear::EMBEDDING, of_embedding)]);
+        Ok(sums.map(|(linear, sum)| (linear, mean(sum))).collect())
     }
 }
 

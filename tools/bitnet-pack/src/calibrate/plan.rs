@@ -56,6 +56,7 @@ impl Plan {
             plan.0.insert(linear, format);
         }
         match linears.iter().find(|linear| plan.format(**linear).is_none()) {
+            Some(&Linear::HEAD) => Err(wrong("head has no format; --head gives it one, or a line here".into())),
             Some(linear) => Err(wrong(format!("{linear} has no format"))),
             None => Ok(plan),
         }

@@ -1,5 +1,6 @@
 //! What was chosen, as a table, as JSON and as a page.
-use super::{Adapted, LinearReport, Plan, Score};
+use super::{Adapted, Linear, LinearReport, Plan, Score};
+use bitnet_runtime::image::Kind;
 use core::fmt::{self, Write as _};
 use serde_json::{Value, json};
 
@@ -15,11 +16,11 @@ struct LayerSum {
 }
 
 impl Adapted {
-    /// Sums by layer, in their order.
-    fn layers(&self) -> Vec<(u32, LayerSum)> {
-        let mut layers: Vec<(u32, LayerSum)> = Vec::new();
+    /// Sums by layer, in their order; the head comes last and has none.
+    fn layers(&self) -> Vec<(Option<u32>, LayerSum)> {
+        let mut layers: Vec<(Option<u32>, LayerSum)> = Vec::new();
         for of in &self.linears {
-            let layer = of.linear.layer.unwrap_or(0);
+            let layer = of.linear.layer;
             if layers.last().is_none_or(|(last, _)| *last != layer) {
                 layers.push((layer, LayerSum::default()));
             }
@@ -81,16 +82,9 @@ impl Adapted {
         page.push_str(&self.map());
         page.push_str("<h2>Layers</h2>\n");
         let layers = self.layers();
-        let bits: Vec<f64> = layers.iter().map(|(_, l)| l.bytes as f64 * 8.0 / l.weights as f64).collect();
-        page.push_str(&bars("bits a weight", &bits));
-        page.push_str(&bars(
-            "trace of the Hessian",
-            &layers.iter().map(|(_, l)| l.trace.unwrap_or(0.0)).collect::<Vec<_>>(),
-        ));
-        page.push_str(&bars(
-            "predicted loss, nats a token",
-            &layers.iter().map(|(_, l)| l.loss.unwrap_or(0.0)).collect::<Vec<_>>(),
-        ));
+        page.push_str(&bars("bits a weight", &layers, |l| l.bytes as f64 * 8.0 / l.weights as f64));
+        page.push_str(&bars("trace of the Hessian", &layers, |l| l.trace.unwrap_or(0.0)));
+        page.push_str(&bars("predicted loss, nats a token", &layers, |l| l.loss.unwrap_or(0.0)));
         page.push_str("<h2>Linears</h2>\n<table><tr><th>linear<th>shape<th>trace<th>format<th>bytes<th>error");
         Plan::FORMATS.iter().for_each(|f| page.push_str(&format!("<th>loss as {}", f.name())));
         for of in &self.linears {
@@ -139,7 +133,8 @@ impl Adapted {
     /// Linears by layer, coloured by their bits.
     fn map(&self) -> String {
         const CELL: usize = 22;
-        let kinds = super::Linear::KINDS;
+        let head = self.linears.iter().any(|of| of.linear == Linear::HEAD);
+        let kinds: Vec<Kind> = Linear::KINDS.into_iter().chain(head.then_some(Kind::Head)).collect();
         let layers = self.layers();
         let (width, height) = (80 + layers.len() * CELL, 20 + kinds.len() * CELL);
         let mut svg = svg(width, height);
@@ -148,8 +143,9 @@ impl Adapted {
         }
         for (column, (layer, _)) in layers.iter().enumerate() {
             let x = 80 + column * CELL;
-            let _ = write!(svg, "<text x=\"{x}\" y=\"{}\">{layer}</text>", kinds.len() * CELL + 14);
-            for of in self.linears.iter().filter(|of| of.linear.layer == Some(*layer)) {
+            let label = layer.map_or_else(String::new, |layer| layer.to_string());
+            let _ = write!(svg, "<text x=\"{x}\" y=\"{}\">{label}</text>", kinds.len() * CELL + 14);
+            for of in self.linears.iter().filter(|of| of.linear.layer == *layer) {
                 let row = kinds.iter().position(|k| *k == of.linear.kind).unwrap_or(0);
                 let place = Plan::FORMATS.iter().position(|f| *f == of.format).unwrap_or(0);
                 let bits = of.bytes as f64 * 8.0 / (of.shape.0 * of.shape.1) as f64;
@@ -191,22 +187,29 @@ fn svg(width: usize, height: usize) -> String {
     )
 }
 
+/// What is said of a layer, or of the head.
+fn layer_name(layer: Option<u32>) -> String {
+    layer.map_or_else(|| "head".into(), |layer| layer.to_string())
+}
+
 /// A bar for each layer.
-fn bars(title: &str, values: &[f64]) -> String {
+fn bars(title: &str, layers: &[(Option<u32>, LayerSum)], value: impl Fn(&LayerSum) -> f64) -> String {
     const STEP: usize = 22;
-    let max = values.iter().copied().fold(0.0, f64::max);
+    let max = layers.iter().map(|(_, layer)| value(layer)).fold(0.0, f64::max);
     if max <= 0.0 {
         return String::new();
     }
     // Room for the title, however few layers there are.
-    let mut svg = svg((60 + values.len() * STEP).max(320), 150);
+    let mut svg = svg((60 + layers.len() * STEP).max(320), 150);
     let _ = write!(svg, "<text x=\"0\" y=\"12\">{title}, at most {max:.3e}</text>");
-    for (i, value) in values.iter().enumerate() {
+    for (i, (layer, sum)) in layers.iter().enumerate() {
+        let (value, name) = (value(sum), layer_name(*layer));
         let (x, height) = (40 + i * STEP, 110.0 * value / max);
+        let title = if layer.is_some() { "layer " } else { "" };
         let _ = write!(
             svg,
-            "<rect x=\"{x}\" y=\"{:.1}\" width=\"{}\" height=\"{height:.1}\" fill=\"#2a7f9e\"><title>layer {i}: {value:.4e}</title></rect>\
-             <text x=\"{x}\" y=\"146\">{i}</text>",
+            "<rect x=\"{x}\" y=\"{:.1}\" width=\"{}\" height=\"{height:.1}\" fill=\"#2a7f9e\"><title>{title}{name}: {value:.4e}\
+             </title></rect><text x=\"{x}\" y=\"146\">{name}</text>",
             132.0 - height,
             STEP - 4
         );
@@ -254,14 +257,15 @@ impl fmt::Display for Adapted {
             "layer", "trace", "bits", "bytes", "loss", "error"
         )?;
         for (layer, sum) in self.layers() {
-            let formats = self.linears.iter().filter(|of| of.linear.layer == Some(layer));
+            let formats = self.linears.iter().filter(|of| of.linear.layer == layer);
             let formats: Vec<String> =
                 formats.map(|of| format!("{} {}", of.linear.kind.name(), of.format.name())).collect();
             let bits = sum.bytes as f64 * 8.0 / sum.weights as f64;
             let known = |value: Option<f64>| value.map_or_else(|| "-".into(), |v| format!("{v:.2e}"));
             writeln!(
                 f,
-                "{layer:<6} {:>11} {bits:>7.3} {:>10} {:>10} {:>6.1}%  {}",
+                "{:<6} {:>11} {bits:>7.3} {:>10} {:>10} {:>6.1}%  {}",
+                layer_name(layer),
                 known(sum.trace),
                 sum.bytes,
                 known(sum.loss),
