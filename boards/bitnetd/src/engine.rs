@@ -4,8 +4,9 @@
 //! what others had read of the same (`cache`), read one batch of one prompt, and one token of every reply in one pass over the
 //! weights. So a long prompt delays others by a batch at a time, and whoever leaves stops costing within a batch or a token.
 use crate::cache::{Cache, Cut, WORTH, common};
-use crate::metrics::Metrics;
+use crate::metrics::{Active, Metrics};
 use crate::order::{Event, Finish, Logprobs, Order, Orders, Scored, Ticket, Usage};
+use crate::pulse::Pulse;
 use anyhow::ensure;
 use bitnet_host::open::{Opened, mib};
 use bitnet_host::weights::PassBytes;
@@ -16,6 +17,7 @@ use bitnet_runtime::sampler::{Sampler, Sampling};
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
 use bitnet_runtime::{Error, Image, Model, State};
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 /// How long the engine looks away when every reply waits for its reader.
@@ -41,8 +43,12 @@ impl<'m> Slot<'m, '_> {
 struct Job<'t> {
     order: Order,
     ticket: Ticket,
+    active: Active<'t>,
     stream: TextStream<'t>,
     cached: usize,
+    /// From the request to this conversation, and to the first token.
+    waited: Duration,
+    first_token: Option<Duration>,
     /// Tokens of the reply.
     reply: Vec<u32>,
     /// Tokens of the prompt after which another conversation went on otherwise, so that more may: worth a snapshot.
@@ -66,10 +72,16 @@ impl Job<'_> {
         let _ = self.order.events.try_send(event);
     }
     fn leave(self, finish: Finish, metrics: &Metrics) {
-        let usage = Usage { prompt: self.order.prompt.len(), cached: self.cached, completion: self.reply.len() };
+        let usage = Usage {
+            prompt: self.order.prompt.len(),
+            cached: self.cached,
+            completion: self.reply.len(),
+            waited: self.waited,
+            first_token: self.first_token,
+        };
         metrics.finished(self.order.arrived.elapsed());
         // First, or a client that asks again at once would find its own place taken.
-        drop(self.ticket);
+        drop((self.ticket, self.active));
         let _ = self.order.events.try_send(Event::Done(finish, usage));
     }
 }
@@ -97,8 +109,8 @@ pub fn run(
     tokenizer: &Tokenizer,
     room: Room,
     orders: &Orders,
-    metrics: &Metrics,
-    ready: &dyn Fn(),
+    (metrics, pulse): (&Metrics, &Pulse),
+    ready: impl FnOnce(),
 ) -> anyhow::Result<()> {
     let conversations = room.conversations;
     let image = opened.image;
@@ -147,11 +159,13 @@ pub fn run(
     loop {
         let idle = queue.is_empty() && slots.iter().all(|slot| slot.job.is_none());
         if idle {
+            pulse.rest();
             match orders.recv() {
                 Ok(order) => queue.push_back(order),
                 Err(_) => return Ok(()),
             }
         }
+        pulse.beat();
         queue.extend(orders.try_iter());
         queue.retain(|(order, _): &(Order, Ticket)| {
             let there = !order.events.is_closed();
@@ -161,7 +175,6 @@ pub fn run(
             there
         });
         let computed = engine.turn(&mut slots, &mut queue);
-        metrics.active(slots.iter().filter(|slot| slot.job.is_some()).count());
         if !computed && slots.iter().any(|slot| slot.job.is_some()) {
             queue.extend(orders.recv_timeout(PAUSE));
         }
@@ -220,12 +233,15 @@ impl<'t> Engine<'_, 't> {
         let (slot, cached) = self.seat(slots, &order);
         let slot = &mut slots[slot];
         slot.sampler.restart(order.sampling);
-        self.metrics.admitted(order.prompt.len(), cached, order.arrived.elapsed());
+        let waited = order.arrived.elapsed();
+        self.metrics.admitted(order.prompt.len(), cached, waited);
         self.metrics.cache(self.cache.bytes());
         let counted = order.presence_penalty != 0.0 || order.frequency_penalty != 0.0;
         let counts = if counted { vec![0; self.model.config().vocab as usize] } else { Vec::new() };
         let stream = TextStream::new(self.tokenizer, order.stops.clone());
-        slot.job = Some(Job { order, ticket, stream, cached, reply: Vec::new(), boundary, counts });
+        let (active, reply) = (self.metrics.active(), Vec::new());
+        slot.job =
+            Some(Job { order, ticket, active, stream, cached, waited, first_token: None, reply, boundary, counts });
         slot.used = self.turn;
     }
 
@@ -312,8 +328,10 @@ impl<'t> Engine<'_, 't> {
                     self.cache.keep(&slot.history, &slot.state, &self.image);
                 }
                 if whole {
-                    self.metrics.first_token(job.order.arrived.elapsed());
-                    self.choose(slot, 0);
+                    let time = job.order.arrived.elapsed();
+                    job.first_token = Some(time);
+                    self.metrics.first_token(time);
+                    self.choose_guarded(slot, 0);
                 }
             }
             Err(e) => Self::fail(slot, e, self.metrics),
@@ -361,9 +379,18 @@ impl<'t> Engine<'_, 't> {
         for (i, (slot, token)) in slots.iter_mut().zip(tokens).enumerate() {
             slot.history.push(token);
             slot.used = self.turn;
-            self.choose(slot, i);
+            self.choose_guarded(slot, i);
         }
         Ok(())
+    }
+
+    /// [`Self::choose`], where code of others runs, that of grammars: should it panic, that ends this reply and no other.
+    fn choose_guarded(&mut self, slot: &mut Slot<'_, 't>, i: usize) {
+        let metrics = self.metrics;
+        if catch_unwind(AssertUnwindSafe(|| self.choose(slot, i))).is_err() {
+            slot.job = None;
+            metrics.failed();
+        }
     }
 
     /// Chooses the next token of a reply from row `i` of the logits, and gives out what is certain.

@@ -6,6 +6,8 @@
 use crate::App;
 use crate::constraint::{Constraint, Format, Vocabulary};
 use crate::error::{Refusal, json_response};
+use crate::keeper::Ready;
+use crate::log::Record;
 use crate::order::{Event, Full};
 use crate::reply::{self, Shape};
 use crate::request::{Chat, Common, Completion, Prompt};
@@ -20,11 +22,13 @@ use axum::routing::{get, post};
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use bitnet_host::template;
 use bitnet_runtime::tokenizer::TextStream;
+use futures_util::FutureExt as _;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 use std::net::IpAddr;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use subtle::{Choice, ConstantTimeEq as _};
@@ -88,15 +92,27 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-async fn gate(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+async fn gate(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let path = ROUTES.into_iter().find(|path| *path == request.uri().path());
+    let record = Arc::new(Record::new(app.settings.serve.log, request.method().clone(), path));
+    request.extensions_mut().insert(record.clone());
     let mut response = match admit(&app, &request) {
-        Ok(()) => next.run(request).await,
+        Ok(()) => caught(next.run(request)).await,
         Err(refusal) => refusal.into_response(),
     };
+    record.status(response.status());
     let headers = response.headers_mut();
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert("cross-origin-resource-policy", HeaderValue::from_static("same-origin"));
     response
+}
+
+/// A panic answers its own request, and that is all it does.
+async fn caught(answer: impl Future<Output = Response>) -> Response {
+    let answer = AssertUnwindSafe(answer).catch_unwind().await;
+    answer.unwrap_or_else(|_| {
+        Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the daemon made a mistake").into_response()
+    })
 }
 
 fn admit(app: &App, request: &Request) -> Result<(), Refusal> {
@@ -165,7 +181,7 @@ async fn body<T: DeserializeOwned>(app: &App, request: Request) -> Result<T, Ref
         return Err(too_large());
     }
     let bytes = Limited::new(request.into_body(), limit).collect();
-    let bytes: Bytes = match tokio::time::timeout(app.settings.read_time(), bytes).await {
+    let bytes: Bytes = match tokio::time::timeout(app.settings.serve.read_seconds, bytes).await {
         Ok(Ok(bytes)) => bytes.to_bytes(),
         Ok(Err(e)) if e.is::<LengthLimitError>() => return Err(too_large()),
         Ok(Err(_)) => return Err(Refusal::bad("the body broke off")),
@@ -195,15 +211,15 @@ fn text_response(kind: &'static str, text: String) -> Response {
 
 async fn health(State(app): State<Arc<App>>) -> Response {
     let (status, word) = app.health();
-    json_response(status, &json!({ "status": word }))
+    json_response(status, &json!({ "status": word, "self_test": app.self_test() }))
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    text_response("text/plain; version=0.0.4; charset=utf-8", app.metrics.text(app.queue.waiting()))
+    text_response("text/plain; version=0.0.4; charset=utf-8", app.metrics.text(app.places.waiting()))
 }
 
 async fn props(State(app): State<Arc<App>>) -> Answer {
-    let ready = app.ready()?;
+    let ready = app.ready().await?;
     Ok(json_response(
         StatusCode::OK,
         &json!({
@@ -221,7 +237,7 @@ async fn props(State(app): State<Arc<App>>) -> Answer {
 }
 
 async fn models(State(app): State<Arc<App>>) -> Answer {
-    app.ready()?;
+    app.serves()?;
     let model = json!({ "id": app.settings.name, "object": "model", "created": app.boot, "owned_by": "local" });
     Ok(json_response(StatusCode::OK, &json!({ "object": "list", "data": [model] })))
 }
@@ -231,7 +247,8 @@ async fn embeddings() -> Refusal {
 }
 
 async fn chat(State(app): State<Arc<App>>, request: Request) -> Answer {
-    let ready = app.ready()?;
+    let ready = app.ready().await?;
+    let record = record(&request)?;
     let mut chat: Chat = body(&app, request).await?;
     if ready.template.is_empty() {
         return Err(Refusal::bad("this model has no chat template; /v1/completions continues a text"));
@@ -241,19 +258,21 @@ async fn chat(State(app): State<Arc<App>>, request: Request) -> Answer {
     let (template, eos) = (ready.template.clone(), ready.ends.first().copied());
     let prompt = blocking(move || template::encode(&template, &messages, eos, &tokenizer)).await?;
     let prompt = prompt.map_err(|e| Refusal::parameter("messages", format!("{e:#}")))?;
-    answer(&app, true, chat.common, prompt, logprobs).await
+    answer(&app, Asked { ready, chat: true, prompt, logprobs, record }, chat.common).await
 }
 
 async fn completions(State(app): State<Arc<App>>, request: Request) -> Answer {
-    let ready = app.ready()?;
+    let ready = app.ready().await?;
+    let record = record(&request)?;
     let completion: Completion = body(&app, request).await?;
     let logprobs = completion.logprobs()?;
+    let asked = |ready, prompt| Asked { ready, chat: false, prompt, logprobs, record };
     let text = match completion.prompt {
         Prompt::Tokens(tokens) => {
             if tokens.iter().any(|&token| token >= ready.vocab) {
                 return Err(Refusal::parameter("prompt", format!("tokens are 0 to {}", ready.vocab - 1)));
             }
-            return answer(&app, false, completion.common, tokens, logprobs).await;
+            return answer(&app, asked(ready, tokens), completion.common).await;
         }
         Prompt::Text(text) => text,
         Prompt::Texts(texts) => match <[String; 1]>::try_from(texts) {
@@ -262,13 +281,28 @@ async fn completions(State(app): State<Arc<App>>, request: Request) -> Answer {
         },
     };
     let mut prompt: Vec<u32> = ready.tokenizer.bos().into_iter().collect();
-    prompt.extend(encode(&app, text).await?);
-    answer(&app, false, completion.common, prompt, logprobs).await
+    prompt.extend(encode(&ready, text).await?);
+    answer(&app, asked(ready, prompt), completion.common).await
+}
+
+/// What is to be continued, and how.
+struct Asked {
+    ready: Arc<Ready>,
+    chat: bool,
+    prompt: Vec<u32>,
+    logprobs: Option<usize>,
+    record: Arc<Record>,
+}
+
+/// What [`gate`] gave a request for the log.
+fn record(request: &Request) -> Result<Arc<Record>, Refusal> {
+    let record = request.extensions().get().cloned();
+    record.ok_or_else(|| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the request has no record"))
 }
 
 /// Puts a request in the queue and answers it.
-async fn answer(app: &Arc<App>, chat: bool, common: Common, prompt: Vec<u32>, logprobs: Option<usize>) -> Answer {
-    let ready = app.ready()?;
+async fn answer(app: &Arc<App>, asked: Asked, common: Common) -> Answer {
+    let Asked { ready, chat, prompt, logprobs, record } = asked;
     if common.names_another(&app.settings.name) {
         let message = format!("the model here is `{}`", app.settings.name);
         return Err(Refusal::new(StatusCode::NOT_FOUND, message).code("model_not_found"));
@@ -289,31 +323,30 @@ async fn answer(app: &Arc<App>, chat: bool, common: Common, prompt: Vec<u32>, lo
         model: app.settings.name.clone(),
         include_usage: common.include_usage(),
         tokenizer: ready.tokenizer.clone(),
+        record,
     };
     let streamed = common.stream.unwrap_or(false);
     let default = if chat { usize::MAX } else { COMPLETION_TOKENS };
     let (sender, events) = mpsc::channel(Event::ROOM);
     let format = common.format()?;
-    let mut order = common.order(prompt, ready.vocab, default, logprobs, app.settings.reply_time(), sender)?;
+    let mut order = common.order(prompt, ready.vocab, default, logprobs, app.settings.serve.reply_seconds, sender)?;
     if let Some(format) = format {
-        order.constraint = Some(constrain(app, format).await?);
+        order.constraint = Some(constrain(ready.clone(), format).await?);
     }
-    match app.queue.push(order) {
+    match ready.queue.push(order) {
         Ok(()) if streamed => Ok(reply::stream(shape, events)),
         Ok(()) => Ok(reply::whole(&shape, events).await),
         Err(Full::Busy) => {
             app.metrics.refused();
-            let wait = app.metrics.wait(app.queue.waiting(), app.settings.serve.sessions.into());
+            let wait = app.metrics.wait(app.places.waiting(), app.settings.serve.sessions.into());
             Err(Refusal::new(StatusCode::TOO_MANY_REQUESTS, "too many requests wait already").retry_after(wait))
         }
         Err(Full::Gone) => Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the model is not running")),
     }
 }
 
-async fn constrain(app: &Arc<App>, format: Format) -> Result<Constraint, Refusal> {
-    let app = app.clone();
+async fn constrain(ready: Arc<Ready>, format: Format) -> Result<Constraint, Refusal> {
     let made = blocking(move || {
-        let ready = app.ready()?;
         let vocabulary = ready.vocabulary.get_or_init(|| Vocabulary::new(&ready.tokenizer, ready.vocab, &ready.ends));
         let internal = |e: &String| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the vocabulary: {e}"));
         let vocabulary = vocabulary.as_ref().map_err(internal)?;
@@ -330,10 +363,10 @@ struct Tokenize {
 }
 
 async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Answer {
-    let ready = app.ready()?;
+    let ready = app.ready().await?;
     let Tokenize { content, add_special } = body(&app, request).await?;
     let mut tokens: Vec<u32> = ready.tokenizer.bos().filter(|_| add_special).into_iter().collect();
-    tokens.extend(encode(&app, content).await?);
+    tokens.extend(encode(&ready, content).await?);
     Ok(json_response(StatusCode::OK, &json!({ "tokens": tokens })))
 }
 
@@ -343,7 +376,7 @@ struct Detokenize {
 }
 
 async fn detokenize(State(app): State<Arc<App>>, request: Request) -> Answer {
-    let ready = app.ready()?;
+    let ready = app.ready().await?;
     let Detokenize { tokens } = body(&app, request).await?;
     let mut text = String::new();
     let mut stream = TextStream::new(&ready.tokenizer, Vec::new());
@@ -354,8 +387,8 @@ async fn detokenize(State(app): State<Arc<App>>, request: Request) -> Answer {
 }
 
 /// The tokens of plain text.
-async fn encode(app: &App, text: String) -> Result<Vec<u32>, Refusal> {
-    let tokenizer = app.ready()?.tokenizer.clone();
+async fn encode(ready: &Ready, text: String) -> Result<Vec<u32>, Refusal> {
+    let tokenizer = ready.tokenizer.clone();
     blocking(move || tokenizer.encode(&text)).await?.map_err(|e| Refusal::bad(e.to_string()))
 }
 
@@ -363,4 +396,16 @@ async fn encode(app: &App, text: String) -> Result<Vec<u32>, Refusal> {
 async fn blocking<R: Send + 'static>(f: impl FnOnce() -> R + Send + 'static) -> Result<R, Refusal> {
     let done = tokio::task::spawn_blocking(f).await;
     done.map_err(|_| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the tokenizer failed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_is_an_answer() {
+        let panics = async { panic!("a request that nobody thought of") };
+        assert_eq!(caught(panics).await.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        assert_eq!(caught(std::future::ready(Response::default())).await.status(), StatusCode::OK);
+    }
 }

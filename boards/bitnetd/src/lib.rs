@@ -1,17 +1,25 @@
 //! `bitnetd`: a daemon that serves one model over HTTP, in the shapes of OpenAI's API.
 //!
 //! A request comes in by [`serve`], passes the gate in `http`, becomes an [`order::Order`] in `request`, waits in a bounded
-//! queue, is answered by the one thread that owns the model, in [`engine`], and goes out by `reply`.
+//! queue, is answered by the one thread that owns the model, in [`engine`], and goes out by `reply`. `keeper` loads the model and
+//! exchanges it.
 #![forbid(unsafe_code)]
+#[cfg(not(panic = "unwind"))]
+compile_error!("a panic that aborts would let one request end all others");
+
 mod cache;
 pub mod config;
 pub mod constraint;
+pub mod doctor;
 pub mod engine;
 mod error;
 mod http;
+mod keeper;
+pub mod log;
 pub mod metrics;
 mod notify;
 pub mod order;
+pub mod pulse;
 mod reply;
 mod request;
 mod stall;
@@ -19,26 +27,22 @@ mod stall;
 use crate::config::Settings;
 pub use crate::http::ROUTES;
 
-use crate::constraint::Vocabulary;
-use crate::engine::Room;
 use crate::error::Refusal;
+use crate::keeper::{Keeper, Phase, Ready};
 use crate::metrics::Metrics;
-use crate::order::{Orders, Queue};
+use crate::order::Places;
 use crate::stall::Stall;
-use anyhow::Context as _;
 use axum::http::{HeaderValue, StatusCode};
-use bitnet_host::open::with_model;
-use bitnet_host::system;
-use bitnet_runtime::tokenizer::Tokenizer;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use std::future::pending;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 
 /// Connections at one time; others wait to be accepted.
 const CONNECTIONS_MAX: usize = 256;
@@ -50,10 +54,11 @@ const HEADERS_MAX: usize = 64;
 #[derive(Debug)]
 pub struct App {
     settings: Settings,
-    queue: Queue,
+    places: Places,
     metrics: Metrics,
-    model: OnceLock<Ready>,
-    failed: AtomicBool,
+    keeper: Keeper,
+    /// Whether the kernels compute what they should, once that is known.
+    self_test: OnceLock<Result<(), String>>,
     draining: AtomicBool,
     ids: AtomicU64,
     page_policy: HeaderValue,
@@ -61,40 +66,80 @@ pub struct App {
     boot: u64,
 }
 
-/// What is known once the model is in memory.
-#[derive(Debug)]
-struct Ready {
-    tokenizer: Arc<Tokenizer>,
-    template: String,
-    /// Tokens that end a reply.
-    ends: Vec<u32>,
-    vocab: u32,
-    /// Made by the first request that wants it.
-    vocabulary: OnceLock<Result<Vocabulary, String>>,
-    context: usize,
-    backend: &'static str,
-    memory: String,
+/// What whoever started the daemon may ask of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// Load the model anew.
+    Reload,
+    /// Let replies end, and end.
+    Stop,
 }
 
 impl App {
-    fn ready(&self) -> Result<&Ready, Refusal> {
-        let refuse = |message| Refusal::new(StatusCode::SERVICE_UNAVAILABLE, message);
-        if self.draining.load(Ordering::Relaxed) {
-            return Err(refuse("the daemon is stopping"));
+    fn new(settings: Settings) -> Self {
+        Self {
+            places: Places::new(settings.serve.sessions.into(), settings.serve.queue),
+            settings,
+            metrics: Metrics::default(),
+            keeper: Keeper::new(),
+            self_test: OnceLock::new(),
+            draining: AtomicBool::new(false),
+            ids: AtomicU64::new(0),
+            page_policy: http::page_policy(),
+            boot: unix_time(),
         }
-        if self.failed.load(Ordering::Relaxed) {
-            return Err(refuse("the model is not running"));
+    }
+    fn say(&self, message: &str) {
+        self.settings.serve.log.say(message);
+    }
+    /// Whether requests are answered, if not at once.
+    fn serves(&self) -> Result<(), Refusal> {
+        let refuse = |message| Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, message));
+        match self.keeper.phase() {
+            _ if self.draining.load(Ordering::Relaxed) => refuse("the daemon is stopping"),
+            Phase::Loading => refuse("the model is loading"),
+            _ => Ok(()),
         }
-        self.model.get().ok_or_else(|| refuse("the model is loading"))
+    }
+    /// The model, which whoever comes while it is exchanged or away waits for.
+    async fn ready(&self) -> Result<Arc<Ready>, Refusal> {
+        self.serves()?;
+        let ready = tokio::time::timeout(self.settings.serve.reply_seconds, self.keeper.ready()).await;
+        let none = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the model cannot be loaded");
+        ready.ok().flatten().ok_or_else(none)
     }
     fn health(&self) -> (StatusCode, &'static str) {
-        let word = match self.ready() {
-            Ok(_) => return (StatusCode::OK, "ok"),
-            Err(_) if self.draining.load(Ordering::Relaxed) => "stopping",
-            Err(_) if self.failed.load(Ordering::Relaxed) => "failed",
-            Err(_) => "loading",
+        let word = match self.keeper.phase() {
+            _ if self.draining.load(Ordering::Relaxed) => "stopping",
+            _ if matches!(self.self_test.get(), Some(Err(_))) => "failed",
+            Phase::Loading => "loading",
+            Phase::Ready(_) => return (StatusCode::OK, "ok"),
+            Phase::Coming => return (StatusCode::OK, "reloading"),
+            Phase::Away => return (StatusCode::OK, "unloaded"),
         };
         (StatusCode::SERVICE_UNAVAILABLE, word)
+    }
+    /// The self-test in a word, or what is wrong.
+    fn self_test(&self) -> &str {
+        match self.self_test.get() {
+            None => "running",
+            Some(Ok(())) => "passed",
+            Some(Err(e)) => e,
+        }
+    }
+    /// Compares the kernels with the definition of the right answer, beside all that the daemon does.
+    fn start_self_test(self: &Arc<Self>) {
+        let app = self.clone();
+        let run = move || {
+            let tested = app.settings.model.backend.kernels().and_then(doctor::self_test);
+            let tested = tested.map_err(|e| format!("{e:#}"));
+            if let Err(e) = &tested {
+                app.say(&format!("this machine computes wrongly: {e}"));
+            }
+            let _ = app.self_test.set(tested);
+        };
+        // Without a thread for it, the test is not over, and that is what is said.
+        let _ = std::thread::Builder::new().name("self-test".to_owned()).spawn(run);
     }
 }
 
@@ -103,45 +148,29 @@ fn unix_time() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
-/// Serves on `listener` until `stop` is done, then ends within the time that the settings give replies.
+/// Serves on `listener` until a signal says to stop or nobody can say so any more, then ends within the time that the settings
+/// give replies.
 ///
 /// # Errors
 /// If the model cannot be loaded.
-pub async fn serve(settings: Settings, listener: TcpListener, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let (queue, orders) = Queue::new(settings.serve.sessions.into(), settings.serve.queue);
-    let drain = Duration::from_secs(settings.serve.drain_seconds);
-    let app = Arc::new(App {
-        settings,
-        queue,
-        metrics: Metrics::default(),
-        model: OnceLock::new(),
-        failed: AtomicBool::new(false),
-        draining: AtomicBool::new(false),
-        ids: AtomicU64::new(0),
-        page_policy: http::page_policy(),
-        boot: unix_time(),
-    });
-    let (ended, mut engine) = tokio::sync::oneshot::channel();
-    let its = app.clone();
-    std::thread::Builder::new()
-        .name("engine".to_owned())
-        .spawn(move || {
-            let done = run_engine(&its, &orders);
-            its.failed.store(true, Ordering::Relaxed);
-            let _ = ended.send(done);
-        })
-        .context("starting the engine")?;
-
+pub async fn serve(
+    settings: Settings,
+    listener: TcpListener,
+    mut signals: mpsc::UnboundedReceiver<Signal>,
+) -> anyhow::Result<()> {
+    let app = Arc::new(App::new(settings));
+    let settings = &app.settings.serve;
     let service = TowerToHyperService::new(http::router(app.clone()));
     let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let graceful = GracefulShutdown::new();
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(app.settings.read_time());
+    http.timer(TokioTimer::new()).header_read_timeout(settings.read_seconds);
     http.max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
-    let stall = app.settings.stall_time();
-    let mut watchdog = tokio::time::interval(notify::watchdog_interval());
-    tokio::pin!(stop);
-    let failed = loop {
+    let (reload, mut reloads) = mpsc::unbounded_channel();
+    let keep = keeper::keep(&app, &mut reloads);
+    let watch = watchdog(&app);
+    tokio::pin!(keep, watch);
+    loop {
         let permit = async {
             let permit = permits.clone().acquire_owned().await;
             (permit, listener.accept().await)
@@ -154,53 +183,45 @@ pub async fn serve(settings: Settings, listener: TcpListener, stop: impl Future<
                     continue;
                 };
                 let _ = stream.set_nodelay(true);
-                let connection = graceful.watch(http.serve_connection(TokioIo::new(Stall::new(stream, stall)), service.clone()));
+                let stream = Stall::new(stream, settings.stall_seconds);
+                let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service.clone()));
                 tokio::spawn(async move {
                     let _ = connection.await;
                     drop(permit);
                 });
             }
-            () = &mut stop => break None,
-            done = &mut engine => break Some(done),
-            _ = watchdog.tick() => {
-                if app.model.get().is_some() {
-                    notify::send("WATCHDOG=1");
-                }
-            }
+            signal = signals.recv() => match signal {
+                Some(Signal::Reload) => drop(reload.send(())),
+                Some(Signal::Stop) | None => break,
+            },
+            failed = &mut keep => return failed.map(drop),
+            () = &mut watch => {}
         }
-    };
-    if let Some(done) = failed {
-        return done.context("the engine ended")?.context("the engine ended");
     }
-    notify::send("STOPPING=1");
+    app.say("stopping");
+    notify::stopping();
     app.draining.store(true, Ordering::Relaxed);
     drop(listener);
     // What is not done by then is broken off: the process ends, and with it every connection.
-    let _ = tokio::time::timeout(drain, graceful.shutdown()).await;
+    let _ = tokio::time::timeout(settings.drain_seconds, graceful.shutdown()).await;
+    app.keeper.set(Phase::Away);
     Ok(())
 }
 
-/// Loads the model and answers orders.
-fn run_engine(app: &App, orders: &Orders) -> anyhow::Result<()> {
-    with_model(&app.settings.model, |opened| {
-        let header = opened.image.header();
-        let tokenizer = Tokenizer::load(&opened.image, opened.source).context("the image has no usable tokenizer")?;
-        let tokenizer = Arc::new(tokenizer);
-        let (ends, template) = (header.text.stop.ids().to_vec(), header.text.chat_template.to_owned());
-        let (backend, memory) = (opened.kernels.name(), opened.plan_text());
-        let (vocab, context) = (header.config.vocab, opened.limits.context as usize);
-        let serve = &app.settings.serve;
-        let room = Room { conversations: serve.sessions.into(), cache_bytes: serve.prompt_cache };
-        let shared = tokenizer.clone();
-        if app.settings.serve.measure_bandwidth {
-            let (pool, threads) = (opened.threads.pool(), opened.threads.decode().threads);
-            app.metrics.memory(system::read_bandwidth(pool, threads));
+/// Tells the watchdog that work goes on, as long as it does: an engine that computes has to begin another turn each time.
+async fn watchdog(app: &App) {
+    let Some(time) = notify::watchdog_interval() else { return pending().await };
+    let mut interval = tokio::time::interval(time);
+    let mut seen = 0;
+    loop {
+        interval.tick().await;
+        let goes_on = match app.keeper.phase() {
+            Phase::Ready(ready) => ready.pulse.goes_on(&mut seen),
+            // Loading has a time of its own, that of the start.
+            Phase::Loading | Phase::Coming | Phase::Away => true,
+        };
+        if goes_on {
+            notify::alive();
         }
-        engine::run(opened, &tokenizer, room, orders, &app.metrics, &|| {
-            let (tokenizer, template, memory, ends) = (shared.clone(), template.clone(), memory.clone(), ends.clone());
-            let vocabulary = OnceLock::new();
-            let _ = app.model.set(Ready { tokenizer, template, ends, vocab, vocabulary, context, backend, memory });
-            notify::send("READY=1");
-        })
-    })
+    }
 }

@@ -38,6 +38,16 @@ impl Histogram {
     }
 }
 
+/// One of the requests that have a conversation.
+#[derive(Debug)]
+pub(crate) struct Active<'m>(&'m AtomicUsize);
+
+impl Drop for Active<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
 /// The counters.
 #[derive(Debug, Default)]
 pub struct Metrics {
@@ -125,8 +135,10 @@ impl Metrics {
     pub(crate) fn forked(&self) {
         self.forked.fetch_add(1, Relaxed);
     }
-    pub(crate) fn active(&self, n: usize) {
-        self.active.store(n, Relaxed);
+    /// A request has a conversation, until what this gives is dropped.
+    pub(crate) fn active(&self) -> Active<'_> {
+        self.active.fetch_add(1, Relaxed);
+        Active(&self.active)
     }
 
     /// All of them as text, with what the system says now.

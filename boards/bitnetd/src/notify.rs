@@ -1,23 +1,36 @@
-//! What systemd is told: sd_notify(3), a datagram to the socket that it names.
-use std::os::linux::net::SocketAddrExt as _;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+//! What the service manager is told: sd_notify(3). Without one, nobody hears it.
+use sd_notify::NotifyState;
 use std::time::Duration;
 
-/// Tells whoever started the daemon, if they want to know.
-pub(crate) fn send(state: &str) {
-    let Ok(path) = std::env::var("NOTIFY_SOCKET") else { return };
-    let address = match path.strip_prefix('@') {
-        Some(name) => SocketAddr::from_abstract_name(name),
-        None => SocketAddr::from_pathname(&path),
-    };
+fn send(states: &[NotifyState<'_>]) {
     // Whether it is heard is not ours to act on.
-    if let (Ok(address), Ok(socket)) = (address, UnixDatagram::unbound()) {
-        let _ = socket.send_to_addr(state.as_bytes(), &address);
+    let _ = sd_notify::notify(states);
+}
+
+/// Requests are answered.
+pub(crate) fn ready() {
+    send(&[NotifyState::Ready]);
+}
+
+/// What is configured is being read anew, since now; [`ready`] ends it.
+pub(crate) fn reloading() {
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => send(&[NotifyState::Reloading, now]),
+        Err(_) => send(&[NotifyState::Reloading]),
     }
 }
 
-/// How often the watchdog wants to hear: twice in its time, or once a minute where there is none.
-pub(crate) fn watchdog_interval() -> Duration {
-    let microseconds = std::env::var("WATCHDOG_USEC").ok().and_then(|text| text.parse().ok());
-    Duration::from_micros(microseconds.unwrap_or(120_000_000).max(2000) / 2)
+/// The last replies are given.
+pub(crate) fn stopping() {
+    send(&[NotifyState::Stopping]);
+}
+
+/// Work goes on.
+pub(crate) fn alive() {
+    send(&[NotifyState::Watchdog]);
+}
+
+/// How often the watchdog wants to hear, twice in its time, if there is one.
+pub(crate) fn watchdog_interval() -> Option<Duration> {
+    sd_notify::watchdog_enabled().map(|time| (time / 2).max(Duration::from_millis(1)))
 }

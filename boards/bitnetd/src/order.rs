@@ -4,7 +4,7 @@ use bitnet_runtime::sampler::Sampling;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 
 /// What a request asks the engine for.
@@ -75,6 +75,10 @@ pub struct Usage {
     pub cached: usize,
     /// Tokens of the reply, without one that ended it.
     pub completion: usize,
+    /// From the request to its conversation.
+    pub waited: Duration,
+    /// From the request to its first token, if there was one.
+    pub first_token: Option<Duration>,
 }
 
 /// A piece of a reply.
@@ -105,36 +109,54 @@ impl Drop for Ticket {
     }
 }
 
-/// The end of the queue where orders go in.
+/// How many orders may be in, whichever model answers them.
 #[derive(Clone, Debug)]
-pub struct Queue {
-    orders: mpsc::Sender<(Order, Ticket)>,
+pub struct Places {
     inside: Arc<AtomicUsize>,
     answered: usize,
     most: usize,
 }
 
+/// The end of the queue where orders go in.
+#[derive(Clone, Debug)]
+pub struct Queue {
+    orders: mpsc::Sender<(Order, Ticket)>,
+    places: Places,
+}
+
 /// The other end.
 pub type Orders = mpsc::Receiver<(Order, Ticket)>;
 
-impl Queue {
-    /// A queue for `answered` orders at once, and at most `waiting` that wait for one of these to end.
-    pub fn new(answered: usize, waiting: usize) -> (Self, Orders) {
+impl Places {
+    /// Places for `answered` orders at once, and at most `waiting` that wait for one of these to end.
+    pub fn new(answered: usize, waiting: usize) -> Self {
+        Self { inside: Arc::default(), answered, most: answered.saturating_add(waiting) }
+    }
+    /// A queue for orders that have a place.
+    pub fn queue(&self) -> (Queue, Orders) {
         let (orders, receiver) = mpsc::channel();
-        (Self { orders, inside: Arc::default(), answered, most: answered.saturating_add(waiting) }, receiver)
+        (Queue { orders, places: self.clone() }, receiver)
     }
-    /// Orders that wait.
+    /// Orders that are in.
+    pub fn taken(&self) -> usize {
+        self.inside.load(Ordering::Relaxed)
+    }
+    /// Those of them that wait.
     pub fn waiting(&self) -> usize {
-        self.inside.load(Ordering::Relaxed).saturating_sub(self.answered)
+        self.taken().saturating_sub(self.answered)
     }
+}
+
+impl Queue {
     /// Puts an order in.
     ///
     /// # Errors
     /// If there is no room, or nobody at the other end.
     pub fn push(&self, order: Order) -> Result<(), Full> {
-        let room = |n: usize| (n < self.most).then_some(n + 1);
-        self.inside.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).map_err(|_| Full::Busy)?;
-        self.orders.send((order, Ticket(self.inside.clone()))).map_err(|_| Full::Gone)
+        let Places { inside, most, .. } = &self.places;
+        let room = |n: usize| (n < *most).then_some(n + 1);
+        inside.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).map_err(|_| Full::Busy)?;
+        self.orders.send((order, Ticket(inside.clone()))).map_err(|_| Full::Gone)
     }
 }
 

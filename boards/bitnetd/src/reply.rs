@@ -1,5 +1,6 @@
 //! From the engine's events to JSON, whole or as a stream of server-sent events.
 use crate::error::{Refusal, json_response};
+use crate::log::{Record, Reply};
 use crate::order::{Event, Finish, Logprobs, Scored, Usage};
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -20,6 +21,7 @@ pub(crate) struct Shape {
     pub(crate) model: String,
     pub(crate) include_usage: bool,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) record: Arc<Record>,
 }
 
 impl Shape {
@@ -101,9 +103,9 @@ fn failure(message: String) -> Refusal {
     Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, message)
 }
 
-/// The engine went away with the reply unfinished.
+/// The engine gave up the reply without a word.
 fn broken_off() -> Refusal {
-    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping")
+    failure("the reply broke off".to_owned())
 }
 
 /// Waits for the whole reply.
@@ -127,9 +129,13 @@ pub(crate) async fn whole(shape: &Shape, mut events: Receiver<Event>) -> Respons
                 };
                 let mut reply = shape.envelope(object, &json!([choice]));
                 reply["usage"] = usage(cost);
+                shape.record.reply(Reply::Done(finish, cost));
                 return json_response(StatusCode::OK, &reply);
             }
-            Some(Event::Failed(e)) => return failure(e).into_response(),
+            Some(Event::Failed(e)) => {
+                shape.record.reply(Reply::Failed);
+                return failure(e).into_response();
+            }
             None => return broken_off().into_response(),
         }
     }
@@ -163,6 +169,7 @@ impl Stream {
                 return;
             }
             Some(Event::Done(finish, cost)) => {
+                self.shape.record.reply(Reply::Done(finish, cost));
                 let nothing = if self.shape.chat { json!({}) } else { json!("") };
                 let chunk = self.shape.chunk(&nothing, &Value::Null, Some(finish));
                 self.put(&chunk);
@@ -173,8 +180,14 @@ impl Stream {
                     self.put(&chunk);
                 }
             }
-            Some(Event::Failed(e)) => self.put(&failure(e).json()),
-            None => self.put(&broken_off().json()),
+            Some(Event::Failed(e)) => {
+                self.shape.record.reply(Reply::Failed);
+                self.put(&failure(e).json());
+            }
+            None => {
+                self.shape.record.reply(Reply::Failed);
+                self.put(&broken_off().json());
+            }
         }
         self.ready.push_back("data: [DONE]\n\n".to_owned());
         self.ended = true;
@@ -183,6 +196,7 @@ impl Stream {
 
 /// Sends the reply piece by piece. When the client leaves, the stream is dropped, and the engine sees that.
 pub(crate) fn stream(shape: Shape, events: Receiver<Event>) -> Response {
+    shape.record.reply(Reply::Begun);
     let mut stream = Stream { shape, events, ready: VecDeque::new(), sent: 0, ended: false };
     if stream.shape.chat {
         let role = stream.shape.chunk(&json!({ "role": "assistant", "content": "" }), &Value::Null, None);

@@ -201,11 +201,8 @@ pub fn with_model<R>(args: &ModelArgs, f: impl FnOnce(Opened<'_>) -> anyhow::Res
     let kernels = args.backend.kernels()?;
     let threads = args.threads.start()?;
     let path = args.image.display();
-    let (file, file_bytes) = open_file(&args.image)?;
-    let header = read_header(&file, file_bytes).with_context(|| format!("{path}"))?;
-    let image = Image::check(&header, file_bytes).with_context(|| format!("{path}"))?;
-    let limits = limits(args, &image)?;
-    let plan = Plan::new(&image.header().config, &limits);
+    let (file, header, file_bytes) = read_image(&args.image)?;
+    let (image, limits, plan) = planned(args, &header, file_bytes)?;
     Memory::check(&plan, &limits)?;
     let place = args.weights.place(&image, &plan, &limits).with_context(|| format!("{path}"))?;
     let (threads, memory) = (&threads, &mut Memory::new(&plan, &limits)?);
@@ -232,6 +229,33 @@ pub fn with_model<R>(args: &ModelArgs, f: impl FnOnce(Opened<'_>) -> anyhow::Res
             done
         }
     }
+}
+
+/// Looks at the image without loading it: its header, and what it would need with these arguments.
+///
+/// # Errors
+/// If it cannot be read, or the arguments ask for what it cannot do; and those of `f`.
+pub fn with_image<R>(
+    args: &ModelArgs,
+    f: impl FnOnce(Image<'_>, Limits, Plan) -> anyhow::Result<R>,
+) -> anyhow::Result<R> {
+    let (_, header, file_bytes) = read_image(&args.image)?;
+    let (image, limits, plan) = planned(args, &header, file_bytes)?;
+    f(image, limits, plan)
+}
+
+/// Opens an image and reads its header; gives the file's bytes too.
+fn read_image(path: &Path) -> anyhow::Result<(File, Vec<u8>, u64)> {
+    let (file, file_bytes) = open_file(path)?;
+    let header = read_header(&file, file_bytes).with_context(|| format!("{}", path.display()))?;
+    Ok((file, header, file_bytes))
+}
+
+fn planned<'a>(args: &ModelArgs, header: &'a [u8], file_bytes: u64) -> anyhow::Result<(Image<'a>, Limits, Plan)> {
+    let image = Image::check(header, file_bytes).with_context(|| format!("{}", args.image.display()))?;
+    let limits = limits(args, &image)?;
+    let plan = Plan::new(&image.header().config, &limits);
+    Ok((image, limits, plan))
 }
 
 fn limits(args: &ModelArgs, image: &Image<'_>) -> anyhow::Result<Limits> {

@@ -242,6 +242,22 @@ impl WeightArgs {
         }
     }
 
+    /// Bytes that a second model would need while the first is in memory, where each is loaded as these options say; none if
+    /// there is a bound that one of them was fitted into.
+    pub fn beside(&self, image: &Image<'_>, plan: &Plan) -> Option<u64> {
+        let tokenizer = image.tokenizer().map_or(0, |(_, bytes)| bytes as u64);
+        let weights = match self.source {
+            Source::Mapped => 0,
+            Source::Streamed => u64::from(BUFFERS[0].0) * BUFFERS[0].1 as u64,
+            Source::Auto | Source::Resident => image.file_bytes(),
+        };
+        self.ram.is_none().then(|| weights + plan.bytes() + TOKENIZER_FACTOR * tokenizer)
+    }
+    /// Whether the system has so much more memory, less what is left alone.
+    pub fn has_room(bytes: u64) -> bool {
+        available_memory().is_none_or(|free| bytes <= free - free / MARGIN)
+    }
+
     /// Reads and waits to record.
     const fn spans(&self) -> usize {
         if self.timeline.is_some() { SPANS_MAX } else { 0 }

@@ -156,5 +156,5 @@ fn keys() {
     }
     assert_eq!(daemon.health(), 200);
     let open = ["bitnetd", "--model", "x", "--listen", "0.0.0.0:0"];
-    assert!(bitnetd::config::Settings::parse(open).unwrap_err().to_string().contains("--api-key-file"));
+    assert!(bitnetd::config::Task::new(open).unwrap_err().to_string().contains("--api-key-file"));
 }

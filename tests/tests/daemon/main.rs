@@ -5,11 +5,14 @@ mod hostile;
 mod json;
 mod leaving;
 mod page;
+mod service;
 mod soak;
 mod sse;
 
 use bitnet_pack::Options;
 use bitnet_tests::model;
+use bitnetd::Signal;
+use bitnetd::config::Task;
 use serde_json::{Value, json};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -17,6 +20,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
+use tokio::sync::mpsc::UnboundedSender;
 
 /// So long nothing takes on any machine, emulated or not: waiting ends there.
 const HANGS: Duration = Duration::from_secs(600);
@@ -25,6 +29,8 @@ const HANGS: Duration = Duration::from_secs(600);
 struct Daemon {
     address: SocketAddr,
     process: Option<Child>,
+    /// To one in this process.
+    signals: Option<UnboundedSender<Signal>>,
 }
 
 impl Drop for Daemon {
@@ -51,17 +57,18 @@ impl Daemon {
     fn of(image: &str, options: &[&str]) -> Self {
         let mut args = vec!["bitnetd", "--model", image, "--threads", "1"];
         args.extend(options);
-        let settings = bitnetd::config::Settings::parse(args).unwrap();
+        let Task::Serve(settings) = Task::new(args).unwrap() else { panic!("it is to serve") };
         let (sender, receiver) = std::sync::mpsc::channel();
+        let (signals, asked) = tokio::sync::mpsc::unbounded_channel();
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
                 sender.send(listener.local_addr().unwrap()).unwrap();
-                bitnetd::serve(settings, listener, std::future::pending()).await.unwrap();
+                bitnetd::serve(settings, listener, asked).await.unwrap();
             });
         });
-        let daemon = Self { address: receiver.recv().unwrap(), process: None };
+        let daemon = Self { address: receiver.recv().unwrap(), process: None, signals: Some(signals) };
         daemon.until("the model loads", || daemon.health() == 200);
         daemon
     }
@@ -73,7 +80,7 @@ impl Daemon {
         let mut line = String::new();
         BufReader::new(process.stderr.take().unwrap()).read_line(&mut line).unwrap();
         let address = line.trim().rsplit('/').next().unwrap().parse().unwrap();
-        let daemon = Self { address, process: Some(process) };
+        let daemon = Self { address, process: Some(process), signals: None };
         daemon.until("the model loads", || daemon.health() == 200);
         daemon
     }
@@ -84,6 +91,10 @@ impl Daemon {
             assert!(Instant::now() < end, "{what}");
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+    /// Asks something of one in this process.
+    fn signal(&self, signal: Signal) {
+        self.signals.as_ref().unwrap().send(signal).unwrap();
     }
     fn health(&self) -> u16 {
         self.get("/health").0

@@ -7,6 +7,7 @@ use crate::encode::{encode, encode_f16, encode_grouped};
 use crate::pack::{Options, PROGRAM_BYTES};
 use crate::report::{LayerBits, Progress, Report, SectionReport};
 use crate::split;
+use crate::tokenizer;
 use crate::verify::{Opened, verify_with};
 use crate::write::{BUFFER_BYTES, ImageWriter, Layout, Parts};
 use bitnet_kernel::{Block, Format, Matrix};
@@ -108,10 +109,12 @@ pub struct Shape {
     pub theta: f64,
 }
 
-/// Writes an image of `shape` as `output`. The same seed gives the same bytes. It has no tokenizer.
+/// Writes an image of `shape` as `output`. The same seed gives the same bytes. It has the tokenizer of the
+/// options, or none, which may have fewer tokens than the model: the others are no text.
 ///
 /// # Errors
-/// If the shape is beyond the format's limits, or the system refuses.
+/// If the shape is beyond the format's limits, the tokenizer cannot be read or has tokens that the model has not, or the system
+/// refuses.
 pub fn dummy(
     output: &Path,
     shape: &Shape,
@@ -138,12 +141,18 @@ pub fn dummy(
         let encoding = options.encoding(section.kind);
         (section, encoding, encoding.blocks(section.rows, section.cols))
     });
-    let layout = Layout::new(&parts, None, sections)?;
+    let tokenizer = options.tokenizer.as_deref().map(|path| tokenizer::from_file(path, config.vocab)).transpose()?;
+    let layout = Layout::new(&parts, tokenizer.as_ref().map(Vec::len), sections)?;
     let image_bytes = layout.file_bytes();
     let peak_bytes = peak(&config, options);
     progress.say(&format!("peak memory: {} MiB", peak_bytes.div_ceil(1 << 20)));
     progress.start(image_bytes);
     let mut writer = ImageWriter::create(output, parts, layout)?;
+    if let Some(tokenizer) = &tokenizer {
+        writer.begin(1.0)?;
+        writer.put(tokenizer)?;
+        writer.end()?;
+    }
     let mut maker =
         Maker { writer: &mut writer, progress, random: Random(seed), pools: Vec::new(), live_ffn: config.live_ffn };
     for section in expected_sections(&config) {
@@ -458,6 +467,26 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_tokenizer_may_have_fewer_tokens() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/stories-ternary/tokenizer.json");
+        let with = |vocab| {
+            let tiny = Preset::Tiny.shape();
+            let shape = Shape { config: Config { vocab, ..tiny.config }, ..tiny };
+            let options = Options { tokenizer: Some(path.clone()), ..Options::default() };
+            let place = tempfile::tempdir().unwrap();
+            let image = place.path().join("image.bitnet");
+            dummy(&image, &shape, &options, 1, &mut ())?;
+            verify(&image)?;
+            Ok::<_, Error>(Opened::open(&image)?.image()?.tokenizer().is_some())
+        };
+        // It has 512 tokens.
+        for vocab in [512, 700] {
+            assert!(with(vocab).unwrap());
+        }
+        assert!(with(511).unwrap_err().to_string().contains("token 511 lies outside"));
     }
 
     #[test]

@@ -418,7 +418,7 @@ struct Convert {
 
 /// Make an image of a known shape with random weights, to measure speed without a download.
 ///
-/// It has no tokenizer: use it with `bitnet bench`, `bitnet logits --ids`, or `bitnet run --ids 1,2,3 --print-ids`.
+/// Without --tokenizer use it with `bitnet bench`, `bitnet logits --ids`, or `bitnet run --ids 1,2,3 --print-ids`.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Presets:
@@ -431,6 +431,7 @@ Presets:
 
 Examples:
   bitnet-pack dummy --preset 2b4t -o dummy.bitnet
+  bitnet-pack dummy --preset 2b4t --tokenizer models/stories-ternary/tokenizer.json -o served.bitnet
   bitnet-pack dummy --preset 8b --layers 4 --format t2 -o small.bitnet")]
 struct Dummy {
     /// The shape.
@@ -445,6 +446,9 @@ struct Dummy {
     /// Another vocabulary.
     #[arg(long, value_name = "TOKENS")]
     vocab: Option<u32>,
+    /// A tokenizer, which may have fewer tokens than the vocabulary: tokenizer.json, a sentencepiece model or a tiktoken file.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
     /// The same number gives the same image.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -626,14 +630,14 @@ fn run(command: Command) -> Result<String, Error> {
             let converted = bitnet_pack::convert(&source, &output, &new, &mut Bar::new().listen())?;
             Ok(format!("{converted}written: {}\n", output.display()))
         }
-        Command::Dummy(Dummy { preset, output, layers, vocab, seed, formats, plan }) => {
+        Command::Dummy(Dummy { preset, output, layers, vocab, tokenizer, seed, formats, plan }) => {
             let mut shape = preset.shape();
             let config = &mut shape.config;
             config.layers = layers.unwrap_or(config.layers);
             config.vocab = vocab.unwrap_or(config.vocab);
             // A benchmark may want more positions than the model was trained for.
             config.context = plan.context.unwrap_or(0).max(config.context);
-            let options = options(formats, plan);
+            let options = Options { tokenizer, ..options(formats, plan) };
             let report = bitnet_pack::dummy(&output, &shape, &options, seed, &mut Bar::new().listen())?;
             Ok(written(&report, &output))
         }

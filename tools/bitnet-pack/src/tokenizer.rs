@@ -198,6 +198,17 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<Definition, Error> {
     Ok(definition)
 }
 
+/// The tokenizer of a file alone, for a model of `vocab` tokens, in the form that the runtime loads.
+///
+/// # Errors
+/// If the file is none, or has tokens that the model has not.
+pub fn from_file(path: &Path, vocab: u32) -> Result<Vec<u8>, Error> {
+    let definition = convert(path, vocab)?;
+    let bytes = definition.to_vec();
+    check(path, &definition, &bytes, vocab)?;
+    Ok(bytes)
+}
+
 /// Every token that can come out.
 fn ids(definition: &Definition) -> BTreeSet<u32> {
     let vocab = definition.model.vocab().iter().map(|t| t.id);

@@ -3,7 +3,7 @@
 //! In the order in which they are used: [`workspace`] finds the tree, [`matrix`] is the table of everything that is
 //! checked, [`setup`] installs what the chosen steps need, [`riscv`] is one of these needs, [`run`] runs them and counts, [`bochs`] boots what needs a CPU that the machine may lack, [`boot`] the boards' images, [`tidy`] holds the rules about
 //! the tree itself, [`elf`] looks into finished programs, [`mod@bench`] and [`arm`] say how fast the kernels are with what
-//! [`report`] has for both, [`fuzz`] searches for input that fails, [`stream`] runs a model in less memory than it has, [`clients`] puts the daemon under clients of others, and [`demo`] shows the project to a newcomer.
+//! [`report`] has for both, [`fuzz`] searches for input that fails, [`stream`] runs a model in less memory than it has, [`service`] starts and stops the daemon as systemd does, [`clients`] puts it under clients of others, and [`demo`] shows the project to a newcomer.
 #![forbid(unsafe_code)]
 #![allow(clippy::std_instead_of_core, clippy::std_instead_of_alloc, reason = "a host tool; it always has std")]
 
@@ -27,6 +27,7 @@ mod matrix;
 mod report;
 mod riscv;
 mod run;
+mod service;
 mod setup;
 mod stream;
 mod tidy;

@@ -41,7 +41,8 @@ pub(crate) enum Action {
     Bochs(crate::bochs::Cpu),
     /// A board's image, booted and listened to.
     Boot(crate::boot::Request),
-    /// Release builds of the two programs for a target, each checked to be one static file for that machine; those for ARM run.
+    /// Release builds of the three programs for a target, each checked to be one static file for that machine. The daemon is run as
+    /// a service; those for ARM run in QEMU, and tell a story.
     Static { target: &'static str, machine: crate::elf::Machine },
 }
 

@@ -4,13 +4,13 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::matrix::{Action, Command, Step, Toolchain};
 use crate::riscv::Way;
 use crate::workspace::{Workspace, cargo};
-use crate::{bochs, boot, elf, riscv, tidy};
+use crate::{bochs, boot, elf, riscv, service, tidy};
 
 /// How many checks passed and failed: tests count one by one, any other command counts as one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,7 +84,7 @@ fn describe(action: &Action) -> String {
         Action::Boot(request) => request.describe(),
         Action::Static { target, .. } => {
             format!(
-                "cargo {}  # no dynamic linker in the two programs, and on ARM a story in QEMU",
+                "cargo {}  # no dynamic linker in the three programs; the daemon as a service; on ARM in QEMU, and a story",
                 static_build(target).join(" ")
             )
         }
@@ -172,17 +172,19 @@ fn result(line: &str) -> Option<Count> {
 
 /// The two programs that people install.
 pub(crate) const PROGRAMS: [&str; 2] = ["bitnet", "bitnet-pack"];
+/// The same and the daemon, which are built as one static file each.
+const STATIC_PROGRAMS: [&str; 3] = ["bitnet", "bitnet-pack", "bitnetd"];
 
 fn static_build(target: &str) -> Vec<String> {
     let mut arguments = vec!["build".to_owned(), "--release".to_owned(), "--target".to_owned(), target.to_owned()];
-    arguments.extend(PROGRAMS.iter().flat_map(|name| ["-p".to_owned(), (*name).to_owned()]));
+    arguments.extend(STATIC_PROGRAMS.iter().flat_map(|name| ["-p".to_owned(), (*name).to_owned()]));
     arguments
 }
 
 fn static_programs(workspace: &Workspace, target: &str, machine: elf::Machine) -> Result<Count> {
     let arguments = static_build(target);
     let mut count = PASSED;
-    let programs = build(workspace, &arguments, &PROGRAMS)?;
+    let programs = build(workspace, &arguments, &STATIC_PROGRAMS)?;
     for (name, path) in &programs {
         let bytes = std::fs::read(path).with_context(|| format!("reading {path}"))?;
         match elf::check_static(&bytes, machine) {
@@ -196,17 +198,22 @@ fn static_programs(workspace: &Workspace, target: &str, machine: elf::Machine) -
             }
         }
     }
+    let mut counted = |what: &str, done: Result<()>| match done {
+        Ok(()) => count.passed += 1,
+        Err(error) => {
+            say!("error: {what}: {error:#}");
+            count.failed += 1;
+        }
+    };
+    let mut launcher = Vec::new();
     if machine == elf::Machine::Aarch64 {
         for cpu in STATIC_CPUS {
-            match tells_a_story(workspace, &programs, cpu) {
-                Ok(()) => count.passed += 1,
-                Err(error) => {
-                    say!("error: {cpu}: {error:#}");
-                    count.failed += 1;
-                }
-            }
+            counted(cpu, tells_a_story(workspace, &programs, cpu));
         }
+        launcher = vec!["qemu-aarch64", "-cpu", STATIC_CPUS[0]];
     }
+    let [_, (_, packer), (_, daemon)] = &programs[..] else { unreachable!("there are three programs") };
+    counted("bitnetd", serves(workspace, &launcher, packer, daemon));
     Ok(count)
 }
 
@@ -218,7 +225,7 @@ const STORY: &str = "Once upon a time, there was a little girl named Lily.";
 
 /// Packs the bundled checkpoint and lets it tell a story, with programs for ARM on a CPU of QEMU's user mode.
 fn tells_a_story(workspace: &Workspace, programs: &[(&str, String)], cpu: &str) -> Result<()> {
-    let [(_, bitnet), (_, packer)] = programs else { unreachable!("there are two programs") };
+    let [(_, bitnet), (_, packer), _] = programs else { unreachable!("there are three programs") };
     let folder = workspace.target.join("static");
     std::fs::create_dir_all(&folder)?;
     let image = folder.join("stories-ternary.bitnet").display().to_string();
@@ -241,7 +248,23 @@ fn tells_a_story(workspace: &Workspace, programs: &[(&str, String)], cpu: &str) 
     Ok(())
 }
 
-/// Builds by the given arguments and answers with the two programs, in the order of [`PROGRAMS`], and where cargo says
+/// Packs the bundled checkpoint and has the daemon serve it, as a service manager would; for ARM on a CPU of QEMU's user mode.
+fn serves(workspace: &Workspace, launcher: &[&str], packer: &str, daemon: &str) -> Result<()> {
+    let folder = workspace.target.join("static");
+    std::fs::create_dir_all(&folder)?;
+    let image = folder.join("served.bitnet").display().to_string();
+    let checkpoint = workspace.root.join("models/stories-ternary").display().to_string();
+    let with = |program| [launcher, &[program]].concat();
+    let pack = with(packer);
+    let packed =
+        std::process::Command::new(pack[0]).args(&pack[1..]).args(["pack", &checkpoint, "-o", &image]).output()?;
+    ensure!(packed.status.success(), "{}", String::from_utf8_lossy(&packed.stderr).trim());
+    service::check(&with(daemon), &image)?;
+    say!("bitnetd: ready, reloads, and stops as a service");
+    Ok(())
+}
+
+/// Builds by the given arguments and answers with the programs of these names, in their order, and where cargo says
 /// that they lie: the folder depends on settings that only cargo knows.
 pub(crate) fn build(
     workspace: &Workspace,
