@@ -101,7 +101,9 @@ fn tokens_are_those_without_lookup_on_every_backend() {
     ];
     for kernels in backend::available() {
         let mut all = Stats::default();
-        for sampling in samplings {
+        // All on the backend that is used. Others differ in nothing that look-up sees, and the portable one takes most of the time.
+        let some = if kernels.name() == backend::best().name() { &samplings[..] } else { &samplings[2..3] };
+        for &sampling in some {
             for (prompt, batch, kv) in [(START.to_vec(), 16, KvFormat::I8), (repetitive(), 3, KvFormat::F16)] {
                 let stats = same(kernels, Limits { batch, kv, ..limits() }, sampling, |session| {
                     session.prompt(&prompt).unwrap();

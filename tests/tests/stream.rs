@@ -365,6 +365,9 @@ fn random(seed: u64) -> impl FnMut(u64) -> u64 {
     }
 }
 
+/// Emulated machines are twenty times slower.
+const SEEDS: u64 = if cfg!(target_arch = "x86_64") { 2000 } else { 200 };
+
 /// Failures, short reads and slow answers at any read: an error and the state as before, or the right logits; and afterwards,
 /// without faults, the right logits again.
 #[test]
@@ -376,7 +379,7 @@ fn injected_faults_end_in_errors_or_in_the_right_logits() {
         Way { kv: packed.image().header().plan.limits.kv, ..Way::plain(backend::best()) }.logits(&packed, &ids);
     let all = Pieces::new(&packed.image(), 0).blocks();
     let (mut failed, mut passed) = (0, 0);
-    for seed in 0..2000 {
+    for seed in 0..SEEDS {
         let mut random = random(seed);
         let faults = no_faults();
         let options = RingOptions { slots: 2 + random(3) as usize, ..OPTIONS };
@@ -410,7 +413,7 @@ fn injected_faults_end_in_errors_or_in_the_right_logits() {
         .unwrap();
     }
     println!("{failed} passes failed, {passed} passed");
-    assert!(failed > 500 && passed > 2000);
+    assert!(failed > SEEDS / 4 && passed > SEEDS);
 }
 
 /// With checksums a bit that flips on the way is an error; the next try reads it again.

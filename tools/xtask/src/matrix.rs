@@ -213,7 +213,7 @@ pub(crate) fn steps() -> Vec<Step> {
             "riscv/kernels",
             "-p bitnet-kernel --tests --no-fail-fast -- --skip the_first_difference_is_named --skip every_operation_is_looked_at",
         ),
-        ("riscv/model", "-p bitnet-tests --test end_to_end -- one_portable_pass"),
+        ("riscv/model", "-p bitnet-tests --no-default-features --test end_to_end -- one_portable_pass"),
     ] {
         // Other people's crates do little here: leaving them as they are saves minutes of building.
         let plain = r#"--config profile.dev.package."*".opt-level=0"#;
