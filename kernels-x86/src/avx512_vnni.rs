@@ -114,6 +114,10 @@ impl Kernels for Vnni {
         // SAFETY: as above.
         unsafe { float::delta_rule(state, key, query, alpha, beta, value) }
     }
+    fn recur(&self, state: &mut [f32], bound: &[f32], forget: &[f32], input: &[f32]) {
+        // SAFETY: as above.
+        unsafe { float::recur(state, bound, forget, input) }
+    }
     fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
         // SAFETY: `self` exists, so the CPU has these features.
         unsafe { float::attend(q, keys, values, scale, out) }

@@ -131,6 +131,12 @@ pub(crate) fn delta_rule(state: &mut [f32], key: &[f32], query: &[f32], alpha: f
     float::delta_rule(state, key, query, alpha, beta, value)
 }
 
+/// See [`bitnet_kernel::Kernels::recur`].
+#[target_feature(enable = "avx2,f16c")]
+pub(crate) fn recur(state: &mut [f32], bound: &[f32], forget: &[f32], input: &[f32]) {
+    float::recur(state, bound, forget, input);
+}
+
 /// See [`bitnet_kernel::Kernels::attend`].
 #[target_feature(enable = "avx2,f16c")]
 pub(crate) fn attend(q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {

@@ -67,10 +67,10 @@ impl<'m> Session<'m> {
     /// Has generations guess tokens from what followed the same tokens before, and read several in one pass: the same tokens and
     /// the same end, in less time where a text repeats itself. Passes have at most 8 tokens and no more than the model's batch.
     ///
-    /// A model with a memory gains nothing and goes on as without: a guess that was wrong cannot be taken out of a memory.
+    /// A model with a memory or a recurrence gains nothing and goes on as without: a guess that was wrong cannot be taken out of a state.
     #[must_use]
     pub fn with_lookup(self) -> Self {
-        let lookup = self.model.config().memory.is_none().then(Lookup::new);
+        let lookup = (!self.model.config().is_stateful()).then(Lookup::new);
         Self { lookup, ..self }
     }
     /// What look-up has done, if it is in use.

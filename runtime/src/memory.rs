@@ -79,7 +79,7 @@ impl Plan {
         let (batch, hidden, widest) = (limits.batch as usize, c.hidden as usize, c.widest() as usize);
         let scratch = Sizes::new(c);
         Self {
-            state: 2 * (kv_blocks(c, limits) + blocks::<f32>(kv_scales(c, limits))) + 2 * memory_blocks(c),
+            state: 2 * (kv_blocks(c, limits) + blocks::<f32>(kv_scales(c, limits))) + 2 * state_blocks(c),
             scratch: blocks::<f32>(batch * hidden)
                 + blocks::<f32>(batch * widest)
                 + if c.linear_norm_eps.is_some() { blocks::<f32>(batch * widest) } else { 0 }
@@ -124,6 +124,8 @@ pub(crate) struct Sizes {
     pub seen: usize,
     /// Positions in the window, or 0.
     span: usize,
+    /// Whether queries and keys turn.
+    rotates: bool,
     memory: Option<Memory>,
 }
 
@@ -149,7 +151,7 @@ impl Sizes {
         let quantized = quantized.next_multiple_of(Block::BYTES);
         let highest = max(padded_rows(c.widest() as usize), padded_rows(c.kv_width() as usize));
         let starts = highest / crate::image::UNIT_ROWS;
-        Self { quantized, tables, projected, starts, seen, span, memory: c.memory }
+        Self { quantized, tables, projected, starts, seen, span, rotates: !c.recurrence, memory: c.memory }
     }
     /// Results in the order in which threads write them: those of linears of a batch, or the rows of a memory's state, each
     /// with a result a token.
@@ -162,7 +164,13 @@ impl Sizes {
     }
     /// Positions whose angles are kept.
     pub(crate) const fn rotations(&self, batch: usize) -> usize {
-        if self.span > 0 { self.span } else { batch }
+        if self.span > 0 {
+            self.span
+        } else if self.rotates {
+            batch
+        } else {
+            0
+        }
     }
 }
 
@@ -171,7 +179,7 @@ pub(crate) const fn seen_len(span: usize, group: usize, head_dim: usize) -> usiz
     (2 * span + group) * head_dim
 }
 
-/// Results of one token of query, key and value, each padded to whole units.
+/// Results of one token of query, key and value, or of the three linears of a recurrence, each padded to whole units.
 pub(crate) const fn attention_width(c: &Config) -> usize {
     padded_rows(c.query_width() as usize) + 2 * padded_rows(c.kv_width() as usize)
 }
@@ -187,12 +195,19 @@ pub(crate) const fn memory_width(c: &Config) -> usize {
     }
 }
 
-/// Blocks of one copy of what the memory keeps.
-pub(crate) const fn memory_blocks(c: &Config) -> usize {
+/// Floats of one layer that a memory keeps in its matrices, or a recurrence; and of the last inputs of a memory's convolution.
+pub(crate) const fn state_lens(c: &Config) -> (usize, usize) {
     match c.memory {
-        Some(memory) => blocks::<f32>(c.layers as usize * (memory.matrices_len() + memory.past_len())),
-        None => 0,
+        Some(memory) => (memory.matrices_len(), memory.past_len()),
+        None if c.recurrence => (c.hidden as usize, 0),
+        None => (0, 0),
     }
+}
+
+/// Blocks of one copy of that, of all layers.
+pub(crate) const fn state_blocks(c: &Config) -> usize {
+    let (matrices, past) = state_lens(c);
+    blocks::<f32>(c.layers as usize * (matrices + past))
 }
 
 /// Positions whose keys and values are kept. Those of a window lie in a ring after the sinks, which has a batch less one more than
@@ -200,6 +215,7 @@ pub(crate) const fn memory_blocks(c: &Config) -> usize {
 pub(crate) const fn kv_positions(c: &Config, limits: &Limits) -> usize {
     match c.window {
         Some(window) => (window.span() + limits.batch - 1) as usize,
+        None if c.recurrence => 0,
         None => limits.context as usize,
     }
 }

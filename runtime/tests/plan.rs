@@ -2,7 +2,7 @@
 use bitnet_kernel::{Block, Format};
 use bitnet_runtime::error::ImageError;
 use bitnet_runtime::memory::KvFormat;
-use bitnet_runtime::model::{Activation, Quantizers, Rope};
+use bitnet_runtime::model::{Activation, Quantizers, Rope, Window};
 use bitnet_runtime::{Config, Limits, Plan};
 
 const CONFIG: Config = Config {
@@ -24,10 +24,26 @@ const CONFIG: Config = Config {
     sparse: false,
     window: None,
     memory: None,
+    recurrence: false,
     quantizers: Quantizers::INT8,
     tied: true,
+    linear_head: false,
     split_head: false,
     formats: 1 << Format::TL as u8,
+};
+/// The shape of MMfreeLM-2.7B.
+const RECURRENT: Config = Config {
+    vocab: 32_000,
+    layers: 32,
+    heads: 1,
+    kv_heads: 1,
+    head_dim: 2_560,
+    sub_norms: false,
+    linear_norm_eps: Some(1e-6),
+    recurrence: true,
+    tied: false,
+    linear_head: true,
+    ..CONFIG
 };
 const LIMITS: Limits = Limits { context: 64, batch: 1, kv: KvFormat::F16 };
 
@@ -48,6 +64,15 @@ fn the_cache_has_the_size_of_its_format() {
     assert_eq!(state(KvFormat::F32), 2 * state(KvFormat::F16));
     // A byte an element, and four for each head and position.
     assert_eq!(state(KvFormat::I8), 76_800 / 2 * 4_096 + 2 * 30 * 5 * 4 * 4_096);
+}
+
+/// Two copies of 320 KiB, whatever the context, the batch and the format of keys and values.
+#[test]
+fn a_recurrence_has_one_size() {
+    for (context, batch, kv) in [(1, 1, KvFormat::F32), (4_096, 16, KvFormat::I8)] {
+        let plan = Plan::new(&RECURRENT, &Limits { context, batch, kv });
+        assert_eq!(plan.state * Block::BYTES, 2 * 320 * 1024);
+    }
 }
 
 #[test]
@@ -71,7 +96,7 @@ fn a_head_in_two_planes_needs_twelve_bytes_a_token() {
 #[test]
 fn every_field_has_its_limits() {
     CONFIG.check().unwrap();
-    let wrong: [(&str, Config); 14] = [
+    let wrong: [(&str, Config); 19] = [
         ("vocab", Config { vocab: 0, ..CONFIG }),
         ("vocab", Config { vocab: u32::MAX, ..CONFIG }),
         ("hidden", Config { hidden: 65_537, ..CONFIG }),
@@ -86,6 +111,11 @@ fn every_field_has_its_limits() {
         ("norm_eps", Config { norm_eps: f32::NAN, ..CONFIG }),
         ("linear_norm_eps", Config { linear_norm_eps: Some(-1.0), ..CONFIG }),
         ("formats", Config { formats: 1 << 15, ..CONFIG }),
+        ("heads", Config { heads: 20, ..RECURRENT }),
+        ("head_dim", Config { head_dim: 128, ..RECURRENT }),
+        ("recurrence", Config { sub_norms: true, ..RECURRENT }),
+        ("recurrence", Config { window: Some(Window { positions: 8, sinks: 1 }), ..RECURRENT }),
+        ("linear_head", Config { linear_head: true, ..CONFIG }),
     ];
     for (name, config) in wrong {
         match config.check() {

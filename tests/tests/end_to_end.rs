@@ -418,8 +418,10 @@ fn odd_shapes_give_one_result_in_every_way() {
         sparse: false,
         window: None,
         memory: None,
+        recurrence: false,
         quantizers: Quantizers::INT8,
         tied: false,
+        linear_head: false,
         split_head: false,
         formats: 0,
     };

@@ -11,15 +11,17 @@ import numpy as np
 import torch
 
 import checkpoint
+from linear import BitLinear
 from model import Config, Model
-from variants import A4
+from variants import A4, TBHA
 
 SETS = {
     "bitrnn_m": dict(memory=2, memory_width=16),
     "bitrnn_m_a4": dict(memory=2, memory_width=16, activations=A4, weights={"v_proj": "binary"}, memory_kind="binary"),
     "window": dict(),
+    "tbha": dict(window=0, weights=TBHA),
 }
-"""All with a window that most of the tokens have left."""
+"""All but the last with a window that most of the tokens have left."""
 TOKENS = 48
 
 
@@ -28,7 +30,7 @@ def main() -> None:
     for name, options in SETS.items():
         torch.manual_seed(len(name))
         shape = dict(vocab=128, hidden=64, layers=2, heads=4, kv_heads=2, ffn=96, window=12, sinks=2)
-        model = Model(Config(**shape, **options))
+        model = Model(Config(**(shape | options)))
         with torch.no_grad():
             for key, p in model.named_parameters():
                 if p.dim() == 2:
@@ -37,6 +39,8 @@ def main() -> None:
                     p.copy_(1 + 0.2 * torch.randn(p.shape))
                 else:
                     p.add_(0.3 * torch.randn(p.shape))
+        for linear in (m for m in model.modules() if isinstance(m, BitLinear)):
+            linear.fit_scale()
         place = Path(sys.argv[1]) / name
         checkpoint.save(model, place)
         ids = torch.randint(0, 128, (1, TOKENS))

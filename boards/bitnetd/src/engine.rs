@@ -138,7 +138,7 @@ pub fn run(
         let state = (plan.state * Block::BYTES) as u64;
         (CACHED * state).min(available_memory().unwrap_or(0) / CACHED_SHARE)
     });
-    let cut = if config.memory.is_none() && config.window.is_none() { Cut::Anywhere } else { Cut::Nowhere };
+    let cut = if !config.is_stateful() && config.is_bounded() { Cut::Anywhere } else { Cut::Nowhere };
     let vocab = config.vocab as usize;
     let batch = limits.batch as usize;
     let mut engine = Engine {
@@ -373,8 +373,8 @@ impl<'t> Engine<'_, 't> {
         let logits = &mut self.logits[..tokens.len() * vocab];
         let start = Instant::now();
         self.model.step_each(&mut states, &tokens, &needs, logits)?;
-        // Models with a memory beside attention read their weights once for each.
-        let passes = if self.model.config().memory.is_some() { tokens.len() as u64 } else { 1 };
+        // Models with a memory or a recurrence read their weights once for each.
+        let passes = if self.model.config().is_stateful() { tokens.len() as u64 } else { 1 };
         self.metrics.pass(passes * self.bytes.token(), start.elapsed(), 0, tokens.len());
         for (i, (slot, token)) in slots.iter_mut().zip(tokens).enumerate() {
             slot.history.push(token);

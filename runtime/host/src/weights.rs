@@ -62,7 +62,7 @@ impl PassBytes {
         let bytes = |head: bool| {
             let records = image.sections().records().iter().filter(|r| !unread.contains(&r.kind));
             let those =
-                records.filter(|r| (r.kind >= Kind::FinalNorm as u8 && r.kind <= Kind::HeadNorms as u8) == head);
+                records.filter(|r| (r.kind >= Kind::FinalNorm as u8 && r.kind <= Kind::HeadInputNorm as u8) == head);
             those.map(|r| u64::from(r.blocks.get()) * Block::BYTES as u64).sum()
         };
         Self { layers: bytes(false), head: bytes(true) }

@@ -524,6 +524,12 @@ fn check_recurrence(k: &dyn Kernels, n: usize, memory: &mut Workspace) -> Result
         ];
         compare(k, "delta_rule", None, n, &want[..n], &got[..n])?;
         compare(k, "delta_rule", None, n, &recalled[..1], &recalled[1..])?;
+        // The bound is between 0 and 1.
+        let bound = &mut [0.0; RECURRENCE_MAX][..n];
+        bound.iter_mut().zip(taps).for_each(|(bound, x)| *bound = x.abs() / (1.0 + x.abs()));
+        float::recur(&mut want[..n], bound, &x[..n], &x[n..]);
+        k.recur(&mut got[..n], bound, &x[..n], &x[n..]);
+        compare(k, "recur", None, n, &want[..n], &got[..n])?;
     }
     Ok(())
 }

@@ -165,6 +165,10 @@ pub trait Kernels: Sync + core::fmt::Debug {
     fn delta_rule(&self, state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, beta: f32, value: f32) -> f32 {
         float::delta_rule(state, key, query, alpha, beta, value)
     }
+    /// One token of an elementwise recurrence. See [`float::recur`].
+    fn recur(&self, state: &mut [f32], bound: &[f32], forget: &[f32], input: &[f32]) {
+        float::recur(state, bound, forget, input);
+    }
 
     /// One head's attention over a cache: `out = softmax(scale · K q)ᵀ V`. See [`float::attend`].
     ///

@@ -135,9 +135,15 @@ impl<'a> Image<'a> {
             if config.split_head && expected.kind == Kind::Head && record.encoding != Format::I4 as u8 {
                 return Err(ImageError::Section { index, expected: Kind::Head, field: "encoding" });
             }
-            if !matches!(expected.kind, Kind::Embedding | Kind::Head | Kind::HeadApart | Kind::HeadLow)
-                && matches!(found_encoding, Some(Encoding::Matrix(_) | Encoding::Blocks(_)))
-            {
+            let ternary = matches!(found_encoding, Some(Encoding::Matrix(Format::B1 | Format::TL | Format::T2)));
+            if expected.kind == Kind::Head && ternary && !config.linear_head {
+                return Err(ImageError::Section { index, expected: Kind::Head, field: "encoding" });
+            }
+            let multiplies = match expected.kind {
+                Kind::Head => config.linear_head,
+                kind => !matches!(kind, Kind::Embedding | Kind::HeadApart | Kind::HeadLow),
+            };
+            if multiplies && matches!(found_encoding, Some(Encoding::Matrix(_) | Encoding::Blocks(_))) {
                 formats |= 1 << record.encoding;
             }
             found += 1;

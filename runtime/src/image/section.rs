@@ -44,7 +44,7 @@ pub struct Record {
 pub enum Kind {
     /// The tokenizer, as kitoken serializes it; the only section before the weight region.
     Tokenizer = 1,
-    /// `head_dim / 2` angles in radians a position, scaling for long contexts included.
+    /// `head_dim / 2` angles in radians a position, scaling for long contexts included; absent if [`Config::recurrence`].
     RopeFrequencies = 2,
     /// `[vocab, hidden]`; absent where the head is the embedding too.
     Embedding = 3,
@@ -99,6 +99,8 @@ pub enum Kind {
     HeadLow = 68,
     /// The norms of its rows.
     HeadNorms = 69,
+    /// What the head applies to its own input, if [`Config::linear_head`] and linears do so.
+    HeadInputNorm = 70,
     /// How the linear after it in name is laid out, if [`Config::sparse`]: the shape it stands for, and what its encoding
     /// says of the matrix.
     QueryIndex = 81,
@@ -108,6 +110,19 @@ pub enum Kind {
     GateIndex = 87,
     UpIndex = 88,
     DownIndex = 90,
+    /// What a recurrence takes in, `[hidden, hidden]`, if [`Config::recurrence`].
+    RecurrenceInput = 97,
+    /// How much of its state it keeps.
+    RecurrenceForget = 98,
+    /// What its state is multiplied by.
+    RecurrenceGate = 99,
+    /// `[hidden]`: the least that is kept of the state.
+    RecurrenceBound = 100,
+    /// `[hidden]`: of what the gate gives.
+    RecurrenceNorm = 101,
+    RecurrenceInputInputNorm = 113,
+    RecurrenceForgetInputNorm = 114,
+    RecurrenceGateInputNorm = 115,
 }
 
 impl Kind {
@@ -159,6 +174,15 @@ impl Kind {
             Self::GateIndex => "gate_index",
             Self::UpIndex => "up_index",
             Self::DownIndex => "down_index",
+            Self::HeadInputNorm => "head_input_norm",
+            Self::RecurrenceInput => "recurrence_input",
+            Self::RecurrenceForget => "recurrence_forget",
+            Self::RecurrenceGate => "recurrence_gate",
+            Self::RecurrenceBound => "recurrence_bound",
+            Self::RecurrenceNorm => "recurrence_norm",
+            Self::RecurrenceInputInputNorm => "recurrence_input_input_norm",
+            Self::RecurrenceForgetInputNorm => "recurrence_forget_input_norm",
+            Self::RecurrenceGateInputNorm => "recurrence_gate_input_norm",
         }
     }
     /// The kind of the norm that this linear may apply to its input; any other kind is itself.
@@ -171,10 +195,14 @@ impl Kind {
             Self::Gate => Self::GateInputNorm,
             Self::Up => Self::UpInputNorm,
             Self::Down => Self::DownInputNorm,
+            Self::RecurrenceInput => Self::RecurrenceInputInputNorm,
+            Self::RecurrenceForget => Self::RecurrenceForgetInputNorm,
+            Self::RecurrenceGate => Self::RecurrenceGateInputNorm,
+            Self::Head => Self::HeadInputNorm,
             kind => kind,
         }
     }
-    /// The kind of the index of this linear, in models that have such; any other kind is itself, those of a memory included.
+    /// The kind of the index of this linear, in models that have such; any other kind is itself, those of a memory and of a recurrence included.
     pub const fn index(self) -> Self {
         match self.linear_kind() {
             Self::Query => Self::QueryIndex,
@@ -214,6 +242,9 @@ impl Kind {
                 | Self::MemoryInput
                 | Self::MemoryGates
                 | Self::MemoryOutput
+                | Self::RecurrenceInput
+                | Self::RecurrenceForget
+                | Self::RecurrenceGate
         )
     }
     /// Which linear this is, however it is stored; any other kind is itself.
@@ -224,12 +255,13 @@ impl Kind {
             kind => kind,
         }
     }
-    /// Whether a section of this kind may be encoded so.
+    /// Whether a section of this kind may be encoded so. A head has a ternary format only if [`Config::linear_head`].
     pub const fn allows(self, encoding: Encoding) -> bool {
         match self {
             Self::Tokenizer | Self::HeadNorms => matches!(encoding, Encoding::Bytes),
             Self::HeadApart => matches!(encoding, Encoding::Matrix(Format::I8)),
             Self::HeadLow => matches!(encoding, Encoding::Matrix(Format::I4)),
+            Self::Head if matches!(encoding, Encoding::Matrix(Format::B1 | Format::TL | Format::T2)) => true,
             Self::Embedding | Self::Head => {
                 matches!(encoding, Encoding::Matrix(f) if f.is_grouped() || matches!(f, Format::I4 | Format::I8 | Format::F16))
             }
@@ -349,10 +381,12 @@ pub fn expected_sections(c: &Config) -> impl Iterator<Item = Section> + use<> {
     let c = *c;
     let once = move |kind, rows, cols| Section { kind, layer: None, rows, cols };
     let embedding = (!c.tied).then(|| once(Kind::Embedding, c.vocab, c.hidden));
-    let start = [once(Kind::RopeFrequencies, 1, c.head_dim / 2)].into_iter().chain(embedding);
+    let rotation = (!c.recurrence).then(|| once(Kind::RopeFrequencies, 1, c.head_dim / 2));
+    let start = rotation.into_iter().chain(embedding);
     let layers = (0..c.layers).flat_map(move |layer| layer_sections(&c, layer));
     let end = [
         once(Kind::FinalNorm, 1, c.hidden),
+        once(Kind::HeadInputNorm, 1, c.hidden),
         once(Kind::HeadColumns, 1, super::split::COLUMNS as u32),
         once(Kind::Head, c.vocab, c.hidden),
         once(Kind::HeadApart, c.vocab, super::split::COLUMNS as u32),
@@ -360,7 +394,11 @@ pub fn expected_sections(c: &Config) -> impl Iterator<Item = Section> + use<> {
         once(Kind::HeadLow, c.vocab, c.hidden),
     ];
     let split = |kind| matches!(kind, Kind::HeadColumns | Kind::HeadApart | Kind::HeadNorms | Kind::HeadLow);
-    start.chain(layers).chain(end.into_iter().filter(move |s| c.split_head || !split(s.kind)))
+    let has = move |kind| match kind {
+        Kind::HeadInputNorm => c.linear_head && c.linear_norm_eps.is_some(),
+        kind => c.split_head || !split(kind),
+    };
+    start.chain(layers).chain(end.into_iter().filter(move |s| has(s.kind)))
 }
 
 /// One layer's sections in execution order.
@@ -373,19 +411,29 @@ fn layer_sections(c: &Config, layer: u32) -> impl Iterator<Item = Section> + use
     let linear = |kind, rows, cols| (true, kind, rows, cols);
     let index = |linear: Kind, rows, cols| (c.sparse, linear.index(), rows, cols);
     let ffn_index = |linear: Kind, rows, cols| (c.sparse && !c.live_ffn, linear.index(), rows, cols);
+    let attends = |section: (bool, Kind, u32, u32)| (section.0 && !c.recurrence, section.1, section.2, section.3);
+    let recurs = |section: (bool, Kind, u32, u32)| (section.0 && c.recurrence, section.1, section.2, section.3);
     let m = c.memory.unwrap_or(Memory { heads: 0, key: 0, value: 0 });
     let memory = |kind, rows, cols| (c.memory.is_some(), kind, rows, cols);
     [
         norm(Kind::AttentionNorm, hidden),
-        input_norm(Kind::Query, hidden),
-        index(Kind::Query, query, hidden),
-        linear(Kind::Query, query, hidden),
-        input_norm(Kind::Key, hidden),
-        index(Kind::Key, kv, hidden),
-        linear(Kind::Key, kv, hidden),
-        input_norm(Kind::Value, hidden),
-        index(Kind::Value, kv, hidden),
-        linear(Kind::Value, kv, hidden),
+        attends(input_norm(Kind::Query, hidden)),
+        attends(index(Kind::Query, query, hidden)),
+        attends(linear(Kind::Query, query, hidden)),
+        attends(input_norm(Kind::Key, hidden)),
+        attends(index(Kind::Key, kv, hidden)),
+        attends(linear(Kind::Key, kv, hidden)),
+        attends(input_norm(Kind::Value, hidden)),
+        attends(index(Kind::Value, kv, hidden)),
+        attends(linear(Kind::Value, kv, hidden)),
+        recurs(input_norm(Kind::RecurrenceInput, hidden)),
+        recurs(linear(Kind::RecurrenceInput, hidden, hidden)),
+        recurs(input_norm(Kind::RecurrenceForget, hidden)),
+        recurs(linear(Kind::RecurrenceForget, hidden, hidden)),
+        recurs(input_norm(Kind::RecurrenceGate, hidden)),
+        recurs(linear(Kind::RecurrenceGate, hidden, hidden)),
+        recurs(norm(Kind::RecurrenceBound, hidden)),
+        recurs(norm(Kind::RecurrenceNorm, hidden)),
         memory(Kind::MemoryInput, m.channels() + m.values(), hidden),
         memory(Kind::MemoryGates, 2 * m.heads, hidden),
         head_norm(Kind::QueryNorm),

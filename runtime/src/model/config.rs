@@ -43,13 +43,18 @@ pub struct Config {
     pub window: Option<Window>,
     /// The memory beside attention, if there is one.
     pub memory: Option<Memory>,
+    /// Whether an elementwise recurrence of `hidden` numbers a layer takes attention's place, as in the MatMul-free language model
+    /// (arXiv:2406.02528). Then there is one head as wide as the residual stream, and no rotation.
+    pub recurrence: bool,
     /// How the inputs of linears are quantized.
     pub quantizers: Quantizers,
     /// Whether the head's matrix is the embedding too.
     pub tied: bool,
+    /// Whether the head is a linear as those of the layers are, in their formats and, if they have one, with a norm of its input.
+    pub linear_head: bool,
     /// Whether the head is in two planes, of which the second is read for some rows only (see [`crate::image::split`]).
     pub split_head: bool,
-    /// The union of the linears' encodings: bit `t` for that with tag `t`. Sizes the tables in the plan.
+    /// The union of the linears' encodings, the head's included if it is one: bit `t` for that with tag `t`. Sizes the tables in the plan.
     pub formats: u16,
 }
 
@@ -189,6 +194,14 @@ impl Config {
             _ => w,
         }
     }
+    /// Whether a conversation has a state of one size that can be read no further back than by a pass.
+    pub const fn is_stateful(&self) -> bool {
+        self.memory.is_some() || self.recurrence
+    }
+    /// Whether a conversation has an end: the planned context.
+    pub const fn is_bounded(&self) -> bool {
+        self.window.is_none() && !self.recurrence
+    }
     /// Checks every field against the limits, so that no size computed from them can overflow.
     ///
     /// # Errors
@@ -206,8 +219,17 @@ impl Config {
         width("heads", self.heads)?;
         let grouped = 1 <= self.kv_heads && self.heads.is_multiple_of(self.kv_heads.max(1));
         field("kv_heads", self.kv_heads, grouped)?;
-        let even = self.head_dim.is_multiple_of(2) && (2..=Self::HEAD_DIM_MAX).contains(&self.head_dim);
-        field("head_dim", self.head_dim, even)?;
+        if self.recurrence {
+            // What is left of attention would have no meaning, and the plan has no room for it.
+            field("heads", self.heads, self.heads == 1)?;
+            field("head_dim", self.head_dim, self.head_dim == self.hidden)?;
+            let other = self.sub_norms || self.qk_norms || self.window.is_some() || self.memory.is_some();
+            field("recurrence", 1, !other)?;
+        } else {
+            let even = self.head_dim.is_multiple_of(2) && (2..=Self::HEAD_DIM_MAX).contains(&self.head_dim);
+            field("head_dim", self.head_dim, even)?;
+        }
+        field("linear_head", 1, !self.linear_head || !(self.tied || self.split_head))?;
         width("heads * head_dim", self.heads.saturating_mul(self.head_dim))?;
         field("context", self.context, (1..=Self::CONTEXT_MAX).contains(&self.context))?;
         if let Some(window) = self.window {

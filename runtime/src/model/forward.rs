@@ -131,8 +131,8 @@ impl Model<'_> {
     /// Advances each of several conversations by one token, `tokens[i]` that of `states[i]`, in one pass over the weights.
     /// The logits after them go to `logits`, `[tokens][vocab]`: of each those at least that are in `needs`.
     ///
-    /// The logits are those of [`Model::step_for`] with each alone, bit for bit. In a model with a memory beside attention they
-    /// are computed one after another: its state is read and written by one conversation at a time. After an error all states
+    /// The logits are those of [`Model::step_for`] with each alone, bit for bit. In a model with a memory or a
+    /// recurrence they are computed one after another: a state is read and written by one conversation at a time. After an error all states
     /// are as [`Model::prefill`] leaves one.
     ///
     /// # Errors
@@ -160,7 +160,7 @@ impl Model<'_> {
         let parallel = self.machine.parallel;
         let mut done = Ok(());
         let mut read = 0;
-        if self.config.memory.is_some() {
+        if self.config.is_stateful() {
             let rows = logits.chunks_exact_mut(vocab).zip(needs);
             for ((state, token), (logits, need)) in states.iter_mut().zip(tokens).zip(rows) {
                 done = self.step_for(state, *token, *need).map(|row| logits.copy_from_slice(row));
@@ -239,7 +239,11 @@ impl Model<'_> {
         }
         self.angles(states, n)?;
         for layer in 0..self.config.layers {
-            self.attention(states, layer, n)?;
+            if self.config.recurrence {
+                self.recur(states[0], layer, n)?;
+            } else {
+                self.attention(states, layer, n)?;
+            }
             self.feed_forward(layer, n)?;
         }
         let each = n / states.len();
@@ -395,6 +399,9 @@ impl Model<'_> {
         let norm = &mut s.norm[..hidden];
         norm.copy_from_slice(&s.x[t * hidden..][..hidden]);
         self.machine.kernels.rmsnorm(norm, weight, c.norm_eps);
+        if let (Some(extent), Some(eps)) = (self.weights.head_input_norm(), c.linear_norm_eps) {
+            self.machine.kernels.rmsnorm(norm, ops::floats(self.machine.source.fetch(extent)?), eps);
+        }
         if tensor.format == Format::F16 {
             if !ops::finite(norm) {
                 return Err(Error::NotFinite { layer: c.layers });
@@ -432,6 +439,10 @@ impl Model<'_> {
         let norms = &mut s.norm[..n * hidden];
         norms.copy_from_slice(&s.x[..n * hidden]);
         norms.chunks_exact_mut(hidden).for_each(|norm| self.machine.kernels.rmsnorm(norm, weight, c.norm_eps));
+        if let (Some(extent), Some(eps)) = (self.weights.head_input_norm(), c.linear_norm_eps) {
+            let weight = ops::floats(self.machine.source.fetch(extent)?);
+            norms.chunks_exact_mut(hidden).for_each(|norm| self.machine.kernels.rmsnorm(norm, weight, eps));
+        }
         let mut scales = [0.0; Limits::BATCH_MAX as usize];
         let x = if tensor.format == Format::F16 {
             if !ops::finite(norms) {
@@ -484,7 +495,7 @@ impl Model<'_> {
     /// Cosines and sines of the angles of the positions of `n` tokens, or of all places in a window.
     fn angles(&mut self, states: &[&mut State<'_>], n: usize) -> Result<(), Error> {
         let window = self.config.window;
-        if window.is_some() && self.scratch.rotation_is_set {
+        if self.config.recurrence || (window.is_some() && self.scratch.rotation_is_set) {
             return Ok(());
         }
         let n = window.map_or(n, |window| window.span() as usize);

@@ -2,8 +2,8 @@
 //!
 //! [`config`](Config) says what the model is, [`state`](State) is one conversation, `weights` finds the matrices of a
 //! layer, `linear` multiplies them, `sparse` those without their zeros, `head` does so in two stages where the head is in two
-//! planes, `forward` is the whole pass, `memory` the state of fixed size beside attention, and `ops` are the floats between the
-//! matrices.
+//! planes, `forward` is the whole pass, `memory` the state of fixed size beside attention, `recurrence` that in its place, and
+//! `ops` are the floats between the matrices.
 mod config;
 mod forward;
 mod head;
@@ -11,6 +11,7 @@ mod linear;
 mod live;
 mod memory;
 mod ops;
+mod recurrence;
 mod sparse;
 mod state;
 mod weights;

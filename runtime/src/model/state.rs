@@ -3,7 +3,7 @@ mod snapshot;
 
 use super::Config;
 use crate::error::Error;
-use crate::memory::{Arena, KvFormat, Limits, Plan, kv_blocks, kv_head_blocks, kv_positions, kv_scales};
+use crate::memory::{Arena, KvFormat, Limits, Plan, kv_blocks, kv_head_blocks, kv_positions, kv_scales, state_lens};
 use bitnet_kernel::Block;
 use bitnet_kernel::float::{Cache, f16_to_f32, f32_to_f16};
 use core::ops::Range;
@@ -45,10 +45,7 @@ impl<'m> State<'m> {
         };
         let (keys, values) = (store(), store());
         let mut recurrent = || {
-            let (mut matrices, mut past) = (0, 0);
-            if let Some(memory) = config.memory {
-                (matrices, past) = (memory.matrices_len(), memory.past_len());
-            }
+            let (matrices, past) = state_lens(config);
             let all: &mut [f32] = arena.take(config.layers as usize * (matrices + past));
             all.fill(0.0);
             let (all_matrices, all_past) = all.split_at_mut(config.layers as usize * matrices);
@@ -74,16 +71,16 @@ impl<'m> State<'m> {
     pub const fn position(&self) -> usize {
         self.position
     }
-    /// Positions that are left: with a window as many as can be counted.
+    /// Positions that are left: with a window or a recurrence as many as can be counted.
     pub const fn remaining(&self) -> usize {
-        let end = if self.config.window.is_some() { usize::MAX / 2 } else { self.limits.context as usize };
+        let end = if self.config.is_bounded() { self.limits.context as usize } else { usize::MAX / 2 };
         end - self.position
     }
     /// Forgets everything after the first `position` tokens, and more where that cannot be undone alone: returns how many tokens
     /// the conversation still has, at most `position`, and what follows them must be read again.
     ///
     /// Keys and values can be cut anywhere; those of a window until something has left it, and then by no more than a batch. A
-    /// memory goes back to where the last pass began, or to nothing.
+    /// memory and a recurrence go back to where the last pass began, or to nothing.
     ///
     /// # Panics
     /// If there are not so many.
@@ -93,7 +90,7 @@ impl<'m> State<'m> {
         if position == 0 {
             self.oldest = self.oldest_after(0);
         }
-        if self.config.memory.is_none() || position == self.position {
+        if !self.config.is_stateful() || position == self.position {
             self.position = position;
         } else if self.before == Some(position) {
             self.now ^= 1;
@@ -149,9 +146,9 @@ impl<'m> State<'m> {
             None => 0,
         }
     }
-    /// One layer's matrices and last inputs: as they are, and where those after this pass go.
+    /// One layer's matrices (or what a recurrence keeps) and last inputs: as they are, and where those after this pass go.
     pub(super) fn recurrent(&mut self, layer: usize) -> (&[f32], &[f32], &mut [f32], &mut [f32]) {
-        let (matrices, past) = self.config.memory.map_or((0, 0), |memory| (memory.matrices_len(), memory.past_len()));
+        let (matrices, past) = state_lens(&self.config);
         let [first, second] = &mut self.memory;
         let (now, next) = if self.now == 0 { (first, second) } else { (second, first) };
         (
@@ -186,10 +183,10 @@ impl<'m> State<'m> {
     }
 }
 
-/// What a memory keeps of all layers.
+/// What a memory or a recurrence keeps of all layers.
 #[derive(Debug)]
 struct Recurrent<'m> {
-    /// `[layer][head][value][key]`.
+    /// `[layer][head][value][key]`; of a recurrence `[layer][hidden]`.
     matrices: &'m mut [f32],
     /// `[layer][3][channels]`.
     past: &'m mut [f32],
@@ -228,7 +225,11 @@ struct Store<'m> {
 impl Store<'_> {
     /// Heads of all layers.
     const fn heads(&self) -> usize {
-        self.blocks.len() / self.shape.head_blocks
+        // Without attention there are none.
+        match self.blocks.len().checked_div(self.shape.head_blocks) {
+            Some(heads) => heads,
+            None => 0,
+        }
     }
     /// One row of head `head` of all layers', as it is kept, and its scale if it has one.
     fn bytes(&self, head: usize, slot: usize) -> (&[u8], &[f32]) {

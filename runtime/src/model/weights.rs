@@ -16,6 +16,8 @@ pub(super) struct Weights<'m> {
     per_layer: usize,
     /// Sections after the last layer.
     last: usize,
+    /// Whether the head is the embedding.
+    tied: bool,
 }
 
 /// One linear, with the norm of its input if it has one.
@@ -68,10 +70,11 @@ impl<'m> Weights<'m> {
     pub(super) fn new(image: &Image<'m>) -> Self {
         let config: &Config = &image.header().config;
         let records = &image.sections().records()[usize::from(image.tokenizer().is_some())..];
-        let first = if config.tied { 1 } else { 2 };
-        let last = if config.split_head { 6 } else { 2 };
+        let first = usize::from(!config.recurrence) + usize::from(!config.tied);
+        let last =
+            if config.split_head { 6 } else { 2 + usize::from(config.linear_head && config.linear_norm_eps.is_some()) };
         let per_layer = (records.len() - first - last) / config.layers as usize;
-        Self { records, first, per_layer, last }
+        Self { records, first, per_layer, last, tied: config.tied }
     }
     /// The angles a position turns by.
     pub(super) const fn rope_frequencies(&self) -> Extent {
@@ -79,7 +82,7 @@ impl<'m> Weights<'m> {
     }
     /// The embedding's matrix: the head's where they are tied.
     pub(super) fn embedding(&self) -> Tensor {
-        if self.first == 2 { tensor(&self.records[1]) } else { self.head() }
+        if self.tied { self.head() } else { tensor(&self.records[self.first - 1]) }
     }
     /// All that one pass reads, head included.
     pub(super) fn all(&self) -> Extent {
@@ -97,6 +100,13 @@ impl<'m> Weights<'m> {
     }
     pub(super) fn final_norm(&self) -> Extent {
         self.end()[0].extent()
+    }
+    /// What the head normalizes its input with, if it does.
+    pub(super) fn head_input_norm(&self) -> Option<Extent> {
+        match self.end() {
+            [_, norm, _] => Some(norm.extent()),
+            _ => None,
+        }
     }
     /// The head's matrix; its high plane if it is in two.
     pub(super) fn head(&self) -> Tensor {

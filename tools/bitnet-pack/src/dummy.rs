@@ -72,8 +72,10 @@ impl Preset {
             sparse: false,
             window: None,
             memory: None,
+            recurrence: false,
             quantizers: Quantizers::INT8,
             tied: true,
+            linear_head: false,
             split_head: false,
             formats: 1 << Format::TL as u8,
         };

@@ -150,6 +150,7 @@ impl Summary {
                 "sparse": c.sparse,
                 "window": c.window.map(|w| json!({ "positions": w.positions, "sinks": w.sinks })),
                 "memory": c.memory.map(|m| json!({ "heads": m.heads, "key": m.key, "value": m.value })),
+                "recurrence": c.recurrence,
                 "quantizers": {
                     "attention": quantizer(c.quantizers.attention),
                     "output": quantizer(c.quantizers.output),
@@ -157,6 +158,7 @@ impl Summary {
                     "down": quantizer(c.quantizers.down),
                 },
                 "tied": c.tied,
+                "linear_head": c.linear_head,
             },
             "text": {
                 "tokenizer_bytes": self.tokenizer_bytes(),
@@ -217,9 +219,22 @@ impl fmt::Display for Summary {
         writeln!(f, "packed by     {}, image format {VERSION}", printable(&self.packer))?;
         writeln!(f, "width         {}, feed-forward {} ({})", c.hidden, c.ffn, activation(c.activation))?;
         writeln!(f, "layers        {}", c.layers)?;
-        writeln!(f, "heads         {} of {}, sharing {} of keys and values", c.heads, c.head_dim, c.kv_heads)?;
-        writeln!(f, "positions     {}, rotated {}", c.context, rope(c.rope).replace('_', "-"))?;
-        writeln!(f, "vocabulary    {}, head is the embedding too: {}", c.vocab, yes(c.tied))?;
+        if c.recurrence {
+            writeln!(
+                f,
+                "recurrence    {} numbers a layer in place of attention, for conversations without an end",
+                c.hidden
+            )?;
+        } else {
+            writeln!(f, "heads         {} of {}, sharing {} of keys and values", c.heads, c.head_dim, c.kv_heads)?;
+            writeln!(f, "positions     {}, rotated {}", c.context, rope(c.rope).replace('_', "-"))?;
+        }
+        let head = if c.linear_head {
+            "a ternary head with a norm of its input".into()
+        } else {
+            format!("head is the embedding too: {}", yes(c.tied))
+        };
+        writeln!(f, "vocabulary    {}, {head}", c.vocab)?;
         if let Some(window) = c.window {
             writeln!(f, "window        the last {} positions and the first {}", window.positions, window.sinks)?;
         }

@@ -52,8 +52,8 @@ enum Command {
 
 /// Make an image of a checkpoint.
 ///
-/// Reads models of transformers (BitNetForCausalLM, BitnetForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM), packed already,
-/// as the float masters of training or in plain floats; GGUF files of the architectures bitnet, bitnet-b1.58, bitnet-25,
+/// Reads models of transformers (BitNetForCausalLM, BitnetForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM,
+/// HGRNBitForCausalLM), packed already, as the float masters of training or in plain floats; GGUF files of the architectures bitnet, bitnet-b1.58, bitnet-25,
 /// llama and qwen3; and files of llama2.c. Ternary weights stay what they are, bit for bit. Linears that are not ternary are
 /// quantized as --dense says, and the error is shown. The image is written under a
 /// temporary name, read back and checked, and only then renamed: if anything goes wrong, or on Ctrl-C, nothing is left.

@@ -128,6 +128,8 @@ impl Options {
     pub(crate) fn encoding_of(&self, kind: Kind, source: &Source) -> Encoding {
         match source {
             Source::Rows(_) if kind.is_linear() => Encoding::Matrix(self.dense),
+            // A head that is a linear as those of the layers are.
+            Source::Masters(_) if kind == Kind::Head => Encoding::Matrix(self.format),
             // One bit a weight instead of five thirds, and the same products.
             Source::Ternary(.., false) if self.encoding(kind) == Encoding::Matrix(Format::TL) => {
                 Encoding::Matrix(Format::B1)
@@ -141,7 +143,9 @@ impl Options {
         for (option, kind) in [("--format", Kind::Query), ("--head", Kind::Head), ("--embedding", Kind::Embedding)] {
             let encoding = self.encoding(kind);
             let is_ternary_f16 = kind.is_linear() && encoding == Encoding::Matrix(Format::F16);
-            if is_ternary_f16 || !kind.allows(encoding) {
+            // A head has a ternary format where it is a linear, and then that of the others.
+            let allows = if kind == Kind::Head { Kind::Embedding } else { kind }.allows(encoding);
+            if is_ternary_f16 || !allows {
                 let Encoding::Matrix(format) = encoding else { unreachable!("{kind:?}") };
                 return Err(Error::Options(format!("{option} cannot be {}", format.name())));
             }
@@ -344,6 +348,9 @@ fn ready(source: &Path, options: &Options, progress: &mut dyn Progress) -> Resul
     };
     let mut table = checkpoint.table()?;
     table.notes.extend(note);
+    if table.config.linear_head && options.split_head {
+        return Err(Error::Options("--head two-stage: this checkpoint's head is ternary, and small already".into()));
+    }
     table.config.split_head = options.split_head;
     table.config.live_ffn = options.live_ffn;
     let limits = options.limits(&table.config)?;
@@ -564,6 +571,8 @@ struct Unit<'a> {
     format: Format,
     /// Rows and columns of the matrix.
     shape: (usize, usize),
+    /// Rows of the tensor before the matrix.
+    before: usize,
     /// First row of the unit, and their number.
     first: usize,
     rows: usize,
@@ -589,18 +598,19 @@ fn units<'a>(tensor: &'a TensorInfo, format: Format, bound: &'a Bound) -> impl I
     let (kept, live) = (bound.kept.as_ref(), bound.live.as_ref());
     let section = sections::in_checkpoint(&bound.section);
     let shape = (section.rows as usize, section.cols as usize);
+    let before = if let Source::Part(_, first) = bound.source { first as usize } else { 0 };
     (0..shape.0).step_by(UNIT_ROWS).map(move |first| {
         let rows = UNIT_ROWS.min(shape.0 - first);
-        Unit { tensor, format, shape, first, rows, transposed, kept, live }
+        Unit { tensor, format, shape, before, first, rows, transposed, kept, live }
     })
 }
 
-/// The units of a head in two planes.
+/// The units of a whole tensor, as of a head in two planes.
 fn rows_of(tensor: &TensorInfo) -> impl Iterator<Item = Unit<'_>> {
     let shape = (tensor.shape[0] as usize, tensor.shape[1] as usize);
     (0..shape.0).step_by(UNIT_ROWS).map(move |first| {
         let rows = UNIT_ROWS.min(shape.0 - first);
-        Unit { tensor, format: split::FORMAT, shape, first, rows, transposed: false, kept: None, live: None }
+        Unit { tensor, format: split::FORMAT, shape, before: 0, first, rows, transposed: false, kept: None, live: None }
     })
 }
 
@@ -646,7 +656,9 @@ impl Packer<'_> {
                     self.put_ternary(&unit, *multiplier)?;
                 }
             }
-            (Source::Masters(tensor), Encoding::Matrix(format)) => self.masters(tensor, format, bound, report)?,
+            (Source::Masters(tensor) | Source::Part(tensor, _), Encoding::Matrix(format)) => {
+                self.masters(tensor, format, bound, report)?
+            }
             (Source::Rows(tensor), Encoding::Vector) => self.columns(tensor)?,
             (Source::Rows(tensor), _) if matches!(section.kind, Kind::HeadApart | Kind::HeadNorms | Kind::HeadLow) => {
                 self.split_head(tensor, section.kind)?;
@@ -814,7 +826,8 @@ impl Packer<'_> {
     ) -> Result<(), Error> {
         let mut floats = core::mem::take(&mut self.buffers.floats);
         let mut sum = MagnitudeSum::default();
-        for unit in units(tensor, format, bound) {
+        // Of all rows, whichever of them this matrix has.
+        for unit in rows_of(tensor) {
             let values = fit(&mut floats, unit.rows * unit.shape.1, 0.0);
             self.read_floats(&unit, values)?;
             sum.add(values);
@@ -846,7 +859,7 @@ impl Packer<'_> {
 
     /// Reads the numbers of a unit; all of them must be finite.
     fn read_floats(&mut self, unit: &Unit<'_>, into: &mut [f32]) -> Result<(), Error> {
-        let first = (unit.first * unit.shape.1) as u64;
+        let first = ((unit.before + unit.first) * unit.shape.1) as u64;
         self.checkpoint.read_floats(unit.tensor, first, &mut self.buffers.raw, into)
     }
 

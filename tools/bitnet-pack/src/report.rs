@@ -102,7 +102,7 @@ impl SectionReport {
 
 /// The kind with this tag.
 pub(crate) fn kind(tag: u8) -> Option<Kind> {
-    const ALL: [Kind; 45] = [
+    const ALL: [Kind; 54] = [
         Kind::Tokenizer,
         Kind::RopeFrequencies,
         Kind::Embedding,
@@ -141,6 +141,15 @@ pub(crate) fn kind(tag: u8) -> Option<Kind> {
         Kind::HeadApart,
         Kind::HeadLow,
         Kind::HeadNorms,
+        Kind::HeadInputNorm,
+        Kind::RecurrenceInput,
+        Kind::RecurrenceForget,
+        Kind::RecurrenceGate,
+        Kind::RecurrenceBound,
+        Kind::RecurrenceNorm,
+        Kind::RecurrenceInputInputNorm,
+        Kind::RecurrenceForgetInputNorm,
+        Kind::RecurrenceGateInputNorm,
         Kind::QueryIndex,
         Kind::KeyIndex,
         Kind::ValueIndex,

@@ -150,11 +150,13 @@ fn the_worked_example() {
         ("sparse", 0),
         ("window: option", 0),
         ("memory: option", 0),
+        ("recurrence", 0),
         ("quantizers: attention", 0),
         ("quantizers: output", 0),
         ("quantizers: ffn", 0),
         ("quantizers: down", 0),
         ("tied", 1),
+        ("linear_head", 0),
         ("split_head", 0),
     ] {
         assert_eq!(r.varint(what), value, "{what}");

@@ -344,6 +344,47 @@ fn class_names() {
     refused("another class", &place, &["architectures = [\"GPT2LMHeadModel\"]", "LlamaForCausalLM"]);
 }
 
+/// The MatMul-free language model: what would change its arithmetic is refused, and widths that follow from others are.
+#[test]
+fn recurrent_configurations() {
+    let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/matmul_free");
+    let config: Value = serde_json::from_slice(&std::fs::read(golden.join("config.json")).unwrap()).unwrap();
+    let tensors = std::fs::read(golden.join("model.safetensors")).unwrap();
+    let gate = "model.layers.0.mlp.gate_proj.weight";
+    let cases: [(&str, Value, &[&str]); 11] = [
+        ("attn_mode", json!("chunk"), &["attn_mode = \"chunk\"", "fused_recurrent"]),
+        ("expand_ratio", json!(2), &["expand_ratio = 2", "only 1 is"]),
+        ("use_short_conv", json!(true), &["use_short_conv = true", "only false is"]),
+        ("use_lower_bound", json!(false), &["use_lower_bound = false", "only true is"]),
+        ("hidden_act", json!("relu2"), &["hidden_act", "\"swish\""]),
+        ("quantization_config", json!({ "quant_method": "bitnet" }), &["quantization_config", "not supported"]),
+        ("sliding_window", json!(8), &["sliding_window", "sink_tokens"]),
+        ("tie_word_embeddings", json!(true), &["linear_head"]),
+        ("num_hidden_layers", json!(4), &["lower_bounds", "[3, 48]", "[4, 48]"]),
+        // 256 times what 48 · 4 · 2 / 3 is in steps of 256, rounded up; gate and up are one matrix.
+        ("intermediate_size", json!(null), &[gate, "[160, 48]", "[512, 48]"]),
+        ("intermediate_size", json!(4_000_000_000u32), &["intermediate_size = 4000000000", "1 to 65536"]),
+    ];
+    for (key, value, what) in cases {
+        let place = Place::new();
+        let mut config = config.clone();
+        config[key] = value;
+        place.put("config.json", config.to_string().as_bytes());
+        place.put("model.safetensors", &tensors);
+        refused(key, &place, what);
+    }
+    let place = Place::new();
+    place.put("config.json", config.to_string().as_bytes());
+    place.put("model.safetensors", &tensors);
+    let two_stage = Options { split_head: true, ..named() };
+    let error = pack(&place.source(), &place.image(), &two_stage, &mut ()).unwrap_err().to_string();
+    assert!(error.contains("head is ternary"), "{error}");
+    let ternary = Options { head: bitnet_kernel::Format::TL, ..named() };
+    let error = pack(&place.source(), &place.image(), &ternary, &mut ()).unwrap_err().to_string();
+    assert!(error.contains("--head cannot be tl"), "{error}");
+    pack(&place.source(), &place.image(), &named(), &mut ()).unwrap();
+}
+
 /// the tokenizer is chosen by the files that are there; two that disagree are not chosen from.
 #[test]
 fn tokenizers() {

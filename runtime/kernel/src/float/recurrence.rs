@@ -1,4 +1,4 @@
-//! What a memory of fixed size does with a token: a short convolution, then the gated delta rule.
+//! What a state of fixed size does with a token: a short convolution, the gated delta rule, and a gated recurrence.
 use super::{dot, exp};
 
 /// Taps of [`convolve`].
@@ -39,4 +39,20 @@ pub fn delta_rule(state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, bet
     let error = beta * (value - dot(state, key));
     state.iter_mut().zip(key).for_each(|(s, k)| *s += error * k);
     dot(state, query)
+}
+
+/// One token of an elementwise recurrence (HGRN, arXiv:2311.04823), in place: `s = f s + silu(input) (1 - f)` with
+/// `f = bound + (1 - bound) / (1 + exp(-forget))`, in the order in which it is written there.
+///
+/// # Panics
+/// If the lengths differ.
+#[inline(always)]
+pub fn recur(state: &mut [f32], bound: &[f32], forget: &[f32], input: &[f32]) {
+    let n = state.len();
+    assert!(bound.len() == n && forget.len() == n && input.len() == n);
+    for i in 0..n {
+        let kept = bound[i] + (1.0 - bound[i]) * (1.0 / (1.0 + exp(-forget[i])));
+        let taken = input[i] / (1.0 + exp(-input[i])) * (1.0 - kept);
+        state[i] = kept * state[i] + taken;
+    }
 }

@@ -195,8 +195,8 @@ impl<'a> Reference<'a> {
                 out.iter_mut().zip(codes).for_each(|(v, code)| *v = f32::from(code) * rule.multiplier);
             }
             Source::Packed(tensor, multiplier) => self.packed(tensor, *multiplier, (first, rows), &mut out)?,
-            Source::Index | Source::Values(_) | Source::Vector(_) => {
-                unreachable!("{linear} is a matrix")
+            Source::Index | Source::Values(_) | Source::Vector(_) | Source::Part(..) => {
+                unreachable!("{linear} is a whole matrix, or its model has linears with norms of their own")
             }
         }
         Ok(out)

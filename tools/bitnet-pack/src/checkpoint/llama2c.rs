@@ -52,8 +52,10 @@ pub(super) fn recognise(input: &Input) -> Result<Option<(Header, Vec<TensorInfo>
         sparse: false,
         window: None,
         memory: None,
+        recurrence: false,
         quantizers: Quantizers::INT8,
         tied,
+        linear_head: false,
         split_head: false,
         formats: 1 << Format::TL as u8,
     };

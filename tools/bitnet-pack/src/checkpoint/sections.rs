@@ -29,6 +29,8 @@ pub enum Source {
     Grouped(TensorInfo, bool),
     /// Float masters of a ternary matrix.
     Masters(TensorInfo),
+    /// Those from this row on of masters of a ternary matrix: all of its rows have one scale.
+    Part(TensorInfo, u64),
     /// A float matrix that stays dense: the embedding, the head, or a linear that is not ternary.
     Rows(TensorInfo),
 }
@@ -78,6 +80,7 @@ impl Source {
             | Self::Ternary(t, ..)
             | Self::Grouped(t, _)
             | Self::Masters(t)
+            | Self::Part(t, _)
             | Self::Rows(t) => Some(t),
         }
     }
@@ -120,7 +123,8 @@ pub fn bind(
         let encoding = options.encoding_of(section.kind, &source);
         let found = match encoding {
             Encoding::Matrix(format)
-                if !(options.adaptive.is_some() && matches!(source, Source::Rows(_)))
+                if !matches!(source, Source::Part(..))
+                    && (options.adaptive.is_none() || !matches!(source, Source::Rows(_)))
                     && section.kind.is_linear()
                     && section.kind.index() != section.kind
                     && section.kind.linear_kind() == section.kind =>
@@ -185,7 +189,10 @@ fn indexed(config: &Config, bound: Vec<Bound>) -> Vec<Bound> {
 
 /// The union of the linears' formats ([`bitnet_runtime::Config::formats`]).
 pub(crate) fn formats(bound: &[Bound]) -> u16 {
-    bound.iter().filter(|b| b.section.kind.is_linear()).fold(0, |set, b| match b.encoding {
+    let is_linear = |b: &&Bound| {
+        b.section.kind.is_linear() || matches!((b.section.kind, &b.source), (Kind::Head, Source::Masters(_)))
+    };
+    bound.iter().filter(is_linear).fold(0, |set, b| match b.encoding {
         Encoding::Matrix(_) | Encoding::Blocks(_) => set | 1 << b.encoding.tag(),
         _ => set,
     })
@@ -328,6 +335,21 @@ impl<'a> Binder<'a> {
         let names = names(self.naming, section, table.config.tied);
         match section.kind {
             Kind::RopeFrequencies => Ok(Source::Values(table.frequencies.clone())),
+            Kind::Head if table.config.linear_head => self.linear(&names, rows, cols),
+            Kind::Gate | Kind::Up | Kind::UpRows if table.config.recurrence => {
+                // Both are one matrix, which has one scale and one norm of its input.
+                let tensor = self.find(&self.names_of(Kind::Gate, section))?;
+                self.expect_plain(tensor)?;
+                self.expect_shape(tensor, &[2 * rows, cols])?;
+                Ok(Source::Part(tensor.clone(), if section.kind == Kind::Gate { 0 } else { rows }))
+            }
+            Kind::UpInputNorm if table.config.recurrence => {
+                let tensor = self.find(&self.names_of(Kind::GateInputNorm, section))?;
+                self.expect_plain(tensor)?;
+                self.expect_shape(tensor, &[cols])?;
+                Ok(Source::Vector(tensor.clone()))
+            }
+            Kind::RecurrenceBound => Ok(Source::Values(self.bounds(section, table)?)),
             Kind::Embedding | Kind::Head | Kind::HeadColumns | Kind::HeadApart | Kind::HeadNorms | Kind::HeadLow => {
                 let tensor = self.find(&names)?;
                 self.expect_float(tensor)?;
@@ -362,6 +384,30 @@ impl<'a> Binder<'a> {
                 Ok(Source::Vector(tensor.clone()))
             }
         }
+    }
+
+    /// The names of a tensor of the same layer.
+    fn names_of(&self, kind: Kind, section: &Section) -> Vec<String> {
+        names(self.naming, &Section { kind, ..*section }, false)
+    }
+
+    /// The least of its state that a layer's recurrence keeps: what the shares of the layers before it and its own are, but the
+    /// first's, of a softmax over the layers.
+    fn bounds(&mut self, section: &Section, table: &Table) -> Result<Vec<f32>, Error> {
+        let (layers, hidden) = (table.config.layers as usize, table.config.hidden as usize);
+        let tensor = self.find(&either(["lower_bounds".to_owned()].into_iter()))?;
+        self.expect_plain(tensor)?;
+        self.expect_shape(tensor, &[layers as u64, hidden as u64])?;
+        let mut values = vec![0.0; layers * hidden];
+        self.checkpoint.read_floats(tensor, 0, &mut Vec::new(), &mut values)?;
+        let layer = section.layer.unwrap_or_default() as usize;
+        let bound = |channel: usize| {
+            let of = |layer: usize| f64::from(values[layer * hidden + channel]);
+            let most = (0..layers).map(of).fold(f64::NEG_INFINITY, f64::max);
+            let exp = |layer| (of(layer) - most).exp();
+            ((1..=layer).map(exp).sum::<f64>() / (0..layers).map(exp).sum::<f64>()) as f32
+        };
+        Ok((0..hidden).map(bound).collect())
     }
 
     /// A small tensor of a layer's memory.
@@ -540,7 +586,11 @@ fn top(naming: Naming, kind: Kind) -> Vec<String> {
     match kind {
         Kind::Head if naming == Naming::HuggingFace => vec!["lm_head.weight".into()],
         Kind::Head => of("", "output.weight", "wcls"),
-        Kind::Embedding => of("embed_tokens.weight", "token_embd.weight", "tok_emb"),
+        Kind::HeadInputNorm if naming == Naming::HuggingFace => vec!["lm_head.norm.weight".into()],
+        Kind::Embedding if naming == Naming::HuggingFace => {
+            either(["embed_tokens.weight", "embeddings.weight"].map(str::to_owned).into_iter())
+        }
+        Kind::Embedding => of("", "token_embd.weight", "tok_emb"),
         Kind::FinalNorm => of("norm.weight", "output_norm.weight", "rms_final"),
         _ => Vec::new(),
     }
@@ -548,14 +598,21 @@ fn top(naming: Naming, kind: Kind) -> Vec<String> {
 
 fn hugging_face(kind: Kind) -> &'static [&'static str] {
     match kind {
-        Kind::AttentionNorm => &["input_layernorm"],
-        Kind::FfnNorm => &["post_attention_layernorm"],
+        Kind::AttentionNorm => &["input_layernorm", "attn_norm"],
+        Kind::FfnNorm => &["post_attention_layernorm", "mlp_norm"],
         Kind::AttentionSubNorm => &["self_attn.attn_sub_norm", "self_attn.inner_attn_ln"],
         Kind::FfnSubNorm => &["mlp.ffn_sub_norm", "mlp.ffn_layernorm"],
         Kind::Query => &["self_attn.q_proj"],
         Kind::Key => &["self_attn.k_proj"],
         Kind::Value => &["self_attn.v_proj"],
-        Kind::Output => &["self_attn.o_proj"],
+        Kind::Output => &["self_attn.o_proj", "attn.o_proj"],
+        Kind::RecurrenceInput => &["attn.i_proj"],
+        Kind::RecurrenceForget => &["attn.f_proj"],
+        Kind::RecurrenceGate => &["attn.g_proj"],
+        Kind::RecurrenceNorm => &["attn.g_norm"],
+        Kind::RecurrenceInputInputNorm => &["attn.i_proj.norm"],
+        Kind::RecurrenceForgetInputNorm => &["attn.f_proj.norm"],
+        Kind::RecurrenceGateInputNorm => &["attn.g_proj.norm"],
         Kind::Gate => &["mlp.gate_proj"],
         Kind::Up => &["mlp.up_proj"],
         Kind::Down => &["mlp.down_proj"],
@@ -567,7 +624,7 @@ fn hugging_face(kind: Kind) -> &'static [&'static str] {
         Kind::QueryInputNorm => &["self_attn.q_proj.rms_norm", "self_attn.q_proj.norm"],
         Kind::KeyInputNorm => &["self_attn.k_proj.rms_norm", "self_attn.k_proj.norm"],
         Kind::ValueInputNorm => &["self_attn.v_proj.rms_norm", "self_attn.v_proj.norm"],
-        Kind::OutputInputNorm => &["self_attn.o_proj.rms_norm", "self_attn.o_proj.norm"],
+        Kind::OutputInputNorm => &["self_attn.o_proj.rms_norm", "self_attn.o_proj.norm", "attn.o_proj.norm"],
         Kind::GateInputNorm => &["mlp.gate_proj.rms_norm", "mlp.gate_proj.norm"],
         Kind::UpInputNorm => &["mlp.up_proj.rms_norm", "mlp.up_proj.norm"],
         Kind::DownInputNorm => &["mlp.down_proj.rms_norm", "mlp.down_proj.norm"],

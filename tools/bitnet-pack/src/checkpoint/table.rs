@@ -56,14 +56,17 @@ enum Class {
     Llama,
     /// As Llama, with a norm of each query and key head.
     Qwen3,
+    /// The MatMul-free language model: a recurrence in place of attention, norms in all linears, a ternary head.
+    MatMulFree,
 }
 
-const CLASSES: [(&str, Class, f64); 5] = [
+const CLASSES: [(&str, Class, f64); 6] = [
     ("BitNetForCausalLM", Class::BitNet, 500_000.0),
     ("BitnetForCausalLM", Class::BitNet, 10_000.0),
     ("LlamaForCausalLM", Class::Llama, 10_000.0),
     ("Qwen3ForCausalLM", Class::Qwen3, 10_000.0),
     ("Qwen3Model", Class::Qwen3, 10_000.0),
+    ("HGRNBitForCausalLM", Class::MatMulFree, 10_000.0),
 ];
 
 /// Keys that would change the arithmetic, and the values under which they do not.
@@ -125,6 +128,22 @@ const KNOWN: [&str; 36] = [
     "use_cache",
     "vocab_size",
 ];
+
+/// Such keys of [`Class::MatMulFree`].
+const RECURRENT: [(&str, &[&str]); 5] = [
+    ("attn_mode", &["\"fused_recurrent\"", "null"]),
+    ("expand_ratio", &["1", "1.0", "null"]),
+    ("quantization_config", &["null"]),
+    ("use_lower_bound", &["true", "null"]),
+    ("use_short_conv", &["false", "null"]),
+];
+
+/// And those that are looked at elsewhere or say nothing: heads are but a way to number the channels.
+const RECURRENT_KNOWN: [&str; 5] =
+    ["conv_size", "fuse_cross_entropy", "hidden_ratio", "num_heads", "share_conv_kernel"];
+
+/// What its linears add to the mean square of their input: the default of the function that computes them, which nothing sets.
+const RECURRENT_LINEAR_EPS: f32 = 1e-6;
 
 /// Reads values of one file, and names key and value where one is refused.
 struct Reader<'a> {
@@ -222,15 +241,30 @@ impl Table {
                 return reader.refuse(key, format!("not supported; only {} is", neutral[0]));
             }
         }
-        let known = |key: &str| KNOWN.contains(&key) || key == "weight_bits" || NEUTRAL.iter().any(|(k, _)| *k == key);
+        let recurrent = class == Class::MatMulFree;
+        for (key, neutral) in RECURRENT.iter().filter(|_| recurrent) {
+            let value = reader.get(key);
+            if !neutral.contains(&value.to_string().as_str()) {
+                return reader.refuse(key, format!("not supported; only {} is", neutral[0]));
+            }
+        }
+        let of_class =
+            |key: &str| recurrent && (RECURRENT_KNOWN.contains(&key) || RECURRENT.iter().any(|(k, _)| *k == key));
+        let known = |key: &str| {
+            KNOWN.contains(&key) || key == "weight_bits" || NEUTRAL.iter().any(|(k, _)| *k == key) || of_class(key)
+        };
         let unused: Vec<&str> = object.keys().map(String::as_str).filter(|key| !known(key)).collect();
         if !unused.is_empty() {
             notes.push(format!("config.json: not looked at: {}", unused.join(", ")));
         }
         let (storage, linear_norm_eps) = quantization(&reader, class)?;
         let shape = shape(&reader, class, linear_norm_eps)?;
-        let (theta, scaling) = rotation(&reader, default_theta, &mut notes)?;
-        let frequencies = rope::frequencies(theta, shape.head_dim, scaling);
+        let frequencies = if recurrent {
+            Vec::new()
+        } else {
+            let (theta, scaling) = rotation(&reader, default_theta, &mut notes)?;
+            rope::frequencies(theta, shape.head_dim, scaling)
+        };
         if frequencies.iter().any(|f| !f.is_finite()) {
             return reader
                 .refuse("rope_theta", "with the scaling of rope_parameters, its angles are not finite numbers");
@@ -287,6 +321,9 @@ fn class<'a>(reader: &Reader<'a>) -> Result<(&'a str, Class, f64), Error> {
 }
 
 fn quantization(reader: &Reader<'_>, class: Class) -> Result<(Storage, Option<f32>), Error> {
+    if class == Class::MatMulFree {
+        return Ok((Storage::Masters, Some(RECURRENT_LINEAR_EPS)));
+    }
     let Some(section) = reader.object_or_null("quantization_config", "quantization_config.")? else {
         let storage = if class == Class::BitNet { Storage::Masters } else { Storage::Found { masters: false } };
         return Ok((storage, None));
@@ -337,14 +374,29 @@ fn kept_dense(section: &Reader<'_>) -> Result<(), Error> {
     }
 }
 
+/// Width of the feed-forward layer, which the MatMul-free language model may leave to a ratio.
+fn ffn(reader: &Reader<'_>, class: Class, hidden: u32) -> Result<u32, Error> {
+    if class != Class::MatMulFree || !reader.get("intermediate_size").is_null() {
+        return reader.u32("intermediate_size");
+    }
+    let ratio = if reader.get("hidden_ratio").is_null() { 4.0 } else { reader.positive("hidden_ratio")? };
+    // Cut to a whole number, as its code does. What is too wide is found with the other widths.
+    let width = (f64::from(hidden) * ratio * 2.0 / 3.0) as u32;
+    Ok(width.div_ceil(256).saturating_mul(256))
+}
+
 fn shape(reader: &Reader<'_>, class: Class, linear_norm_eps: Option<f32>) -> Result<Config, Error> {
+    let recurrence = class == Class::MatMulFree;
     let activation = match reader.str_or_null("hidden_act")? {
-        Some("relu2") => Activation::SquaredRelu,
-        Some("silu") => Activation::Silu,
+        Some("relu2") if !recurrence => Activation::SquaredRelu,
+        Some("silu" | "swish") => Activation::Silu,
+        _ if recurrence => return reader.refuse("hidden_act", "\"swish\" is expected"),
         _ => return reader.refuse("hidden_act", "\"relu2\" or \"silu\" is expected"),
     };
-    let (hidden, heads) = (reader.u32("hidden_size")?, reader.u32("num_attention_heads")?);
+    let hidden = reader.u32("hidden_size")?;
+    let heads = if recurrence { 1 } else { reader.u32("num_attention_heads")? };
     let head_dim = match reader.u32_or_null("head_dim")? {
+        _ if recurrence => hidden,
         Some(head_dim) => head_dim,
         None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,
         None => return reader.refuse("num_attention_heads", format!("does not divide hidden_size = {hidden}")),
@@ -352,10 +404,10 @@ fn shape(reader: &Reader<'_>, class: Class, linear_norm_eps: Option<f32>) -> Res
     let config = Config {
         vocab: reader.u32("vocab_size")?,
         hidden,
-        ffn: reader.u32("intermediate_size")?,
+        ffn: ffn(reader, class, hidden)?,
         layers: reader.u32("num_hidden_layers")?,
         heads,
-        kv_heads: reader.u32_or_null("num_key_value_heads")?.unwrap_or(heads),
+        kv_heads: if recurrence { 1 } else { reader.u32_or_null("num_key_value_heads")?.unwrap_or(heads) },
         head_dim,
         context: reader.u32("max_position_embeddings")?,
         norm_eps: reader.positive("rms_norm_eps")? as f32,
@@ -368,8 +420,10 @@ fn shape(reader: &Reader<'_>, class: Class, linear_norm_eps: Option<f32>) -> Res
         sparse: false,
         window: window(reader)?,
         memory: memory(reader)?,
+        recurrence,
         quantizers: quantizers(reader)?,
         tied: false,
+        linear_head: recurrence,
         split_head: false,
         formats: 1 << bitnet_kernel::Format::TL as u8,
     };

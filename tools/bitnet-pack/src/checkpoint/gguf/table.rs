@@ -226,8 +226,10 @@ fn config(keys: &Keys<'_>, architecture: Architecture) -> Result<Config, Error> 
         sparse: false,
         window: None,
         memory: None,
+        recurrence: false,
         quantizers: Quantizers::INT8,
         tied: false,
+        linear_head: false,
         split_head: false,
         formats: 1 << Format::TL as u8,
     };
