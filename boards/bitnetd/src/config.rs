@@ -1,7 +1,7 @@
 //! Options: each is defined once, below, and has a name on the command line, in the environment and in a file.
 //!
 //! The command line has precedence over the environment, that over the file, and that over the default.
-use crate::log;
+use crate::{log, room};
 use anyhow::{Context as _, ensure};
 use bitnet_host::open::ModelArgs;
 use bitnet_host::weights::size;
@@ -61,11 +61,12 @@ pub struct ServeArgs {
     /// The model's name in answers [default: the image's file name].
     #[arg(long)]
     pub model_name: Option<String>,
-    /// Conversations in memory: so many requests are answered at once, and so many prompts are remembered.
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=SESSIONS_MAX))]
-    pub sessions: u8,
+    /// Conversations in memory: so many requests are answered at once, and so many prompts are remembered [default: 4, or as many
+    /// as there is room for].
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=SESSIONS_MAX))]
+    pub sessions: Option<u8>,
     /// Memory for conversations beyond those, such as 256M: prompts that begin as one of them did need not read that again
-    /// [default: sixteen conversations, and no more than a quarter of the free memory].
+    /// [default: sixteen conversations, and no more than a quarter of the free memory; none with --ram].
     #[arg(long, value_parser = size, value_name = "BYTES")]
     pub prompt_cache: Option<u64>,
     /// Requests that may wait for a conversation; others are told to come again.
@@ -230,6 +231,8 @@ pub struct Settings {
     pub model: ModelArgs,
     /// What was asked for.
     pub serve: ServeArgs,
+    /// Conversations in memory.
+    pub sessions: u8,
     /// The model's name.
     pub name: String,
     /// Keys, none of them empty. Without any, whoever reaches the daemon may use it.
@@ -252,7 +255,8 @@ impl Settings {
         }
         let stem = model.image.file_stem().map(|stem| stem.to_string_lossy().into_owned());
         let name = serve.model_name.clone().or(stem).unwrap_or_else(|| "model".to_owned());
-        let settings = Self { model, serve, name, keys };
+        let sessions = serve.sessions.unwrap_or_else(|| room::sessions(&model));
+        let settings = Self { model, serve, sessions, name, keys };
         settings.may_listen(settings.serve.listen)?;
         Ok(settings)
     }
@@ -293,7 +297,7 @@ mod tests {
         );
         let path = file.path().to_str().unwrap();
         let read = settings(&["--config", path, "--sessions", "2"]);
-        assert_eq!((read.serve.sessions, read.name.as_str()), (2, "a"));
+        assert_eq!((read.sessions, read.name.as_str()), (2, "a"));
         assert_eq!(read.serve.hosts, ["pi.local", "pi"]);
         assert_eq!(read.serve.read_seconds, Duration::from_secs(10));
         assert_eq!(read.serve.prompt_cache, Some(1 << 20));
@@ -302,7 +306,7 @@ mod tests {
         // What the file does not say is as without it.
         assert_eq!(read.serve.queue, settings(&["--model", "x"]).serve.queue);
         let words = ["bitnetd", "doctor", "--config", path];
-        assert!(matches!(task(&words).unwrap(), Task::Doctor(settings) if settings.serve.sessions == 8));
+        assert!(matches!(task(&words).unwrap(), Task::Doctor(settings) if settings.sessions == 8));
         let here = settings(&["--config", path, "--model", "b.bitnet", "--allow-host", "other"]);
         assert_eq!((here.name.as_str(), &*here.serve.hosts), ("b", &["other".to_owned()][..]));
     }

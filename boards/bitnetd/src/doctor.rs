@@ -1,5 +1,6 @@
 //! `bitnetd doctor`: what the daemon would do, and what of the model, the machine or the options is wrong.
 use crate::config::Settings;
+use crate::room;
 use anyhow::{Context as _, ensure};
 use bitnet_host::open::{Opened, mib, with_image, with_model};
 use bitnet_host::{system, template};
@@ -82,7 +83,7 @@ pub fn run(settings: &Settings) -> anyhow::Result<bool> {
     report.look("image", image(settings))?;
     report.look("memory", memory(settings))?;
     if report.well {
-        let found = with_model(&settings.model, |opened| Ok(model(&mut report, opened)));
+        let found = with_model(&room::with_reserve(settings)?, |opened| Ok(model(&mut report, opened)));
         match found {
             Ok(written) => written?,
             Err(e) => report.look("model", Err(e))?,
@@ -160,7 +161,7 @@ fn sums(path: &Path, image: &Image<'_>) -> anyhow::Result<usize> {
 
 fn memory(settings: &Settings) -> anyhow::Result<String> {
     with_image(&settings.model, |image, limits, plan| {
-        let sessions = u64::from(settings.serve.sessions);
+        let sessions = u64::from(settings.sessions);
         let each = ((plan.state + plan.sampler) * Block::BYTES) as u64;
         let have = available_memory();
         let (others, most) = ((sessions - 1) * each, mib(image.file_bytes() + plan.bytes() + (sessions - 1) * each));

@@ -227,10 +227,11 @@ async fn props(State(app): State<Arc<App>>) -> Answer {
             "version": env!("CARGO_PKG_VERSION"),
             "context": ready.context,
             "vocabulary": ready.vocab,
-            "sessions": app.settings.serve.sessions,
+            "sessions": app.settings.sessions,
             "queue": app.settings.serve.queue,
             "chat_template": ready.template,
             "backend": ready.backend,
+            "threads": ready.threads,
             "memory": ready.memory,
         }),
     ))
@@ -338,7 +339,7 @@ async fn answer(app: &Arc<App>, asked: Asked, common: Common) -> Answer {
         Ok(()) => Ok(reply::whole(&shape, events).await),
         Err(Full::Busy) => {
             app.metrics.refused();
-            let wait = app.metrics.wait(app.places.waiting(), app.settings.serve.sessions.into());
+            let wait = app.metrics.wait(app.places.waiting(), app.settings.sessions.into());
             Err(Refusal::new(StatusCode::TOO_MANY_REQUESTS, "too many requests wait already").retry_after(wait))
         }
         Err(Full::Gone) => Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the model is not running")),

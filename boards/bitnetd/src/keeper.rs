@@ -6,12 +6,11 @@ use crate::constraint::Vocabulary;
 use crate::engine::{self, Room};
 use crate::order::{Orders, Queue};
 use crate::pulse::Pulse;
-use crate::{App, notify};
+use crate::{App, notify, room};
 use anyhow::{Context as _, anyhow};
 use bitnet_host::open::{with_image, with_model};
 use bitnet_host::system;
-use bitnet_host::weights::WeightArgs;
-use bitnet_kernel::Block;
+use bitnet_host::weights::available;
 use bitnet_runtime::tokenizer::Tokenizer;
 use std::any::Any;
 use std::convert::Infallible;
@@ -36,6 +35,8 @@ pub(crate) struct Ready {
     pub(crate) vocabulary: OnceLock<Result<Vocabulary, String>>,
     pub(crate) context: usize,
     pub(crate) backend: &'static str,
+    /// The most that compute.
+    pub(crate) threads: usize,
     pub(crate) memory: String,
 }
 
@@ -239,9 +240,9 @@ async fn reload(app: &Arc<App>, old: Option<Engine>) -> anyhow::Result<Option<En
 
 /// Whether the image that is there now could be loaded beside the one in memory.
 fn has_room(app: &App) -> anyhow::Result<bool> {
-    with_image(&app.settings.model, |image, _, plan| {
-        let others = (u64::from(app.settings.serve.sessions) - 1) * ((plan.state + plan.sampler) * Block::BYTES) as u64;
-        Ok(app.settings.model.weights.beside(&image, &plan).is_some_and(|bytes| WeightArgs::has_room(bytes + others)))
+    let model = room::with_reserve(&app.settings)?;
+    with_image(&model, |image, _, plan| {
+        Ok(model.weights.beside(&image, &plan).is_some_and(|bytes| bytes <= available()))
     })
 }
 
@@ -269,7 +270,8 @@ async fn load(app: &Arc<App>) -> anyhow::Result<Engine> {
 
 /// Loads the model, says so, and answers orders.
 fn run_engine(app: &App, queue: Queue, orders: &Orders, sender: oneshot::Sender<Ready>) -> anyhow::Result<()> {
-    with_model(&app.settings.model, |opened| {
+    with_model(&room::with_reserve(&app.settings)?, |mut opened| {
+        opened.verify().with_context(|| app.settings.model.image.display().to_string())?;
         let header = opened.image.header();
         let tokenizer = Tokenizer::load(&opened.image, opened.source).context("the image has no usable tokenizer")?;
         let tokenizer = Arc::new(tokenizer);
@@ -284,10 +286,12 @@ fn run_engine(app: &App, queue: Queue, orders: &Orders, sender: oneshot::Sender<
             vocabulary: OnceLock::new(),
             context: opened.limits.context as usize,
             backend: opened.kernels.name(),
+            threads: opened.threads.pool().threads_max(),
             memory: opened.plan_text(),
         };
         let serve = &app.settings.serve;
-        let room = Room { conversations: serve.sessions.into(), cache_bytes: serve.prompt_cache };
+        let bounded = app.settings.model.weights.ram.map(|_| 0);
+        let room = Room { conversations: app.settings.sessions.into(), cache_bytes: serve.prompt_cache.or(bounded) };
         if serve.measure_bandwidth {
             let (pool, threads) = (opened.threads.pool(), opened.threads.decode().threads);
             app.metrics.memory(system::read_bandwidth(pool, threads));

@@ -22,6 +22,7 @@ pub mod order;
 pub mod pulse;
 mod reply;
 mod request;
+mod room;
 mod stall;
 
 use crate::config::Settings;
@@ -78,7 +79,7 @@ pub enum Signal {
 impl App {
     fn new(settings: Settings) -> Self {
         Self {
-            places: Places::new(settings.serve.sessions.into(), settings.serve.queue),
+            places: Places::new(settings.sessions.into(), settings.serve.queue),
             settings,
             metrics: Metrics::default(),
             keeper: Keeper::new(),

@@ -3,7 +3,7 @@ use crate::weights::{Place, Stream, WeightArgs, Weights};
 use anyhow::{Context as _, bail, ensure};
 use bitnet_kernel::{Block, Kernels};
 use bitnet_runtime::cgroup::available_memory;
-use bitnet_runtime::image::{HEADER_BYTES_MAX, PREFIX_BYTES};
+use bitnet_runtime::image::{HEADER_BYTES_MAX, PREFIX_BYTES, checksum};
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::parallel::{Threads, Tuned};
 use bitnet_runtime::source::{ImageFile, Mapped, WeightSource, load_file, map_file};
@@ -13,6 +13,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use zerocopy::IntoBytes as _;
 
 /// The image and how to run it.
 #[derive(Clone, Debug, clap::Args)]
@@ -139,6 +140,24 @@ impl Opened<'_> {
     /// Memory that running takes, in bytes: weights, conversation, activations and sampler.
     pub const fn plan_bytes(&self) -> u64 {
         self.weights.bytes() + self.plan.bytes()
+    }
+    /// Compares the weights that lie in memory with their checksums. Streamed ones are compared as they come, with
+    /// `--verify-stream`.
+    ///
+    /// # Errors
+    /// Which section is damaged.
+    pub fn verify(&mut self) -> anyhow::Result<()> {
+        if let Weights::Streamed { .. } = self.weights {
+            return Ok(());
+        }
+        for (i, record) in self.image.sections().records().iter().enumerate() {
+            let bytes = self.source.fetch(record.extent())?.as_bytes();
+            ensure!(
+                checksum(bytes) == record.checksum.get(),
+                "section {i} is damaged; `bitnet-pack verify` says where"
+            );
+        }
+        Ok(())
     }
     /// The plan in words.
     pub fn plan_text(&self) -> String {

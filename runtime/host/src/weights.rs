@@ -31,6 +31,9 @@ pub struct WeightArgs {
     /// Write when pieces were read and waited for, for chrome://tracing or ui.perfetto.dev: the first 32,768 reads and waits.
     #[arg(long, value_name = "FILE")]
     pub timeline: Option<PathBuf>,
+    /// Bytes that the program will take besides, and that weights must leave.
+    #[arg(skip)]
+    pub reserve: u64,
 }
 
 /// Where weights are read from.
@@ -191,13 +194,17 @@ impl WeightArgs {
     pub fn place(&self, image: &Image<'_>, plan: &Plan, limits: &Limits) -> anyhow::Result<Place> {
         let tokenizer = image.tokenizer().map_or(0, |(_, bytes)| bytes as u64);
         let taken = system::rss().unwrap_or(0);
-        let own = taken + CODE_BYTES + TOKENIZER_FACTOR * tokenizer + (self.spans() * size_of::<Span>()) as u64;
+        let own = taken
+            + CODE_BYTES
+            + TOKENIZER_FACTOR * tokenizer
+            + (self.spans() * size_of::<Span>()) as u64
+            + self.reserve;
         let rest = Rest { plan, limits, own };
         let resident = image.file_bytes();
         // What is taken already is part of --ram, and no part of what is available.
         let have = match self.ram {
             Some(ram) => ram,
-            None => available_memory().map_or(u64::MAX, |free| (free - free / MARGIN).saturating_add(taken)),
+            None => available().saturating_add(taken),
         };
         let name = if self.ram.is_some() { "--ram gives" } else { "there are" };
         let fits = resident + rest.bytes() <= have;
@@ -251,11 +258,7 @@ impl WeightArgs {
             Source::Streamed => u64::from(BUFFERS[0].0) * BUFFERS[0].1 as u64,
             Source::Auto | Source::Resident => image.file_bytes(),
         };
-        self.ram.is_none().then(|| weights + plan.bytes() + TOKENIZER_FACTOR * tokenizer)
-    }
-    /// Whether the system has so much more memory, less what is left alone.
-    pub fn has_room(bytes: u64) -> bool {
-        available_memory().is_none_or(|free| bytes <= free - free / MARGIN)
+        self.ram.is_none().then(|| weights + plan.bytes() + TOKENIZER_FACTOR * tokenizer + self.reserve)
     }
 
     /// Reads and waits to record.
@@ -323,6 +326,11 @@ fn event(span: &Span) -> String {
 const MARGIN: u64 = 16;
 /// Some tens of gigabytes of streaming.
 const SPANS_MAX: usize = 1 << 15;
+
+/// Bytes that programs may still take, as far as the system knows.
+pub fn available() -> u64 {
+    available_memory().map_or(u64::MAX, |free| free - free / MARGIN)
+}
 
 /// Pieces and buffers that take at most `room`, if it is bounded, and keep in memory what fits; or the least that would do.
 fn pieces(image: &Image<'_>, room: Option<u64>) -> Result<(Pieces, usize), u64> {

@@ -55,7 +55,10 @@ impl Daemon {
         Self::of(image(), options)
     }
     fn of(image: &str, options: &[&str]) -> Self {
-        let mut args = vec!["bitnetd", "--model", image, "--threads", "1"];
+        let mut args = vec!["bitnetd", "--model", image];
+        if !options.contains(&"--threads") {
+            args.extend(["--threads", "1"]);
+        }
         args.extend(options);
         let Task::Serve(settings) = Task::new(args).unwrap() else { panic!("it is to serve") };
         let (sender, receiver) = std::sync::mpsc::channel();

@@ -2,6 +2,7 @@
 //! `cargo xtask test static` looks at the same from outside, with signals and the messages of systemd.
 use crate::{Daemon, JSON, TEMPLATE, image, pack_with, request};
 use bitnet_host::open::with_model;
+use bitnet_runtime::parallel::cpus::{affinity, set_affinity};
 use bitnet_runtime::sampler::Sampling;
 use bitnet_runtime::tokenizer::Tokenizer;
 use bitnet_tests::model;
@@ -176,6 +177,19 @@ fn a_stop_lets_replies_end() {
     daemon.until("nobody listens", || std::net::TcpStream::connect(daemon.address).is_err());
 }
 
+/// Replay A-19: threads are as many as may run at once, however many CPUs the machine has.
+#[test]
+fn one_cpu_gets_one_thread() {
+    let started = std::thread::spawn(|| {
+        // The threads that this one starts may run there too and nowhere else.
+        set_affinity(&affinity().unwrap()[..1]).unwrap();
+        Daemon::of(image(), &["--threads", "auto"])
+    });
+    let daemon = started.join().unwrap();
+    let (_, props) = daemon.get("/props");
+    assert_eq!(serde_json::from_str::<Value>(&props).unwrap()["threads"], 1, "{props}");
+}
+
 /// The kernels are looked at once the daemon serves, and what came of it is told.
 #[test]
 fn the_self_test_is_told() {
@@ -201,5 +215,8 @@ fn the_doctor_sees_what_is_wrong() {
     bytes[middle] ^= 1;
     std::fs::write(&damaged, bytes).unwrap();
     assert!(!well(&damaged));
+    // Nor does the daemon use it.
+    let daemon = Daemon::of(&damaged, &["--lazy"]);
+    assert_eq!(daemon.post("/v1/completions", &json!({ "prompt": "Once", "max_tokens": 1 })).0, 503);
     assert!(!well("/nowhere/model.bitnet"));
 }

@@ -8,6 +8,8 @@ use crate::files::{Input, read_capped};
 use bitnet_runtime::image::{CHAT_TEMPLATE_MAX, StopIds};
 use bitnet_runtime::tokenizer::definition as sound;
 use kitoken::{Definition, InsertionPosition, Kitoken, Processing, Token};
+use minijinja::Environment;
+use minijinja::syntax::SyntaxConfig;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -124,6 +126,9 @@ pub fn read(checkpoint: &Checkpoint, table: &mut Table, chosen: Option<&Path>) -
         tokenizer = Some(bytes);
     } else {
         table.notes.push("tokenizer: none found; the image takes and gives token ids only".into());
+    }
+    if let Some(e) = compile(&chat_template) {
+        table.notes.push(format!("chat template: does not compile, so that there will be no chat: {e}"));
     }
     let definition = definition.map(|(_, definition)| definition);
     stop.extend(TURN_ENDS.iter().filter_map(|name| special(definition.as_ref()?, name)));
@@ -259,6 +264,14 @@ fn bos(
     added
 }
 
+/// What is wrong with a template, by the compiler that programs use, in its first line.
+fn compile(template: &str) -> Option<String> {
+    let mut environment = Environment::new();
+    // As transformers sets its own.
+    environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().ok()?);
+    environment.template_from_str(template).err().map(|e| e.to_string())
+}
+
 /// From `chat_template.jinja`, or from `tokenizer_config.json`: one template, or that called "default".
 fn chat_template(checkpoint: &Checkpoint, settings: &Value) -> Result<String, Error> {
     let path = checkpoint.directory().join("chat_template.jinja");
@@ -271,4 +284,24 @@ fn chat_template(checkpoint: &Checkpoint, settings: &Value) -> Result<String, Er
         template.as_str().or_else(of_list).unwrap_or_default().into()
     };
     Ok(template)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::compile;
+
+    #[test]
+    fn templates_are_compiled() {
+        for sound in ["", "plain", "{% for m in messages %}{{ m.role|capitalize + ': ' + m.content|trim }}{% endfor %}"]
+        {
+            assert_eq!(compile(sound), None, "{sound}");
+        }
+        // The second is for training alone, and no other program knows it.
+        for (wrong, why) in
+            [("{% for m in messages %}", "unexpected end"), ("{% generation %}a{% endgeneration %}", "generation")]
+        {
+            let error = compile(wrong).unwrap();
+            assert!(error.contains(why), "{error}");
+        }
+    }
 }

@@ -23,6 +23,7 @@ mod clients;
 mod demo;
 mod elf;
 mod fuzz;
+mod load;
 mod matrix;
 mod report;
 mod riscv;
@@ -64,6 +65,8 @@ Usage: cargo xtask COMMAND
                   draws when readers read and the computation computed (target/stream-proof/timeline.svg)
   clients         OpenAI's clients and schemathesis against the daemon (installs them with pip and npm below target/clients)
   soak            a thousand requests of eight clients to the daemon, a third cut off; it is killed in the end and starts again
+  load            what the daemon gives one client and four at once, of a model in the shape of BitNet b1.58 2B4T, and how long eight wait
+                  for a first token; fails below 2.5 times as many tokens/s (a minute or two, and nothing else may run)
   demo            build, pack the bundled checkpoint and let it tell a story (the same as `cargo demo`)
   deny            licences and advisories of the dependencies, by cargo-deny";
 
@@ -113,6 +116,7 @@ fn command(arguments: &[String]) -> Result<bool> {
         "stream-proof" => stream::run(&Workspace::load()?),
         "clients" => clients::run(&Workspace::load()?),
         "soak" => clients::soak(&Workspace::load()?),
+        "load" => load::run(&Workspace::load()?),
         "demo" => demo::run(&Workspace::load()?),
         "deny" => run::deny(),
         "help" | "--help" | "-h" => {
