@@ -1,4 +1,5 @@
 //! The bundled model: the same logits and the same text, bit for bit, whatever computes them and wherever the weights lie.
+use bitnet_kernel::format::decode;
 use bitnet_kernel::portable::Portable;
 use bitnet_kernel::{Block, Format};
 use bitnet_pack::Options;
@@ -9,13 +10,15 @@ use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::model::{Activation, Quantizers, Rope};
 use bitnet_runtime::parallel::Serial;
 use bitnet_runtime::sampler::Sampling;
-use bitnet_runtime::source::{BlockDevice, Mapped, Streamed};
+use bitnet_runtime::source::{BlockDevice, Extent, Mapped, Streamed};
 use bitnet_runtime::tokenizer::{TextStream, Tokenizer};
 use bitnet_runtime::{Config, Error, Limits, Model, Plan, State, backend};
 use bitnet_tests::images::{Disk, Packed, Way, fingerprint};
 use bitnet_tests::{golden, ids, json, max_difference, model};
 use core::ops::ControlFlow;
+use std::path::Path;
 use std::sync::LazyLock;
+use zerocopy::IntoBytes;
 
 /// The bundled checkpoint as `cargo demo` packs it.
 static STORIES: LazyLock<Packed> = LazyLock::new(|| Packed::pack(&model("stories-ternary"), &Options::default()));
@@ -110,6 +113,65 @@ fn only_the_live_part_is_read_and_nothing_changes() {
             let share = |n: u64| n as f64 / rows.all as f64;
             assert!((0.2..0.5).contains(&share(rows.up)), "{rows:?}");
             assert!((0.1..0.3).contains(&share(rows.down)), "{rows:?}");
+        }
+    }
+}
+
+/// What the image holds of each neuron of a layer, in its order: rows of gate and up, the column of down, and the weight of the
+/// norm before it.
+fn neurons(packed: &Packed, layer: u32) -> Vec<(Vec<i8>, u32)> {
+    let (image, blocks) = (packed.image(), packed.blocks());
+    let find = |kind| image.sections().find(kind, Some(layer)).expect("the layer has it");
+    let stored = |extent: Extent| &blocks[extent.start as usize..][..extent.blocks as usize];
+    let row = |kind, r: usize| {
+        let tensor = find(kind).tensor().expect("a matrix");
+        let (format, (tile, r, _)) = (tensor.format, tensor.row(r as u32));
+        let steps = stored(tile).chunks_exact(format.step_blocks());
+        steps
+            .flat_map(|step| (0..format.step_cols()).map(|c| decode(format, step, r, c)).collect::<Vec<_>>())
+            .collect::<Vec<i8>>()
+    };
+    let norms = stored(find(Kind::FfnSubNorm).extent()).as_bytes().as_chunks::<4>().0;
+    let ffn = image.header().config.ffn as usize;
+    let kinds = [Kind::Gate, Kind::UpRows, Kind::DownColumns];
+    (0..ffn).map(|n| (kinds.map(|kind| row(kind, n)).concat(), u32::from_le_bytes(norms[n]))).collect()
+}
+
+/// Neurons that fire together lie together: the same neurons in another order, one result in every way of running, and that
+/// without the order but for rounding. What is read is the same, in fewer pieces.
+#[test]
+fn neurons_in_another_order_are_the_same_neurons() {
+    let pack = |reorder| {
+        let options = Options { live_ffn: true, reorder, ..Options::default() };
+        Packed::pack(&model("stories-ternary"), &options)
+    };
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tools/bitnet-pack/tests/golden/stories.txt");
+    let (plain, ordered) = (pack(None), pack(Some(text)));
+    for layer in 0..plain.image().header().config.layers {
+        let (mut a, mut b) = (neurons(&plain, layer), neurons(&ordered, layer));
+        assert_ne!(a, b, "layer {layer}");
+        a.sort();
+        b.sort();
+        assert!(a == b, "layer {layer}: other neurons");
+    }
+    let story = story(24);
+    let run = |way: Way, packed: &Packed| {
+        way.run(packed, |model, state| {
+            let mut logits = Vec::new();
+            model.prefill_each(state, &story, &mut |_, row| logits.push(row.to_vec())).expect("a pass");
+            (logits, model.live_rows())
+        })
+    };
+    let (expected, rows) = run(Way::plain(&Portable), &plain);
+    let (found, found_rows) = run(Way::plain(&Portable), &ordered);
+    let difference = expected.iter().zip(&found).map(|(a, b)| max_difference(a, b)).fold(0.0, f32::max);
+    println!("largest difference from the checkpoint's order: {difference}; {found_rows:?}, {rows:?}");
+    assert!(difference < 0.2);
+    assert_eq!(found_rows.up, rows.up);
+    for kernels in backend::available() {
+        for (batch, threads, streamed) in [(1, 3, false), (5, 2, true)] {
+            let way = Way { batch, threads, streamed, ..Way::plain(kernels) };
+            assert_eq!(fingerprint(&run(way, &ordered).0), fingerprint(&found), "{way:?}");
         }
     }
 }

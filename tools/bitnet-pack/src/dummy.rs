@@ -187,6 +187,7 @@ pub fn dummy(
         notes,
         adapted: None,
         pruned: None,
+        reordered: None,
         tuning: None,
     })
 }

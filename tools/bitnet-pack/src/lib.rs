@@ -1,7 +1,7 @@
 //! checkpoint → [`checkpoint`] → [`quantize`] → [`encode`] → [`write`](mod@write) → image; then [`verify`](mod@verify) and [`inspect`](mod@inspect)
 //!
 //! Where linears that are not ternary get formats of their own, [`calibrate`] stands between the checkpoint and quantizing;
-//! where weights are to be left out, [`prune`] stands before all of it. [`convert`](mod@convert) makes a checkpoint of a checkpoint.
+//! where weights are to be left out or neurons to be put in another order, [`prune`] and [`reorder`] stand before all of it. [`convert`](mod@convert) makes a checkpoint of a checkpoint.
 //!
 //! Reads a checkpoint (safetensors, GGUF, llama2.c), checks it, and writes one image that `bitnet-runtime` runs. The
 //! whole passes through in units of 64 rows, so the memory it takes is known before it starts and does not depend on the
@@ -21,6 +21,7 @@ pub mod kept;
 pub mod pack;
 pub mod prune;
 pub mod quantize;
+pub mod reorder;
 pub mod report;
 pub mod split;
 pub mod tokenizer;
@@ -39,6 +40,7 @@ pub use export::{Exported, export};
 pub use inspect::{Summary, inspect};
 pub use pack::{Layouts, Options, pack, plan};
 pub use prune::{Pattern, Pruned, Sparsity};
+pub use reorder::Reordered;
 pub use report::{Progress, Report};
 pub use tune::{Target, tune};
 pub use verify::{Verified, verify};

@@ -215,7 +215,7 @@ impl Widths {
         let rule = match (&self.plan_file, self.bits.as_deref()) {
             (Some(path), _) => Rule::Plan(path.clone()),
             (None, None) if budget || calibration || self.write_plan.is_some() || !self.report.is_empty() => {
-                let what = "budgets, plans and reports go with --bits or --plan, calibration also with --sparsity";
+                let what = "budgets, plans and reports go with --bits or --plan, calibration also with --sparsity and --live-ffn";
                 return Err(Error::Options(what.into()));
             }
             (None, None) => return Ok(None),
@@ -304,7 +304,8 @@ struct Formats {
     #[arg(long, value_parser = format(&["i8", "i4", "f16", "i4g128", "i3g128", "i2g128", "tlg128", "b1g128"]))]
     embedding: Option<Format>,
     /// Store up and down in 2 bits so that a token reads only what its activations do not multiply by zero: worth it where
-    /// the activation is a squared ReLU.
+    /// the activation is a squared ReLU. With --calibration neurons that fire together in that text lie together, so that what
+    /// is read lies in fewer pieces: the same logits but for the order in which the norm before down adds up.
     #[arg(long)]
     live_ffn: bool,
     /// Layout of linears of models that were pruned, where it saves a sixteenth or more: rowcol leaves rows and columns of zeros
@@ -596,9 +597,11 @@ fn run(command: Command) -> Result<String, Error> {
             let Pack { source, output, bandwidth, lossy, tokenizer, i2s_group: groups, .. } = *pack;
             let Pack { dry_run, target_arch: target, formats, widths, sparsity, plan, .. } = *pack;
             let sparsity = sparsity.chosen(formats.layout, widths.calibration.as_ref())?;
-            let adaptive = widths.adaptive(sparsity.is_some(), formats.head.is_none())?;
+            let reorder = widths.calibration.clone().filter(|_| formats.live_ffn);
+            let adaptive = widths.adaptive(sparsity.is_some() || reorder.is_some(), formats.head.is_none())?;
             let i2s = i2s_group(&groups);
-            let options = Options { tokenizer, i2s, target, adaptive, sparsity, lossy, ..options(formats, plan) };
+            let options =
+                Options { tokenizer, i2s, target, adaptive, sparsity, reorder, lossy, ..options(formats, plan) };
             let Some(output) = output.filter(|_| !dry_run) else {
                 let report = bitnet_pack::plan(&source, &options, &mut Bar::new().listen())?;
                 return Ok(planned(&report, bandwidth));

@@ -6,6 +6,7 @@ use crate::encode::{encode, encode_f16, encode_grouped};
 use crate::kept::{Kept, Live};
 use crate::prune::{Pruned, Sparsity, prune};
 use crate::quantize::{self, Absmean, Distance, MagnitudeSum};
+use crate::reorder::{Reordered, reorder};
 use crate::report::{LayerBits, Progress, Report, SectionReport, planned_bits};
 use crate::split::{self, Energy, Plane};
 use crate::tune::{self, Costs, Measured, Target, Timer, Tuner, Tuning};
@@ -56,6 +57,8 @@ pub struct Options {
     pub adaptive: Option<Adaptive>,
     /// Which weights are left out.
     pub sparsity: Option<Sparsity>,
+    /// A text, UTF-8, whose tokens say which neurons are stored side by side where only the live ones are read.
+    pub reorder: Option<PathBuf>,
     /// The CPU whose speed decides between layouts, in place of bytes alone.
     pub target: Option<Target>,
     /// Whether linears that should be ternary may be far from it: [`FAR`].
@@ -101,6 +104,7 @@ impl Default for Options {
             layout: Layouts::Auto,
             adaptive: None,
             sparsity: None,
+            reorder: None,
             target: None,
             lossy: false,
         }
@@ -159,6 +163,9 @@ impl Options {
         if self.adaptive.is_some() && self.live_ffn {
             return Err(Error::Options("--live-ffn is for ternary linears, whose formats are not chosen".into()));
         }
+        if self.reorder.is_some() && !self.live_ffn {
+            return Err(Error::Options("the order of neurons matters with --live-ffn only".into()));
+        }
         if let Some(sparsity) = &self.sparsity {
             sparsity.check()?;
             if self.adaptive.is_some() {
@@ -214,8 +221,18 @@ impl Options {
 /// # Errors
 /// The first thing that is wrong. Then nothing is there under the name `output` that was not there before.
 pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn Progress) -> Result<Report, Error> {
-    let Ready { checkpoint, mut table, mut bound, tokenizer, mut parts, mut layout, peak_bytes, pruned, tuning } =
-        ready(source, options, progress)?;
+    let Ready {
+        checkpoint,
+        mut table,
+        mut bound,
+        tokenizer,
+        mut parts,
+        mut layout,
+        peak_bytes,
+        pruned,
+        reordered,
+        tuning,
+    } = ready(source, options, progress)?;
     progress.say(&format!("peak memory: {} MiB", peak_bytes.div_ceil(1 << 20)));
     let prepared = match &options.adaptive {
         Some(adaptive) => {
@@ -279,6 +296,7 @@ pub fn pack(source: &Path, output: &Path, options: &Options, progress: &mut dyn 
         notes: table.notes,
         adapted: prepared.map(|prepared| prepared.adapted),
         pruned,
+        reordered,
         tuning,
     })
 }
@@ -302,7 +320,8 @@ pub fn plan(source: &Path, options: &Options, progress: &mut dyn Progress) -> Re
     if options.adaptive.is_some() {
         return Err(Error::Options("formats that are chosen one by one are not known without calibration".into()));
     }
-    let Ready { table, bound, parts, layout, peak_bytes, pruned, tuning, .. } = ready(source, options, progress)?;
+    let Ready { table, bound, parts, layout, peak_bytes, pruned, reordered, tuning, .. } =
+        ready(source, options, progress)?;
     Ok(Report {
         name: parts.name,
         architecture: table.architecture,
@@ -315,6 +334,7 @@ pub fn plan(source: &Path, options: &Options, progress: &mut dyn Progress) -> Re
         notes: table.notes,
         adapted: None,
         pruned,
+        reordered,
         tuning,
     })
 }
@@ -329,6 +349,7 @@ struct Ready {
     layout: Layout,
     peak_bytes: u64,
     pruned: Option<Pruned>,
+    reordered: Option<Reordered>,
     tuning: Option<Tuning>,
 }
 
@@ -346,6 +367,10 @@ fn ready(source: &Path, options: &Options, progress: &mut dyn Progress) -> Resul
         }
         None => None,
     };
+    let reordered = match &options.reorder {
+        Some(text) => Some(reorder(&mut checkpoint, text, options.tokenizer.as_deref(), progress)?),
+        None => None,
+    };
     let mut table = checkpoint.table()?;
     table.notes.extend(note);
     if table.config.linear_head && options.split_head {
@@ -361,6 +386,7 @@ fn ready(source: &Path, options: &Options, progress: &mut dyn Progress) -> Resul
     let calibration = options.adaptive.as_ref().map_or(0, |adaptive| adaptive.peak(&table.config));
     let mut peak_bytes = peak(&checkpoint, &bound, options)? + calibration;
     peak_bytes += pruned.as_ref().map_or(0, |pruned| pruned.peak);
+    peak_bytes += reordered.as_ref().map_or(0, |reordered| reordered.peak);
 
     let text = tokenizer::read(&checkpoint, &mut table, options.tokenizer.as_deref())?;
     let parts = Parts {
@@ -371,10 +397,24 @@ fn ready(source: &Path, options: &Options, progress: &mut dyn Progress) -> Resul
         bos: text.bos,
         stop: text.stop,
         chat_template: text.chat_template,
-        tuning: tuning.as_ref().map_or(String::new(), Tuning::to_string),
+        tuning: [tuning.as_ref().map(Tuning::to_string), reordered.as_ref().map(Reordered::to_string)]
+            .into_iter()
+            .flatten()
+            .collect(),
     };
     let layout = laid_out(&parts, text.tokenizer.as_deref(), &bound)?;
-    Ok(Ready { checkpoint, table, bound, tokenizer: text.tokenizer, parts, layout, peak_bytes, pruned, tuning })
+    Ok(Ready {
+        checkpoint,
+        table,
+        bound,
+        tokenizer: text.tokenizer,
+        parts,
+        layout,
+        peak_bytes,
+        pruned,
+        reordered,
+        tuning,
+    })
 }
 
 fn laid_out(parts: &Parts, tokenizer: Option<&[u8]>, bound: &[Bound]) -> Result<Layout, Error> {

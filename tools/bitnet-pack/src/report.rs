@@ -1,6 +1,7 @@
 //! What a person is told: while it runs, and at the end.
 use crate::calibrate::Adapted;
 use crate::prune::Pruned;
+use crate::reorder::Reordered;
 use crate::tune::Tuning;
 use bitnet_kernel::Format;
 use bitnet_runtime::image::{Encoding, Image, Kind, Record, UNIT_ROWS};
@@ -236,6 +237,8 @@ pub struct Report {
     pub adapted: Option<Adapted>,
     /// What was left out, where that was asked for.
     pub pruned: Option<Pruned>,
+    /// What the order of the neurons is worth, where one was chosen.
+    pub reordered: Option<Reordered>,
     /// The layouts of linears with zeros, where a CPU decided.
     pub tuning: Option<Tuning>,
 }
@@ -346,6 +349,9 @@ impl fmt::Display for Report {
         }
         if let Some(pruned) = &self.pruned {
             write!(f, "{pruned}")?;
+        }
+        if let Some(reordered) = &self.reordered {
+            write!(f, "{reordered}")?;
         }
         if let Some(tuning) = &self.tuning {
             write!(f, "{tuning}")?;

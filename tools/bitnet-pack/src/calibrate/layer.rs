@@ -38,7 +38,8 @@ pub(super) struct Inside {
     attended: Vec<f32>,
     /// The residual stream between attention and the feed-forward layer.
     between: Vec<f32>,
-    gate: Vec<f32>,
+    /// Gate's results, `[tokens, ffn]`.
+    pub(super) gate: Vec<f32>,
     up: Vec<f32>,
     /// `activation(gate) · up`, before its sub-norm.
     active: Vec<f32>,

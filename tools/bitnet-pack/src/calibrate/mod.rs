@@ -7,6 +7,7 @@
 //! What it answers:
 //! - [`Reference::moments`]: of each linear's input `x`, the mean of `x xᵀ` or of its diagonal: the Hessian of a linear's own
 //!   output error (Frantar et al. 2022, arXiv:2210.17323), and with its root the columns' root mean square.
+//! - [`Reference::firing`]: which neurons of the feed-forward layers fire after which tokens.
 //! - [`Reference::fisher`]: of each linear's output, the mean of the squared gradient of the tokens' losses.
 //! - [`gptq`]: codes of a linear of which each column makes up for the errors of those before it.
 //! - [`allocate`]: which of several formats each linear gets, within a number of bytes; [`Plan`] is the file of that.
@@ -26,7 +27,7 @@ mod text;
 pub use adapt::{Adapted, Adaptive, LinearReport, Rule};
 pub(crate) use adapt::{Places, Prepared, adapt};
 pub use model::{Linear, Reference, Site};
-pub use pass::{HeldOut, Moment, Score, Wanted};
+pub use pass::{Firing, HeldOut, Moment, Score, Wanted};
 pub use plan::Plan;
 pub use text::{Windows, windows};
 

@@ -148,7 +148,11 @@ impl<'a> Reference<'a> {
     }
     /// What a linear is made from.
     pub(crate) fn source_of(&self, linear: Linear) -> &Source {
-        self.source(linear.layer, linear.kind).expect("every model has all linears")
+        self.source_in(linear).expect("every model has all linears")
+    }
+    /// What a linear or a norm of a layer is made from, in models that have it.
+    pub(crate) fn source_in(&self, linear: Linear) -> Option<&Source> {
+        self.source(linear.layer, linear.kind)
     }
     /// Whether a linear is of floats, and not binary or ternary already.
     pub fn is_dense(&self, linear: Linear) -> bool {

@@ -62,6 +62,38 @@ impl Moment {
     }
 }
 
+/// Which neurons of a feed-forward layer fire after which tokens.
+#[derive(Clone, Debug)]
+pub struct Firing {
+    /// A bit for each token, in words of a neuron after those of another.
+    bits: Vec<u64>,
+    /// Words of a neuron.
+    words: usize,
+    tokens: usize,
+}
+
+impl Firing {
+    pub(crate) fn new(neurons: usize, tokens: usize) -> Self {
+        let words = tokens.div_ceil(64);
+        Self { bits: vec![0; neurons * words], words, tokens }
+    }
+    pub(crate) fn set(&mut self, neuron: usize, token: usize) {
+        self.bits[neuron * self.words + token / 64] |= 1 << (token % 64);
+    }
+    /// Neurons.
+    pub fn neurons(&self) -> usize {
+        self.bits.len() / self.words
+    }
+    /// Tokens.
+    pub const fn tokens(&self) -> usize {
+        self.tokens
+    }
+    /// The tokens after which a neuron fires, a bit each.
+    pub fn neuron(&self, neuron: usize) -> &[u64] {
+        &self.bits[neuron * self.words..][..self.words]
+    }
+}
+
 /// Leaves everything as it is.
 fn unchanged(_: Linear, _: &mut [f32]) -> Result<(), Error> {
     Ok(())
@@ -126,6 +158,46 @@ impl Reference<'_> {
         let mut moment = Moment::new(None, Site::Head, c.hidden as usize, wanted);
         moment.add(&self.final_norm(&x)?, tokens);
         each(moment, progress)
+    }
+
+    /// Hands to `each` which neurons' rows of up and columns of down a layer needs after each token: those whose gate is not
+    /// cut off, and those whose result is no zero in eight bits.
+    ///
+    /// # Errors
+    /// As [`Reference::moments`].
+    pub fn firing(
+        &self,
+        windows: &Windows,
+        progress: &mut dyn Progress,
+        each: &mut dyn FnMut(u32, [Firing; 2]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.check(windows)?;
+        let (c, tokens) = (*self.config(), windows.tokens().len());
+        let ffn = c.ffn as usize;
+        let mut x = self.embed(windows.tokens())?;
+        for layer in 0..c.layers {
+            heard(progress, &format!("neurons of layer {layer}"))?;
+            let weights = Layer::read(self, layer, windows.length(), &unchanged)?;
+            let mut firing = [Firing::new(ffn, tokens), Firing::new(ffn, tokens)];
+            let mut token = 0;
+            for x in x.chunks_mut(chunk(windows, c.hidden as usize)) {
+                let inside = weights.forward(x);
+                for (gate, down) in inside.gate.chunks_exact(ffn).zip(inside.inputs[3].chunks_exact(ffn)) {
+                    let least = down.iter().fold(1e-5f32, |most, v| most.max(v.abs())) / 254.0;
+                    for n in 0..ffn {
+                        if gate[n] > 0.0 {
+                            firing[0].set(n, token);
+                        }
+                        if down[n].abs() > least {
+                            firing[1].set(n, token);
+                        }
+                    }
+                    token += 1;
+                }
+            }
+            each(layer, firing)?;
+        }
+        Ok(())
     }
 
     fn final_norm(&self, x: &[f32]) -> Result<Vec<f32>, Error> {

@@ -17,6 +17,7 @@ pub use table::{Storage, Table};
 use crate::Error;
 use crate::files::{Input, read_capped, read_json};
 use crate::prune::Mask;
+use crate::reorder::Order;
 use bitnet_runtime::error::Foreign;
 use core::fmt;
 use serde::Deserialize;
@@ -69,6 +70,8 @@ pub struct Checkpoint {
     notes: Vec<String>,
     /// What stays of tensors that are pruned, by their names.
     masks: BTreeMap<String, Mask>,
+    /// The order in which tensors are read whose rows or columns are in another, by their names.
+    orders: BTreeMap<String, Order>,
 }
 
 impl Checkpoint {
@@ -105,8 +108,8 @@ impl Checkpoint {
     }
 
     fn new(directory: &Path, origin: Origin) -> Self {
-        let (tensors, masks) = (BTreeMap::new(), BTreeMap::new());
-        Self { directory: directory.into(), origin, files: Vec::new(), tensors, notes: Vec::new(), masks }
+        let (tensors, masks, orders) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { directory: directory.into(), origin, files: Vec::new(), tensors, notes: Vec::new(), masks, orders }
     }
 
     /// A directory of transformers, all of its tensors or those of one file.
@@ -291,7 +294,7 @@ impl Checkpoint {
     pub fn path_of(&self, tensor: &TensorInfo) -> &Path {
         &self.files[self.tensors[&tensor.name].0].path
     }
-    /// Reads bytes of a tensor from `offset` on.
+    /// Reads bytes of a tensor from `offset` on, of numbers as they are stored.
     ///
     /// # Errors
     /// If the system refuses.
@@ -299,6 +302,16 @@ impl Checkpoint {
     /// # Panics
     /// If they are not all the tensor's.
     pub fn read(&self, tensor: &TensorInfo, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        match (tensor.dtype, self.orders.get(&tensor.name)) {
+            (Dtype::U8, Some(order)) => {
+                let shape = (tensor.shape[0] as usize, tensor.shape[1] as usize);
+                order.packed(shape, offset as usize, into, |at, into| self.read_stored(tensor, at as u64, into))
+            }
+            _ => self.read_stored(tensor, offset, into),
+        }
+    }
+    /// [`Checkpoint::read`] in the order of the file.
+    fn read_stored(&self, tensor: &TensorInfo, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         assert!(offset + into.len() as u64 <= tensor.bytes, "{}", tensor.name);
         self.files[self.tensors[&tensor.name].0].read_at(tensor.offset + offset, into)?;
         if let (Dtype::U8, Some(mask)) = (tensor.dtype, self.masks.get(&tensor.name)) {
@@ -309,6 +322,10 @@ impl Checkpoint {
     /// From now on reads what stays of tensors, and zeros in place of the rest.
     pub(crate) fn prune(&mut self, masks: BTreeMap<String, Mask>) {
         self.masks = masks;
+    }
+    /// From now on reads rows or columns of tensors in another order.
+    pub(crate) fn reorder(&mut self, orders: BTreeMap<String, Order>) {
+        self.orders = orders;
     }
     /// Whether a tensor has masters that are read as what they are ternarized to.
     pub(crate) fn ternarizes(&self, tensor: &TensorInfo) -> bool {
@@ -328,12 +345,26 @@ impl Checkpoint {
         raw: &mut Vec<u8>,
         into: &mut [f32],
     ) -> Result<(), Error> {
+        let Some(order) = self.orders.get(&tensor.name) else {
+            return self.read_floats_stored(tensor, first, raw, into);
+        };
+        let cols = tensor.shape.last().copied().unwrap_or(1) as usize;
+        order.floats(cols, first as usize, into, |at, into| self.read_floats_stored(tensor, at as u64, raw, into))
+    }
+    /// [`Checkpoint::read_floats`] in the order of the file.
+    fn read_floats_stored(
+        &self,
+        tensor: &TensorInfo,
+        first: u64,
+        raw: &mut Vec<u8>,
+        into: &mut [f32],
+    ) -> Result<(), Error> {
         let (elements, bytes) = tensor.dtype.block();
         assert!(first.is_multiple_of(elements), "{}: element {first} is inside a block", tensor.name);
         let length = (into.len() as u64).div_ceil(elements) * bytes;
         raw.reserve_exact((length as usize).saturating_sub(raw.len()));
         raw.resize(length as usize, 0);
-        self.read(tensor, first / elements * bytes, raw)?;
+        self.read_stored(tensor, first / elements * bytes, raw)?;
         let wrong = |at: usize, what: String| {
             let cols = tensor.shape.last().copied().unwrap_or(1).max(1);
             let (row, column) = ((first + at as u64) / cols, (first + at as u64) % cols);

@@ -3,6 +3,7 @@ use super::{Timer, Tuner, Tuning};
 use crate::Error;
 use crate::encode::encode;
 use crate::kept::{Found, Kept, Zeros};
+use crate::reorder::RECORD;
 use crate::report::{Progress, SectionReport};
 use crate::verify::{Opened, verify_with};
 use crate::weights::{Unit, Whole};
@@ -58,6 +59,8 @@ pub fn tune(image: &Path, output: &Path, timer: &mut dyn Timer, progress: &mut d
         linears.push(Relaid::choose(&opened, &checked, record, section, &mut tuner)?);
     }
     let tuning = tuner.finish();
+    // What stays true of weights whose layout stays.
+    let order: String = header.tuning.split_inclusive('\n').filter(|line| line.starts_with(RECORD)).collect();
 
     let sparse = linears.iter().any(|linear| linear.layout != Found::Whole);
     let mut config = Config { sparse, ..header.config };
@@ -71,7 +74,7 @@ pub fn tune(image: &Path, output: &Path, timer: &mut dyn Timer, progress: &mut d
         bos: header.text.bos,
         stop: header.text.stop,
         chat_template: header.text.chat_template.into(),
-        tuning: tuning.to_string(),
+        tuning: tuning.to_string() + &order,
     };
     let mut rest = linears.iter();
     let mut sections = Vec::new();
