@@ -18,9 +18,18 @@ const CHECKPOINT: &str = "models/stories-ternary";
 const SOAK_REQUESTS: &str = "1000";
 
 /// A daemon that ends with this.
-struct Daemon {
+pub(crate) struct Daemon {
     child: Child,
-    url: String,
+    pub(crate) url: String,
+}
+
+/// The model that a daemon serves.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Checkpoint {
+    /// The bundled one with a chat template.
+    Bundled,
+    /// That with states of fixed size, whose conversations have no end.
+    Stateful,
 }
 
 impl Drop for Daemon {
@@ -40,7 +49,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     }
     succeed(Command::new(python.join("python")).args(["-m", "pip", "install", "--quiet"]).args(PYTHON))?;
     succeed(Command::new("npm").args(["install", "--silent", "--prefix"]).arg(&packages).arg(JAVASCRIPT))?;
-    let daemon = start(workspace, &folder)?;
+    let daemon = start(workspace, &folder, Checkpoint::Bundled)?;
     let suite = workspace.root.join(SUITE);
     let mut fuzzer = Command::new(python.join("schemathesis"));
     fuzzer.args(["run", "--checks", "not_a_server_error,status_code_conformance,content_type_conformance"]);
@@ -67,21 +76,29 @@ pub(crate) fn soak(workspace: &Workspace) -> Result<bool> {
     Ok(test.status().context("starting cargo")?.success())
 }
 
-fn succeed(command: &mut Command) -> Result<()> {
+pub(crate) fn succeed(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("starting {command:?}"))?;
     ensure!(status.success(), "{command:?} failed");
     Ok(())
 }
 
-fn start(workspace: &Workspace, folder: &Path) -> Result<Daemon> {
+/// Packs a model below `folder` and serves it.
+pub(crate) fn start(workspace: &Workspace, folder: &Path, model: Checkpoint) -> Result<Daemon> {
     let arguments = ["build", "--release", "-p", "bitnetd", "-p", "bitnet-pack"].map(str::to_owned);
     let programs = run::build(workspace, &arguments, &["bitnetd", "bitnet-pack"])?;
     let [(_, program), (_, packer)] = &programs[..] else { unreachable!("there are two programs") };
-    let checkpoint = folder.join("checkpoint");
+    let mut checkpoint = folder.join("checkpoint");
     std::fs::create_dir_all(&checkpoint)?;
-    let model = ["config.json", "model.safetensors", "tokenizer.json"].map(|name| (CHECKPOINT, name));
-    for (from, name) in model.into_iter().chain([(SUITE, "tokenizer_config.json")]) {
+    let files = ["config.json", "model.safetensors", "tokenizer.json"].map(|name| (CHECKPOINT, name));
+    for (from, name) in files.into_iter().chain([(SUITE, "tokenizer_config.json")]) {
         std::fs::copy(workspace.root.join(from).join(name), checkpoint.join(name)).with_context(|| name.to_owned())?;
+    }
+    if model == Checkpoint::Stateful {
+        let stateful = folder.join("stateful");
+        // It is made anew, and writes over nothing.
+        let _ = std::fs::remove_dir_all(&stateful);
+        succeed(Command::new(packer).arg("convert").arg(&checkpoint).args(["--to-stateful", "-o"]).arg(&stateful))?;
+        checkpoint = stateful;
     }
     let image = folder.join("stories.bitnet");
     succeed(Command::new(packer).arg("pack").arg(&checkpoint).arg("-o").arg(&image))?;

@@ -24,6 +24,8 @@ pub(crate) enum Need {
     Llvm,
     /// What [`crate::riscv`] needs: a compiler, a linker and an emulator.
     Riscv,
+    /// Python with what makes virtual environments.
+    Python,
     /// What [`crate::bochs`] needs: an emulator, its firmware, a boot loader, and what makes a CD.
     Bochs,
 }
@@ -37,6 +39,8 @@ pub(crate) enum Action {
     Tests(Command),
     /// The rules of [`crate::tidy`].
     Tidy,
+    /// What [`crate::manifests`] checks.
+    Manifests,
     /// The kernels' conformance on a CPU of Bochs.
     Bochs(crate::bochs::Cpu),
     /// A board's image, booted and listened to.
@@ -166,6 +170,7 @@ pub(crate) fn steps() -> Vec<Step> {
             cargo(&format!("clippy --workspace --all-targets --target {ARM_LINUX} -- -D warnings")),
         ),
         step("style/doc", &[], documentation()),
+        step("style/manifests", &[Need::Python], Action::Manifests),
         // (b) The host.
         step("host/tests", &[Need::Linker], tests("test --workspace --tests --no-fail-fast")),
         // As a whole, because there may be no example in any documentation.

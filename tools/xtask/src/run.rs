@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::matrix::{Action, Command, Step, Toolchain};
 use crate::riscv::Way;
 use crate::workspace::{Workspace, cargo};
-use crate::{bochs, boot, elf, riscv, service, tidy};
+use crate::{bochs, boot, elf, manifests, riscv, service, tidy};
 
 /// How many checks passed and failed: tests count one by one, any other command counts as one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,6 +78,9 @@ fn describe(action: &Action) -> String {
             words.join(" ")
         }
         Action::Tidy => "cargo xtask tidy".to_owned(),
+        Action::Manifests => {
+            "cargo xtask test style/manifests  # kubectl kustomize, kubernetes-validate --strict".to_owned()
+        }
         Action::Bochs(cpu) => {
             format!("cargo {}  # booted in Bochs as {}", bochs::build_arguments().join(" "), cpu.model)
         }
@@ -107,6 +110,10 @@ fn one(workspace: &Workspace, step: &Step) -> Result<Count> {
         Action::Tests(command) => tests(workspace, command),
         Action::Tidy => {
             let (passed, failed) = tidy::report(workspace)?;
+            Ok(Count { passed, failed })
+        }
+        Action::Manifests => {
+            let (passed, failed) = manifests::check(workspace)?;
             Ok(Count { passed, failed })
         }
         Action::Boot(request) => {

@@ -50,6 +50,7 @@ fn present(need: Need) -> bool {
             (sysroot_has(riscv::TARGET) || riscv::debian())
                 && programs.iter().all(|name| output(Command::new(name).arg("--version")).is_some())
         }
+        Need::Python => output(Command::new("python3").args(["-c", "import ensurepip, venv"])).is_some(),
         Need::Bochs => {
             output(Command::new("bochs").args(["--help", "cpu"])).is_some()
                 && output(Command::new("xorriso").arg("--version")).is_some()
@@ -144,6 +145,7 @@ fn package_names(missing: &[Need]) -> Vec<&'static str> {
         Need::QemuSystem => vec!["qemu-system-arm"],
         Need::Linker => vec!["gcc", "libc6-dev"],
         Need::Llvm => vec!["llvm-22"],
+        Need::Python => vec!["python3-venv"],
         Need::Bochs => bochs::PACKAGES.to_vec(),
         // rustup was asked before this. What it brought need not come from Debian.
         Need::Riscv if sysroot_has(riscv::TARGET) => [&["qemu-user"][..], &riscv::LINKER_PACKAGES].concat(),
@@ -241,6 +243,7 @@ fn by_hand(missing: &[Need]) -> String {
             }
             Need::Linker => "a C compiler named cc (Debian and Ubuntu: packages gcc and libc6-dev)".to_owned(),
             Need::Llvm => format!("{} and {} (Debian: package llvm-22)", arm::MCA, arm::OBJDUMP),
+            Need::Python => "Python 3 with venv (Debian and Ubuntu: package python3-venv)".to_owned(),
             Need::Bochs => {
                 format!("Bochs with its firmware and a boot loader (Debian: packages {})", bochs::PACKAGES.join(", "))
             }
