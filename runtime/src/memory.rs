@@ -109,6 +109,21 @@ impl Plan {
     }
 }
 
+/// Bytes of a conversation that its next token reads when it has `positions` tokens already: keys and values of what attention
+/// sees, this token's own included, and the state of a memory or a recurrence.
+pub const fn read_bytes(c: &Config, limits: &Limits, positions: u64) -> u64 {
+    let seen = match c.window {
+        Some(window) if positions + 1 > window.span() as u64 => window.span() as u64,
+        _ if c.recurrence => 0,
+        _ => positions + 1,
+    };
+    let scale = if matches!(limits.kv, KvFormat::I8) { size_of::<f32>() } else { 0 };
+    let row = c.head_dim as usize * limits.kv.bytes() + scale;
+    let (matrices, past) = state_lens(c);
+    let layer = seen * 2 * (c.kv_heads as usize * row) as u64 + (size_of::<f32>() * (matrices + past)) as u64;
+    c.layers as u64 * layer
+}
+
 /// Sizes of the scratch memory that the plan and the carving share.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sizes {

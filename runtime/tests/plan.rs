@@ -1,7 +1,7 @@
 //! Plans: sizes that boards put into statics, and limits that keep them from overflowing.
 use bitnet_kernel::{Block, Format};
 use bitnet_runtime::error::ImageError;
-use bitnet_runtime::memory::KvFormat;
+use bitnet_runtime::memory::{KvFormat, read_bytes};
 use bitnet_runtime::model::{Activation, Quantizers, Rope, Window};
 use bitnet_runtime::{Config, Limits, Plan};
 
@@ -64,6 +64,19 @@ fn the_cache_has_the_size_of_its_format() {
     assert_eq!(state(KvFormat::F32), 2 * state(KvFormat::F16));
     // A byte an element, and four for each head and position.
     assert_eq!(state(KvFormat::I8), 76_800 / 2 * 4_096 + 2 * 30 * 5 * 4 * 4_096);
+}
+
+/// What a token reads of a conversation: all positions before it, or those of a window, or a state alone.
+#[test]
+fn a_token_reads_what_attention_sees() {
+    let window = Config { window: Some(Window { positions: 60, sinks: 4 }), ..CONFIG };
+    for (positions, seen) in [(0, 1), (63, 64), (64, 64), (1 << 40, 64)] {
+        assert_eq!(read_bytes(&window, &LIMITS, positions), 76_800 * seen);
+    }
+    assert_eq!(read_bytes(&CONFIG, &LIMITS, 31_999), 76_800 * 32_000);
+    let int8 = Limits { kv: KvFormat::I8, ..LIMITS };
+    assert_eq!(read_bytes(&CONFIG, &int8, 9), 10 * (76_800 / 2 + 2 * 30 * 5 * 4));
+    assert_eq!(read_bytes(&RECURRENT, &LIMITS, 1 << 40), 320 << 10);
 }
 
 /// Two copies of 320 KiB, whatever the context, the batch and the format of keys and values.

@@ -329,6 +329,22 @@ fn a_snapshot_goes_on_where_it_was_taken() {
     }
 }
 
+/// What was read stays when a conversation skips ahead, and there is no skipping past an end.
+#[test]
+fn a_conversation_skips_ahead() {
+    for set in ["bitrnn_m", "matmul_free", "window", "tbha"] {
+        Way::plain(backend::best()).run(&pack(set), |model, state| {
+            model.prefill(state, &[1, 2, 3]).unwrap();
+            let end = if model.config().is_bounded() { 511 } else { 1_000_000 };
+            state.skip_to(end).unwrap();
+            assert!(model.step(state, 4).unwrap().iter().all(|logit| logit.is_finite()));
+            assert_eq!(state.position(), end + 1);
+            assert_eq!(state.skip_to(end + 2).is_err(), model.config().is_bounded());
+            assert_eq!(state.rewind(0), 0);
+        });
+    }
+}
+
 #[test]
 fn a_fork_is_a_conversation_of_its_own() {
     let (packed, prompt) = (pack("bitrnn_m"), prompt("bitrnn_m"));

@@ -106,6 +106,22 @@ impl<'m> State<'m> {
         }
         self.position
     }
+    /// Makes this a conversation of `position` tokens, those after what has been read unknown: for them is kept what lies there, zeros
+    /// or what was there before. For measuring what a token takes late in a conversation without reading up to there.
+    ///
+    /// # Errors
+    /// If the context ends before.
+    ///
+    /// # Panics
+    /// If more tokens have been read.
+    pub fn skip_to(&mut self, position: usize) -> Result<(), Error> {
+        assert!(position >= self.position, "a conversation of {} tokens does not skip to {position}", self.position);
+        if position - self.position > self.remaining() {
+            return Err(Error::ContextFull { context: self.limits.context });
+        }
+        (self.position, self.oldest, self.before) = (position, self.oldest_after(position), None);
+        Ok(())
+    }
     /// Whether the state was made for this model and these limits.
     pub(super) fn fits(&self, config: &Config, limits: &Limits) -> bool {
         let ring = config.window.is_none() || limits.batch <= self.limits.batch;

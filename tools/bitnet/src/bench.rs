@@ -5,6 +5,7 @@ use bitnet_host::system;
 use bitnet_host::weights::PassBytes;
 use bitnet_kernel::Block;
 use bitnet_runtime::image::Kind;
+use bitnet_runtime::memory::read_bytes;
 use bitnet_runtime::model::{HeadStats, LiveRows, Need};
 use bitnet_runtime::parallel::Tuned;
 use bitnet_runtime::{Image, Model, State};
@@ -21,6 +22,10 @@ pub(crate) struct Args {
     /// Tokens to decode.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     tokens: u32,
+    /// Decode as if the conversation had so many tokens; those after the prompt are not read. For the time and the bytes that a token
+    /// takes late in a conversation.
+    #[arg(long)]
+    position: Option<u32>,
     /// Compute the logits of the best so many tokens only, as choosing among them needs; 0: all. Matters to images with a
     /// two-stage head: 1 is what --temperature 0 does, 40 what `run` does by default.
     #[arg(long, default_value_t = 0)]
@@ -40,7 +45,7 @@ struct Report {
     prefill_range: [f64; 2],
     decode_tokens_per_s: f64,
     decode_range: [f64; 2],
-    /// Bytes of weights and of the cache that decoding one token reads; of streamed weights, those that are read from the file.
+    /// Bytes of weights and of the conversation that decoding one token reads; of streamed weights, those that are read from the file.
     bytes_per_token: u64,
     /// Rows of the second plane of a two-stage head that were read for a token; absent for other heads and with --best 0.
     head_rows: Option<f64>,
@@ -63,6 +68,8 @@ struct Report {
     threads_because: String,
     backend: &'static str,
     prompt_tokens: u32,
+    /// Tokens in the conversation when decoding began.
+    position: u32,
     tokens: u32,
     repetitions: u32,
 }
@@ -130,20 +137,26 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let (backend, threads, plan_bytes) = (opened.kernels.name(), opened.threads, opened.plan_bytes());
     let (image, stream) = (opened.image, opened.stream);
-    let room = opened.limits.context;
+    let (config, limits) = (image.header().config, opened.limits);
+    let room = if config.is_bounded() { limits.context } else { u32::MAX };
     let tokens = args.tokens.min(room.saturating_sub(1)).max(1);
-    let prompt_tokens = args.prompt_tokens.min(room - tokens).max(1);
-    let kv_bytes = kv_bytes_per_position(&opened) * u64::from(prompt_tokens + tokens / 2);
+    let prompt_tokens = args.prompt_tokens.min(room - tokens).min(args.position.unwrap_or(u32::MAX)).max(1);
+    let position = args.position.unwrap_or(prompt_tokens).max(prompt_tokens);
+    anyhow::ensure!(
+        u64::from(position) + u64::from(tokens) <= u64::from(room),
+        "{tokens} tokens after {position} are beyond the context of {room}"
+    );
+    let state_bytes = read_bytes(&config, &limits, u64::from(position + tokens / 2));
+    let job = Job { position, tokens, need: if args.best == 0 { Need::All } else { Need::Best(args.best) } };
 
     let (mut model, mut state, _) = opened.load()?;
     let vocab = model.config().vocab;
     // Any tokens do: the time does not depend on them.
     let prompt: Vec<u32> = (0..prompt_tokens).map(|i| (u64::from(i) * 7_919 % u64::from(vocab)) as u32).collect();
-    let need = if args.best == 0 { Need::All } else { Need::Best(args.best) };
     // Once for nothing: caches, pages, clocks. And on until the numbers of threads are settled, a while at most.
     let start = Instant::now();
     while {
-        repetition(&mut model, &mut state, &prompt, tokens.min(SETTLING_TOKENS), need)?;
+        repetition(&mut model, &mut state, &prompt, &Job { tokens: tokens.min(SETTLING_TOKENS), ..job })?;
         !settled(threads) && start.elapsed() < SETTLING
     } {}
     let before = model.head_stats();
@@ -153,7 +166,7 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let (mut prefill, mut decode, mut alone, mut time) = (Vec::new(), Vec::new(), Vec::new(), Duration::ZERO);
     for _ in 0..args.repetitions {
         let start = Instant::now();
-        let (p, d) = repetition(&mut model, &mut state, &prompt, tokens, need)?;
+        let (p, d) = repetition(&mut model, &mut state, &prompt, &job)?;
         time += start.elapsed();
         prefill.push(p);
         decode.push(d);
@@ -187,7 +200,7 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let (bytes_per_token, read_gb_per_s, bandwidth_share) = match shares {
         Some((share, _)) => (streamed_bytes, median(alone).0 / 1e9, share),
         None => {
-            let bytes = PassBytes::of(&image).token() + kv_bytes - unread - dead;
+            let bytes = PassBytes::of(&image).token() + state_bytes - unread - dead;
             let speed = system::read_bandwidth(threads.pool(), threads.decode().threads) / 1e9;
             (bytes, speed, bytes as f64 * decode_tokens_per_s / 1e9 / speed)
         }
@@ -210,6 +223,7 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
         threads_because: because(threads),
         backend,
         prompt_tokens,
+        position,
         tokens,
         repetitions: args.repetitions,
     })
@@ -227,23 +241,26 @@ fn because(threads: &Tuned) -> String {
     format!("{}; prefill {}; decode {}", threads.granted(), threads.prefill(), threads.decode())
 }
 
-/// Tokens a second of one prefill and one decode.
-fn repetition(
-    model: &mut Model<'_>,
-    state: &mut State<'_>,
-    prompt: &[u32],
+/// What is measured: a prompt, then decoding from a position on.
+#[derive(Clone, Copy, Debug)]
+struct Job {
+    position: u32,
     tokens: u32,
     need: Need,
-) -> anyhow::Result<(f64, f64)> {
+}
+
+/// Tokens a second of one prefill and one decode.
+fn repetition(model: &mut Model<'_>, state: &mut State<'_>, prompt: &[u32], job: &Job) -> anyhow::Result<(f64, f64)> {
     state.rewind(0);
     let start = Instant::now();
-    model.prefill_for(state, prompt, need)?;
+    model.prefill_for(state, prompt, job.need)?;
     let prefill = prompt.len() as f64 / start.elapsed().as_secs_f64();
+    state.skip_to(job.position as usize)?;
     let start = Instant::now();
-    for i in 0..tokens {
-        model.step_for(state, i % model.config().vocab, need)?;
+    for i in 0..job.tokens {
+        model.step_for(state, i % model.config().vocab, job.need)?;
     }
-    Ok((prefill, f64::from(tokens) / start.elapsed().as_secs_f64()))
+    Ok((prefill, f64::from(job.tokens) / start.elapsed().as_secs_f64()))
 }
 
 /// The median, and the lowest and the highest.
@@ -275,9 +292,4 @@ pub(crate) fn ffn_live(image: &Image<'_>, before: LiveRows, after: LiveRows) -> 
     };
     let dead = bytes(Kind::UpRows) * (1.0 - up) + bytes(Kind::DownColumns) * (1.0 - down);
     (Some([up, down]), dead as u64)
-}
-
-/// Keys and values of one position.
-fn kv_bytes_per_position(opened: &Opened<'_>) -> u64 {
-    (opened.plan.state * Block::BYTES) as u64 / u64::from(opened.limits.context)
 }

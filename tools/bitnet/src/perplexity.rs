@@ -12,6 +12,10 @@ pub(crate) struct Args {
     model: ModelArgs,
     /// The text, UTF-8.
     text: PathBuf,
+    /// The file is no text but ids of tokens, little-endian u16, as those that models are trained on: so many are read, each time
+    /// from an empty conversation, and each is asked for the one after it.
+    #[arg(long, value_name = "PIECE", value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "against")]
+    ids: Option<u32>,
     /// Score at most so many tokens.
     #[arg(long)]
     max_tokens: Option<usize>,
@@ -27,14 +31,22 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let name = args.text.display();
-    let text = std::fs::read_to_string(&args.text).with_context(|| format!("{name}"))?;
-    let score = with_model(&args.model, |opened| match &args.against {
-        None => score(args, &text, opened, None),
-        Some(image) => {
-            let against = ModelArgs { image: image.clone(), ..args.model.clone() };
-            with_model(&against, |other| score(args, &text, opened, Some(other)))
-        }
-    })?;
+    let bytes = std::fs::read(&args.text).with_context(|| format!("{name}"))?;
+    let score = if args.ids.is_some() {
+        let (pairs, rest) = bytes.as_chunks();
+        ensure!(rest.is_empty(), "{name}: an odd number of bytes is no list of u16");
+        let ids: Vec<u32> = pairs.iter().map(|&pair| u16::from_le_bytes(pair).into()).collect();
+        with_model(&args.model, |opened| score_ids(args, ids, opened))?
+    } else {
+        let text = String::from_utf8(bytes).with_context(|| format!("{name}"))?;
+        with_model(&args.model, |opened| match &args.against {
+            None => score(args, &text, opened, None),
+            Some(image) => {
+                let against = ModelArgs { image: image.clone(), ..args.model.clone() };
+                with_model(&against, |other| score(args, &text, opened, Some(other)))
+            }
+        })?
+    };
     let tokens = score.tokens as f64;
     let nats = score.nats / tokens;
     let bits = score.nats / std::f64::consts::LN_2 / score.bytes as f64;
@@ -85,6 +97,29 @@ struct Divergence {
     same: usize,
     /// Of the other's negative log probabilities.
     other: f64,
+}
+
+/// Tokens instead of a text, in pieces that share the token between them: the last that one is asked for is the next one's first.
+fn score_ids(args: &Args, mut ids: Vec<u32>, opened: Opened<'_>) -> anyhow::Result<Score> {
+    let tokenizer = Tokenizer::load(&opened.image, opened.source)?;
+    ids.truncate(args.max_tokens.unwrap_or(usize::MAX));
+    ensure!(ids.len() >= 2, "the file has fewer than two tokens");
+    let vocab = opened.image.header().config.vocab;
+    ensure!(ids.iter().all(|&id| id < vocab), "the file has ids beyond the {vocab} of the model");
+    let piece = args.ids.expect("pieces were asked for") as usize;
+    let (mut model, mut state, _) = opened.load()?;
+    let mut score = Score::default();
+    for start in (0..ids.len() - 1).step_by(piece) {
+        let end = ids.len().min(start + piece + 1);
+        state.rewind(0);
+        model.prefill_each(&mut state, &ids[start..end - 1], &mut |i, logits| {
+            let next = ids[start + i + 1];
+            score.nats += negative_log_probability(logits, next);
+            score.tokens += 1;
+            score.bytes += tokenizer.bytes(next).len();
+        })?;
+    }
+    Ok(score)
 }
 
 /// The text is cut into windows of the context's length. Every window starts with the token that starts a conversation, or,

@@ -176,6 +176,11 @@ fn bench_reports_what_scripts_read() {
     let bytes = std::fs::metadata(image()).unwrap().len();
     assert!(report["plan_bytes"].as_u64().unwrap() > bytes, "the image is resident and part of the plan");
     assert!(output(&args[..4]).contains("tokens/s"));
+    // Keys and values of 400 positions more: 4 layers, 4 heads of 32, half precision.
+    let late: serde_json::Value = serde_json::from_str(&output(&[&args[..], &["--position", "408"]].concat())).unwrap();
+    let read = |report: &serde_json::Value| report["bytes_per_token"].as_u64().unwrap();
+    assert_eq!(read(&late) - read(&report), 400 * 4 * 4 * 32 * 2 * 2);
+    assert!(failure(&[&args[..], &["--position", "510"]].concat(), 1).contains("beyond the context of 512"));
 }
 
 #[test]
@@ -211,6 +216,28 @@ fn perplexity_is_low_on_a_story_and_high_on_noise() {
     let story = score("Once upon a time, there was a little girl named Lily. She loved to play outside.");
     let noise = score("outside. play was upon Lily She there time, Once a a girl to little loved named");
     assert!(story < 1.5 && noise > 3.0, "{story} {noise}");
+}
+
+/// Ids in place of a text: pieces share a token, so that every token but the first is scored, whatever their length.
+#[test]
+fn perplexity_of_token_ids() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("ids");
+    let bytes: Vec<u8> = [1u16, 403, 407, 261, 378, 403, 407].iter().flat_map(|id| id.to_le_bytes()).collect();
+    std::fs::write(&file, &bytes).unwrap();
+    let file = file.to_str().unwrap();
+    let score = |piece: &str| {
+        let json = output(&["perplexity", image(), file, "--ids", piece, "--json"]);
+        let report: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(report["tokens"], 6);
+        report["nats_per_token"].as_f64().unwrap()
+    };
+    assert_eq!(score("6"), score("100"));
+    assert!(score("6") < score("1"), "tokens before it say something of a token");
+    std::fs::write(file, &bytes[1..]).unwrap();
+    assert!(failure(&["perplexity", image(), file, "--ids", "6"], 1).contains("odd number of bytes"));
+    std::fs::write(file, [0, 0, 0, 2]).unwrap();
+    assert!(failure(&["perplexity", image(), file, "--ids", "6"], 1).contains("beyond the 512 of the model"));
 }
 
 /// The same image has no divergence; one with a coarser head has some, and as much either way of counting as the sum says.
