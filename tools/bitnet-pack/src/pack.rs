@@ -21,7 +21,10 @@ use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::parallel::cpus::Granted;
 use bitnet_runtime::{Config, Limits, backend};
 use half::f16;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
 use zerocopy::IntoBytes;
 
 /// What the user chooses.
@@ -578,15 +581,25 @@ impl Sizes {
         }
     }
     const fn bytes(self) -> u64 {
-        (self.raw + 4 * self.floats + self.codes + self.columns + self.kept + 2 * self.halves + 64 * self.blocks) as u64
+        (self.raw
+            + AHEAD * 4 * self.floats
+            + self.codes
+            + self.columns
+            + self.kept
+            + 2 * self.halves
+            + 64 * self.blocks) as u64
     }
 }
+
+/// Units whose numbers are in memory: one is quantized while the next is read.
+const AHEAD: usize = 2;
 
 /// One unit on its way. Reused, and never larger than [`peak`] counted.
 #[derive(Default)]
 struct Buffers {
     raw: Vec<u8>,
-    floats: Vec<f32>,
+    /// They stay here, for what one thread frees another may not get.
+    floats: [Vec<f32>; AHEAD],
     codes: Vec<i8>,
     halves: Vec<u16>,
     blocks: Vec<Block>,
@@ -709,16 +722,14 @@ impl Packer<'_> {
             (Source::Ternary(tensor, magnitude, beside, _), Encoding::Matrix(format)) => {
                 let multiplier = magnitude * beside;
                 self.begin_ternary(format, multiplier, report)?;
-                for unit in units(tensor, format, bound) {
-                    self.read_signs(&unit)?;
-                    self.put_ternary(&unit, multiplier)?;
-                }
+                self.ahead(units(tensor, format, bound), |packer, unit, values| {
+                    packer.signs(unit, values);
+                    packer.put_ternary(unit, multiplier)
+                })?;
             }
             (Source::Grouped(tensor, _), Encoding::Matrix(format)) => {
                 self.writer.begin(1.0)?;
-                for unit in units(tensor, format, bound) {
-                    self.grouped(&unit)?;
-                }
+                self.ahead(units(tensor, format, bound), Self::grouped)?;
             }
             (Source::Rows(tensor), Encoding::Matrix(format)) if self.is_prepared(bound, format) => {
                 self.prepared(tensor, format, bound, report)?;
@@ -726,9 +737,9 @@ impl Packer<'_> {
             (Source::Rows(tensor), Encoding::Matrix(format)) => {
                 self.writer.begin(1.0)?;
                 let mut distance = Distance::default();
-                for unit in units(tensor, format, bound) {
-                    self.dense(&unit, &mut distance)?;
-                }
+                self.ahead(units(tensor, format, bound), |packer, unit, values| {
+                    packer.dense(unit, values, &mut distance)
+                })?;
                 report.error = (format != Format::F16).then(|| distance.relative());
             }
             _ => unreachable!("{encoding:?} from {source:?}"),
@@ -762,20 +773,17 @@ impl Packer<'_> {
         let linear = chosen(bound, true).expect("it was looked up");
         self.writer.begin(1.0)?;
         let mut distance = Distance::default();
-        for unit in units(tensor, format, bound) {
+        self.ahead(units(tensor, format, bound), |packer, unit, values| {
             let (cols, stride) = (unit.shape.1, format.padded_cols(unit.shape.1));
             let quantized = spool.rows(linear, format, unit.first..unit.first + unit.rows)?;
-            let mut floats = core::mem::take(&mut self.buffers.floats);
-            self.read_floats(&unit, fit(&mut floats, unit.rows * cols, 0.0))?;
-            let groups = floats
+            let groups = values
                 .chunks_exact(cols)
                 .zip(quantized.codes.chunks_exact(cols))
                 .flat_map(|(values, codes)| values.chunks(Format::GROUP_COLS).zip(codes.chunks(Format::GROUP_COLS)));
             for ((values, codes), scale) in groups.zip(&quantized.scales) {
                 distance.add(values, codes, f16::from_bits(*scale).to_f32());
             }
-            self.buffers.floats = floats;
-            let Buffers { codes, blocks, .. } = &mut self.buffers;
+            let Buffers { codes, blocks, .. } = &mut packer.buffers;
             let codes = fit(codes, unit.rows * stride, 0);
             for (codes, from) in codes.chunks_exact_mut(stride).zip(quantized.codes.chunks_exact(cols)) {
                 let (codes, padding) = codes.split_at_mut(cols);
@@ -784,24 +792,22 @@ impl Packer<'_> {
             }
             let mut out = core::mem::take(blocks);
             let filled = fit(&mut out, format.matrix_blocks(unit.rows, cols), Block::ZERO);
-            encode_grouped(format, unit.rows, cols, &self.buffers.codes, &quantized.scales, filled);
-            self.put(filled.as_bytes())?;
-            self.buffers.blocks = out;
-        }
+            encode_grouped(format, unit.rows, cols, &packer.buffers.codes, &quantized.scales, filled);
+            packer.put(filled.as_bytes())?;
+            packer.buffers.blocks = out;
+            Ok(())
+        })?;
         report.error = Some(distance.relative());
         Ok(())
     }
 
     /// Chooses the columns apart of a head in two planes, and writes them.
     fn columns(&mut self, tensor: &TensorInfo) -> Result<(), Error> {
-        let mut floats = core::mem::take(&mut self.buffers.floats);
         let mut energy = Energy::new(tensor.shape[1] as usize);
-        for unit in rows_of(tensor) {
-            let values = fit(&mut floats, unit.rows * unit.shape.1, 0.0);
-            self.read_floats(&unit, values)?;
+        self.ahead(rows_of(tensor), |_, _, values| {
             energy.add(values);
-        }
-        self.buffers.floats = floats;
+            Ok(())
+        })?;
         let columns = energy.columns();
         self.columns = Some(columns);
         self.vector(&columns.to_floats())
@@ -811,12 +817,9 @@ impl Packer<'_> {
     fn split_head(&mut self, tensor: &TensorInfo, kind: Kind) -> Result<(), Error> {
         let columns = self.columns.expect("the columns come first");
         self.writer.begin(1.0)?;
-        for unit in rows_of(tensor) {
+        self.ahead(rows_of(tensor), |packer, unit, values| {
             let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
-            let mut floats = core::mem::take(&mut self.buffers.floats);
-            let values = fit(&mut floats, unit.rows * cols, 0.0);
-            self.read_floats(&unit, values)?;
-            let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
+            let codes = fit(&mut packer.buffers.codes, unit.rows * stride, 0);
             let (mut scales, mut steps, mut norms) = ([0.0; UNIT_ROWS], [0.0; UNIT_ROWS], [0u16; UNIT_ROWS]);
             let mut apart = [[0; COLUMNS]; UNIT_ROWS];
             for (r, (values, codes)) in values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride)).enumerate() {
@@ -826,23 +829,22 @@ impl Packer<'_> {
                 (scales[r], steps[r], norms[r], apart[r]) = (row.scale, row.step.into(), row.norm, row.apart);
                 split::plane(codes, if kind == Kind::Head { Plane::High } else { Plane::Low });
             }
-            self.buffers.floats = floats;
             match kind {
                 Kind::HeadApart => {
-                    let unit = Unit { format: split::APART, shape: (unit.shape.0, COLUMNS), ..unit };
+                    let unit = Unit { format: split::APART, shape: (unit.shape.0, COLUMNS), ..*unit };
                     let apart = apart[..unit.rows].as_flattened();
-                    fit(&mut self.buffers.codes, apart.len(), 0).copy_from_slice(apart);
-                    self.put_codes(&unit)?;
-                    self.put_scales(&unit, &steps[..unit.rows])?;
+                    fit(&mut packer.buffers.codes, apart.len(), 0).copy_from_slice(apart);
+                    packer.put_codes(&unit)?;
+                    packer.put_scales(&unit, &steps[..unit.rows])?;
                 }
-                Kind::HeadNorms => self.put(norms.as_bytes())?,
+                Kind::HeadNorms => packer.put(norms.as_bytes())?,
                 _ => {
-                    self.put_codes(&unit)?;
-                    self.put_scales(&unit, &scales[..unit.rows])?;
+                    packer.put_codes(unit)?;
+                    packer.put_scales(unit, &scales[..unit.rows])?;
                 }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     fn vector(&mut self, values: &[f32]) -> Result<(), Error> {
@@ -864,31 +866,26 @@ impl Packer<'_> {
         bound: &Bound,
         report: &mut SectionReport,
     ) -> Result<(), Error> {
-        let mut floats = core::mem::take(&mut self.buffers.floats);
         let mut sum = MagnitudeSum::default();
         // Of all rows, whichever of them this matrix has.
-        for unit in rows_of(tensor) {
-            let values = fit(&mut floats, unit.rows * unit.shape.1, 0.0);
-            self.read_floats(&unit, values)?;
+        self.ahead(rows_of(tensor), |_, _, values| {
             sum.add(values);
-        }
+            Ok(())
+        })?;
         let rule = Absmean::new(sum.mean());
         self.begin_ternary(format, rule.multiplier, report)?;
         let mut distance = Distance::default();
-        for unit in units(tensor, format, bound) {
-            let (cols, stride) = (unit.shape.1, format.padded_cols(unit.shape.1));
-            let values = fit(&mut floats, unit.rows * cols, 0.0);
-            self.read_floats(&unit, values)?;
-            let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
+        self.ahead(units(tensor, format, bound), |packer, unit, values| {
+            let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
+            let codes = fit(&mut packer.buffers.codes, unit.rows * stride, 0);
             for (values, codes) in values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride)) {
                 let (codes, padding) = codes.split_at_mut(cols);
                 padding.fill(0);
                 rule.ternarize(values, codes);
                 distance.add(values, codes, rule.multiplier);
             }
-            self.put_ternary(&unit, rule.multiplier)?;
-        }
-        self.buffers.floats = floats;
+            packer.put_ternary(unit, rule.multiplier)
+        })?;
         report.distance = Some(distance.relative());
         if distance.relative() > FAR && !self.lossy {
             let what = far(distance.relative(), "--lossy makes it ternary all the same");
@@ -897,26 +894,61 @@ impl Packer<'_> {
         Ok(())
     }
 
-    /// Reads the numbers of a unit; all of them must be finite.
-    fn read_floats(&mut self, unit: &Unit<'_>, into: &mut [f32]) -> Result<(), Error> {
-        let first = ((unit.before + unit.first) * unit.shape.1) as u64;
-        self.checkpoint.read_floats(unit.tensor, first, &mut self.buffers.raw, into)
+    /// Has the numbers of units read and decoded by a thread of its own, and does `each` with them in their order meanwhile. All
+    /// of them must be finite.
+    fn ahead<'u>(
+        &mut self,
+        units: impl Iterator<Item = Unit<'u>> + Send,
+        mut each: impl FnMut(&mut Self, &Unit<'u>, &[f32]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let (checkpoint, mut raw) = (self.checkpoint, core::mem::take(&mut self.buffers.raw));
+        let (full, filled) = mpsc::channel();
+        let (give, empty) = mpsc::channel();
+        let to_fill = &mut raw;
+        let read = move || {
+            for unit in units {
+                // Whoever takes the numbers has left when something was wrong with them.
+                let Ok(mut floats) = empty.recv() else { break };
+                let values = fit(&mut floats, unit.rows * unit.shape.1, 0.0);
+                let first = ((unit.before + unit.first) * unit.shape.1) as u64;
+                let read = checkpoint.read_floats(unit.tensor, first, to_fill, values);
+                if full.send(read.map(|()| (unit, floats))).is_err() {
+                    break;
+                }
+            }
+            empty
+        };
+        let result = thread::scope(|scope| {
+            // What ends this closure early ends the reader, too: it gets no more to fill.
+            let give = give;
+            let reader = thread::Builder::new().spawn_scoped(scope, read);
+            let reader = reader.map_err(|e| Error::Options(format!("the system gives no thread to read with: {e}")))?;
+            // As long as the reader may wait for them there is someone to take them.
+            core::mem::take(&mut self.buffers.floats).into_iter().for_each(|floats| drop(give.send(floats)));
+            for read in filled {
+                let (unit, floats) = read?;
+                each(self, &unit, &floats)?;
+                drop(give.send(floats));
+            }
+            let left = reader.join().unwrap_or_else(|panic| resume_unwind(panic));
+            for (buffer, floats) in self.buffers.floats.iter_mut().zip(left.try_iter()) {
+                *buffer = floats;
+            }
+            Ok(())
+        });
+        self.buffers.raw = raw;
+        result
     }
 
-    /// Reads a unit of numbers that are ternary but for a factor.
-    fn read_signs(&mut self, unit: &Unit<'_>) -> Result<(), Error> {
+    /// The codes of a unit of numbers that are ternary but for a factor.
+    fn signs(&mut self, unit: &Unit<'_>, values: &[f32]) {
         let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
-        let mut floats = core::mem::take(&mut self.buffers.floats);
-        let values = fit(&mut floats, unit.rows * cols, 0.0);
-        self.read_floats(unit, values)?;
         let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
         for (values, codes) in values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride)) {
             let (codes, padding) = codes.split_at_mut(cols);
             padding.fill(0);
             codes.iter_mut().zip(values).for_each(|(code, v)| *code = i8::from(*v > 0.0) - i8::from(*v < 0.0));
         }
-        self.buffers.floats = floats;
-        Ok(())
     }
 
     /// Unpacks a unit of codes. Byte row `r % R` holds row `r` at bit `2 (r / R)`, `R` being a quarter of the rows, rounded
@@ -1074,41 +1106,36 @@ impl Packer<'_> {
     }
 
     /// Quantizes and writes one unit of a matrix that is not ternary.
-    fn dense(&mut self, unit: &Unit<'_>, distance: &mut Distance) -> Result<(), Error> {
+    fn dense(&mut self, unit: &Unit<'_>, values: &[f32], distance: &mut Distance) -> Result<(), Error> {
         let (cols, stride) = (unit.shape.1, unit.format.padded_cols(unit.shape.1));
-        let mut floats = core::mem::take(&mut self.buffers.floats);
-        let values = fit(&mut floats, unit.rows * cols, 0.0);
-        self.read_floats(unit, values)?;
         if unit.format == Format::F16 {
-            self.dense_f16(unit, values)?;
-        } else if unit.format.is_grouped() {
-            self.dense_grouped(unit, values, distance)?;
-        } else {
-            let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
-            let mut scales = [0.0; UNIT_ROWS];
-            let rows = values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride));
-            for ((values, codes), scale) in rows.zip(&mut scales) {
-                let (codes, padding) = codes.split_at_mut(cols);
-                padding.fill(0);
-                *scale = match unit.format {
-                    Format::I4 => quantize::row_i4(values, codes),
-                    _ => quantize::row_i8(values, codes),
-                };
-                distance.add(values, codes, *scale);
-            }
-            self.put_unit(unit, &scales[..unit.rows])?;
+            return self.dense_f16(unit, values);
         }
-        self.buffers.floats = floats;
-        Ok(())
+        if unit.format.is_grouped() {
+            return self.dense_grouped(unit, values, distance);
+        }
+        let codes = fit(&mut self.buffers.codes, unit.rows * stride, 0);
+        let mut scales = [0.0; UNIT_ROWS];
+        let rows = values.chunks_exact(cols).zip(codes.chunks_exact_mut(stride));
+        for ((values, codes), scale) in rows.zip(&mut scales) {
+            let (codes, padding) = codes.split_at_mut(cols);
+            padding.fill(0);
+            *scale = match unit.format {
+                Format::I4 => quantize::row_i4(values, codes),
+                _ => quantize::row_i8(values, codes),
+            };
+            distance.add(values, codes, *scale);
+        }
+        self.put_unit(unit, &scales[..unit.rows])
     }
 
     /// Writes a unit of numbers that are ternary in each group of columns, but for the group's factor.
-    fn grouped(&mut self, unit: &Unit<'_>) -> Result<(), Error> {
-        self.read_signs(unit)?;
+    fn grouped(&mut self, unit: &Unit<'_>, values: &[f32]) -> Result<(), Error> {
+        self.signs(unit, values);
         let (format, cols) = (unit.format, unit.shape.1);
-        let Buffers { floats, codes, halves, blocks, .. } = &mut self.buffers;
+        let Buffers { codes, halves, blocks, .. } = &mut self.buffers;
         let halves = fit(halves, unit.rows * format.steps(cols), 0);
-        for (values, scales) in floats.chunks_exact(cols).zip(halves.chunks_exact_mut(format.steps(cols))) {
+        for (values, scales) in values.chunks_exact(cols).zip(halves.chunks_exact_mut(format.steps(cols))) {
             for (values, scale) in values.chunks(Format::GROUP_COLS).zip(scales) {
                 *scale = quantize::group_scale(values).expect("the numbers were looked at before");
             }

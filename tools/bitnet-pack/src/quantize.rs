@@ -25,7 +25,7 @@ impl Evidence {
             if magnitude == 0.0 {
                 magnitude = values.iter().map(|v| v.abs()).find(|&v| v != 0.0).unwrap_or(0.0);
             }
-            let same = values.iter().all(|v| *v == 0.0 || v.abs() == magnitude);
+            let same = has_magnitude(values, magnitude);
             self.magnitude = same.then_some(magnitude);
         }
         self.has_zeros |= values.contains(&0.0);
@@ -54,11 +54,16 @@ impl Evidence {
     }
 }
 
+/// Whether all numbers have this magnitude or are zero. Without a branch for each, so that it vectorizes.
+fn has_magnitude(values: &[f32], magnitude: f32) -> bool {
+    values.iter().fold(true, |same, v| same & (*v == 0.0 || v.abs() == magnitude))
+}
+
 /// The bits of the half-precision magnitude of all numbers of a group that are not zero, if they have one in common.
 pub fn group_scale(group: &[f32]) -> Option<u16> {
     let magnitude = group.iter().map(|v| v.abs()).find(|&v| v != 0.0).unwrap_or(0.0);
     let half = f16::from_f32(magnitude);
-    let same = half.to_f32() == magnitude && group.iter().all(|v| *v == 0.0 || v.abs() == magnitude);
+    let same = half.to_f32() == magnitude && has_magnitude(group, magnitude);
     same.then(|| half.to_bits())
 }
 
@@ -125,13 +130,16 @@ impl Distance {
     /// Adds a run of weights and what became of them.
     pub fn add(&mut self, weights: &[f32], ternary: &[i8], multiplier: f32) {
         let (mut error, mut energy) = ([0.0f32; 8], [0.0f32; 8]);
-        for (weights, ternary) in weights.chunks(8).zip(ternary.chunks(8)) {
-            for (i, (w, t)) in weights.iter().zip(ternary).enumerate() {
+        let mut add = |weights: &[f32], ternary: &[i8]| {
+            for (((w, t), error), energy) in weights.iter().zip(ternary).zip(&mut error).zip(&mut energy) {
                 let e = w - f32::from(*t) * multiplier;
-                error[i] += e * e;
-                energy[i] += w * w;
+                *error += e * e;
+                *energy += w * w;
             }
-        }
+        };
+        let ((weights, last), (ternary, rest)) = (weights.as_chunks::<8>(), ternary.as_chunks::<8>());
+        weights.iter().zip(ternary).for_each(|(weights, ternary)| add(weights, ternary));
+        add(last, rest);
         self.error += error.iter().map(|&e| f64::from(e)).sum::<f64>();
         self.energy += energy.iter().map(|&e| f64::from(e)).sum::<f64>();
     }
