@@ -20,7 +20,7 @@ use bitnet_runtime::image::Kind;
 use core::fmt;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// Tokens in a window.
 const WINDOW: usize = 256;
@@ -33,7 +33,7 @@ pub(crate) const RECORD: &str = "neurons: ";
 #[derive(Clone, Debug)]
 pub(crate) struct Order {
     /// The place in the checkpoint of each neuron.
-    neurons: Rc<[u32]>,
+    neurons: Arc<[u32]>,
     along: Along,
 }
 
@@ -230,7 +230,7 @@ pub(crate) fn reorder(
     })?;
     let mut orders = BTreeMap::new();
     for (layer, chain) in (0..).zip(chains) {
-        let neurons: Rc<[u32]> = chain.into();
+        let neurons: Arc<[u32]> = chain.into();
         let kinds = [
             (Kind::Gate, Along::Rows),
             (Kind::Up, Along::Rows),
@@ -239,7 +239,7 @@ pub(crate) fn reorder(
         ];
         for (kind, along) in kinds {
             if let Some(tensor) = model.source_in(Linear::new(layer, kind)).and_then(|source| source.tensor()) {
-                orders.insert(tensor.name.clone(), Order { neurons: Rc::clone(&neurons), along });
+                orders.insert(tensor.name.clone(), Order { neurons: Arc::clone(&neurons), along });
             }
         }
     }
