@@ -2,6 +2,7 @@
 //! tokens, and what the system says about the process.
 #![deny(unsafe_code)]
 pub mod open;
+pub mod signature;
 pub mod system;
 pub mod template;
 pub mod weights;

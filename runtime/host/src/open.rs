@@ -1,4 +1,5 @@
 //! From arguments to a model in memory.
+use crate::signature::Signed;
 use crate::weights::{Place, Stream, WeightArgs, Weights};
 use anyhow::{Context as _, bail, ensure};
 use bitnet_kernel::{Block, Kernels};
@@ -20,6 +21,9 @@ use zerocopy::IntoBytes as _;
 pub struct ModelArgs {
     /// The image, made by `bitnet-pack pack`.
     pub image: PathBuf,
+    /// Use the image only if IMAGE.sig is its signature by this key: Ed25519, in PEM. `bitnet-pack sign` makes signatures.
+    #[arg(long, value_name = "PUBLIC_KEY")]
+    pub require_signature: Option<PathBuf>,
     /// Threads.
     #[command(flatten)]
     pub threads: ThreadArgs,
@@ -221,6 +225,7 @@ pub fn with_model<R>(args: &ModelArgs, f: impl FnOnce(Opened<'_>) -> anyhow::Res
     let threads = args.threads.start()?;
     let path = args.image.display();
     let (file, header, file_bytes) = read_image(&args.image)?;
+    let signed = args.require_signature.as_ref().map(|key| Signed::read(key, &args.image)).transpose()?;
     let (image, limits, plan) = planned(args, &header, file_bytes)?;
     Memory::check(&plan, &limits)?;
     let place = args.weights.place(&image, &plan, &limits).with_context(|| format!("{path}"))?;
@@ -238,10 +243,17 @@ pub fn with_model<R>(args: &ModelArgs, f: impl FnOnce(Opened<'_>) -> anyhow::Res
             };
             // Between the check and the map the file may have become another one.
             ensure!(map.len() as u64 == file_bytes, "{path}: the file changed while it was opened");
+            // The header that is used, and the rest as it lies in memory: what happens to the file cannot matter.
+            let signed = signed.map_or(Ok(()), |signed| signed.check(&header, &map[header.len()..]));
+            signed.with_context(|| format!("{path}"))?;
             open(&mut Mapped::from_bytes(&map)?, weights, None)
         }
         Place::Streamed { pieces, slots } => {
+            let signing = file.try_clone().with_context(|| format!("{path}"))?;
+            // What is written to the file from now on makes reading fail.
             let device = ImageFile::new(file).with_context(|| format!("{path}"))?;
+            let signed = signed.map_or(Ok(()), |signed| signed.check_file(&header, &signing));
+            signed.with_context(|| format!("{path}"))?;
             let (mut ring, stream) = args.weights.stream(device, &image, pieces, slots, &args.image)?;
             let done = open(&mut ring, stream.weights(), Some(&stream));
             args.weights.write_timeline(&stream)?;

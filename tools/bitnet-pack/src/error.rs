@@ -83,6 +83,8 @@ pub enum Error {
         /// What is wrong.
         what: String,
     },
+    /// A key or a signature is not what is asked for; files are named.
+    Signature(String),
     /// The image that was written is not the one that was planned.
     Planned(String),
     /// The user ended it.
@@ -138,7 +140,7 @@ impl fmt::Display for Error {
             Self::Config { path, key, value, what } => {
                 write!(f, "{}: {key} = {value}: {what}", path.display())
             }
-            Self::Options(what) | Self::Planned(what) => f.write_str(what),
+            Self::Options(what) | Self::Planned(what) | Self::Signature(what) => f.write_str(what),
             Self::Image { path, error: ImageError::Foreign(foreign) } => {
                 write!(f, "{}", Self::foreign(path, *foreign))
             }

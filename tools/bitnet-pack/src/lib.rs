@@ -1,4 +1,4 @@
-//! checkpoint → [`checkpoint`] → [`quantize`] → [`encode`] → [`write`](mod@write) → image; then [`verify`](mod@verify) and [`inspect`](mod@inspect)
+//! checkpoint → [`checkpoint`] → [`quantize`] → [`encode`] → [`write`](mod@write) → image; then [`verify`](mod@verify), [`sign`](mod@sign) and [`inspect`](mod@inspect)
 //!
 //! Where linears that are not ternary get formats of their own, [`calibrate`] stands between the checkpoint and quantizing;
 //! where weights are to be left out or neurons to be put in another order, [`prune`] and [`reorder`] stand before all of it. [`convert`](mod@convert) makes a checkpoint of a checkpoint.
@@ -23,6 +23,7 @@ pub mod prune;
 pub mod quantize;
 pub mod reorder;
 pub mod report;
+pub mod sign;
 pub mod split;
 pub mod tokenizer;
 pub mod tune;

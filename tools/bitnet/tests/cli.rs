@@ -50,6 +50,37 @@ fn with_input(args: &[&str], input: &str) -> Output {
     child.wait_with_output().unwrap()
 }
 
+/// A signed image is taken wherever its weights lie, and no other.
+#[test]
+fn run_with_a_key_takes_what_it_signed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (signed, key) = (path("signed.bitnet"), path("key.pem"));
+    std::fs::copy(image(), &signed).unwrap();
+    let public = bitnet_pack::sign::keygen(Path::new(&key)).unwrap();
+    bitnet_pack::sign::sign(Path::new(&signed), Path::new(&key), &mut ()).unwrap();
+    let public = public.to_str().unwrap();
+    let run = |source: &'static str| {
+        let place = ["--source", source, "--require-signature", public];
+        let words = ["run", &signed, "Once upon a time", "--temperature", "0", "--max-tokens", "24"];
+        bitnet(&[&words[..], &place].concat()).output().unwrap()
+    };
+    let sources = ["resident", "mapped", "streamed"];
+    for source in sources {
+        assert_eq!(String::from_utf8(run(source).stdout).unwrap(), format!("{STORY}\n"), "{source}");
+    }
+    // A byte of a weight, which no checksum is compared with here.
+    let mut bytes = std::fs::read(&signed).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&signed, bytes).unwrap();
+    for source in sources {
+        let error = String::from_utf8(run(source).stderr).unwrap();
+        assert!(error.contains("the signature is not that of this image"), "{source}: {error}");
+    }
+    let error = failure(&["run", image(), "Once", "--require-signature", public], 1);
+    assert!(error.contains("the image needs a signature"), "{error}");
+}
+
 fn greedy<'a>(prompt: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     [&["run", image(), prompt, "--temperature", "0", "--max-tokens", "24"], more].concat()
 }

@@ -26,7 +26,7 @@ const LAYERS: &[Layer] = &[
     Layer { folders: "boards/support", may_use: &["runtime/kernel", "runtime"] },
     Layer { folders: "boards/*", may_use: &["runtime/kernel", "runtime", "runtime/host", "boards/support"] },
     Layer { folders: "tools/xtask", may_use: &[] },
-    Layer { folders: "tools/bitnet-pack", may_use: &["runtime/kernel", "runtime"] },
+    Layer { folders: "tools/bitnet-pack", may_use: &["runtime/kernel", "runtime", "runtime/host"] },
     Layer { folders: "tools/*", may_use: &["runtime/kernel", "runtime", "runtime/host", "tools/bitnet-pack"] },
     Layer {
         folders: "tests",
