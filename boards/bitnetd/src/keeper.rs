@@ -19,7 +19,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// What is known of a model in memory, and the way to it.
 #[derive(Debug)]
@@ -56,12 +56,11 @@ pub(crate) enum Phase {
 #[derive(Debug)]
 pub(crate) struct Keeper {
     phase: watch::Sender<Phase>,
-    wanted: Notify,
 }
 
 impl Keeper {
     pub(crate) fn new() -> Self {
-        Self { phase: watch::Sender::new(Phase::Loading), wanted: Notify::new() }
+        Self { phase: watch::Sender::new(Phase::Loading) }
     }
     pub(crate) fn phase(&self) -> Phase {
         self.phase.borrow().clone()
@@ -79,12 +78,27 @@ impl Keeper {
                 Phase::Ready(ready) => return Some(ready),
                 Phase::Loading => return None,
                 Phase::Away if wanted => return None,
-                Phase::Away => self.wanted.notify_one(),
+                Phase::Away => self.want(),
                 Phase::Coming => {}
             }
             wanted = true;
             phases.changed().await.ok()?;
         }
+    }
+    /// Asks for a model that is away. Of several who ask at once the first does, and nothing is left of the others' asking.
+    fn want(&self) {
+        self.phase.send_if_modified(|phase| {
+            let away = matches!(phase, Phase::Away);
+            if away {
+                *phase = Phase::Coming;
+            }
+            away
+        });
+    }
+    /// Waits until somebody asks.
+    async fn wanted(&self) {
+        // An error is that there is no sender, and there is: it is here.
+        let _ = self.phase.subscribe().wait_for(|phase| matches!(phase, Phase::Coming)).await;
     }
 }
 
@@ -162,8 +176,7 @@ pub(crate) async fn keep(app: &Arc<App>, reloads: &mut mpsc::UnboundedReceiver<(
                 engine = reload(app, engine.take()).await?;
                 notify::ready();
             }
-            () = app.keeper.wanted.notified(), if engine.is_none() => {
-                app.keeper.set(Phase::Coming);
+            () = app.keeper.wanted(), if engine.is_none() => {
                 match load(app).await {
                     Ok(loaded) => engine = Some(loaded),
                     Err(e) => {
@@ -305,6 +318,7 @@ fn run_engine(app: &App, queue: Queue, orders: &Orders, sender: oneshot::Sender<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures_util::FutureExt as _;
 
     #[test]
     fn a_panic_is_an_end_like_others() {
@@ -319,13 +333,17 @@ mod tests {
         let keeper = Arc::new(Keeper::new());
         assert!(keeper.ready().await.is_none(), "while it is loaded for the first time nobody waits");
         keeper.set(Phase::Away);
-        let its = keeper.clone();
-        let waits = tokio::spawn(async move { its.ready().await.is_none() });
-        keeper.wanted.notified().await;
-        keeper.set(Phase::Coming);
+        let waits = [(); 2].map(|()| {
+            let its = keeper.clone();
+            tokio::spawn(async move { its.ready().await.is_none() })
+        });
+        keeper.wanted().await;
         tokio::task::yield_now().await;
-        assert!(!waits.is_finished());
+        assert!(waits.iter().all(|wait| !wait.is_finished()));
         keeper.set(Phase::Away);
-        assert!(waits.await.unwrap(), "it could not be loaded");
+        for wait in waits {
+            assert!(wait.await.unwrap(), "it could not be loaded");
+        }
+        assert!(keeper.wanted().now_or_never().is_none(), "nobody waits any more");
     }
 }
