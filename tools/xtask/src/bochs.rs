@@ -53,7 +53,8 @@ pub(crate) fn build_arguments() -> Vec<String> {
     let arguments = ["rustc", "--release", "-p", "bitnet-kernels-x86", "--bin", "conformance-image"]
         .into_iter()
         .chain(["--features", "image", "--target", TARGET, "--", "-Dwarnings", "-Clinker=rust-lld"])
-        .chain(["-Clinker-flavor=ld.lld", "-Crelocation-model=static"])
+        // Programs of this target unwind otherwise, and without an operating system nothing can.
+        .chain(["-Clinker-flavor=ld.lld", "-Crelocation-model=static", "-Cpanic=abort"])
         .chain(["-Clink-arg=-static", "-Clink-arg=--no-pie", "-Clink-arg=--oformat=binary", SCRIPT]);
     arguments.map(str::to_owned).collect()
 }
