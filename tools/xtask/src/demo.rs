@@ -15,9 +15,7 @@ const PROMPT: &str = "Once upon a time";
 /// Builds the two programs, packs the bundled checkpoint unless its image is newer than all it was made from, and
 /// generates a story.
 pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
-    let arguments = ["build", "--release", "-p", "bitnet", "-p", "bitnet-pack"].map(str::to_owned);
-    let programs = run::build(workspace, &arguments, &run::PROGRAMS)?;
-    let [(_, bitnet), (_, packer)] = &programs[..] else { unreachable!("there are two programs") };
+    let [bitnet, packer] = &run::release_programs(workspace)?;
     let checkpoint = workspace.root.join(CHECKPOINT);
     let image = workspace.target.join("demo").join("stories-ternary.bitnet");
     let mut sources = files(&checkpoint)?;

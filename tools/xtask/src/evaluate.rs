@@ -51,12 +51,7 @@ struct Row {
 pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<bool> {
     let [ids, images @ ..] = arguments else { bail!(USAGE) };
     ensure!(!images.is_empty(), USAGE);
-    let programs = run::build(
-        workspace,
-        &["build", "--release", "-p", "bitnet", "-p", "bitnet-pack"].map(str::to_owned),
-        &run::PROGRAMS,
-    )?;
-    let [(_, bitnet), (_, packer)] = &programs[..] else { unreachable!("there are two programs") };
+    let [bitnet, packer] = &run::release_programs(workspace)?;
     let rows = images.iter().map(|image| row(bitnet, packer, ids, image)).collect::<Result<Vec<_>>>()?;
     print(&rows);
     Ok(true)

@@ -271,6 +271,14 @@ fn serves(workspace: &Workspace, launcher: &[&str], packer: &str, daemon: &str) 
     Ok(())
 }
 
+/// Builds `bitnet` and `bitnet-pack` as people do and answers with where they lie, in this order.
+pub(crate) fn release_programs(workspace: &Workspace) -> Result<[String; 2]> {
+    let arguments = ["build", "--release", "-p", "bitnet", "-p", "bitnet-pack"].map(str::to_owned);
+    let programs = build(workspace, &arguments, &PROGRAMS)?;
+    let paths: Vec<String> = programs.into_iter().map(|(_, path)| path).collect();
+    Ok(paths.try_into().expect("a program for each name"))
+}
+
 /// Builds by the given arguments and answers with the programs of these names, in their order, and where cargo says
 /// that they lie: the folder depends on settings that only cargo knows.
 pub(crate) fn build(

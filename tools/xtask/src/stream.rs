@@ -122,12 +122,7 @@ struct Done {
 
 pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     let group = Group::new()?;
-    let programs = run::build(
-        workspace,
-        &["build", "--release", "-p", "bitnet", "-p", "bitnet-pack"].map(str::to_owned),
-        &run::PROGRAMS,
-    )?;
-    let [(_, bitnet), (_, packer)] = &programs[..] else { unreachable!("there are two programs") };
+    let [bitnet, packer] = &run::release_programs(workspace)?;
     let folder = workspace.target.join("stream-proof");
     fs::create_dir_all(&folder)?;
     let image = folder.join("2b4t.bitnet").display().to_string();
