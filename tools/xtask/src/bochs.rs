@@ -4,7 +4,7 @@
 //! port 0xe9 is Bochs' standard output, and decides: Bochs' own exit status is 1 even when all went well.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -71,21 +71,32 @@ pub(crate) fn run(workspace: &Workspace, cpu: Cpu) -> Result<bool> {
     // The debugger, which Debian builds in, would wait for a command.
     std::fs::write(folder.join("commands"), "c\n")?;
     let transcript = folder.join("transcript");
+    let complaints = folder.join("complaints");
     let mut bochs = Command::new("bochs")
         .args(["-q", "-f", "bochsrc", "-rc", "commands"])
         .current_dir(&folder)
         .stdin(Stdio::null())
         .stdout(std::fs::File::create(&transcript)?)
-        .stderr(Stdio::null())
+        .stderr(std::fs::File::create(&complaints)?)
         .spawn()
         .context("starting bochs")?;
     let ended = wait(&mut bochs)?;
     let text = lines_of(&std::fs::read(&transcript)?);
     text.iter().for_each(|line| say!("{line}"));
-    if !ended {
-        say!("error: not done after {} s", PATIENCE.as_secs());
+    match ended {
+        None => say!("error: not done after {} s", PATIENCE.as_secs()),
+        Some(_) if passed(&text, cpu) => return Ok(true),
+        Some(status) => {
+            say!("error: Bochs ended with {status}, without what the image says when all is well; its last words:");
+            for file in [folder.join("bochs.log"), complaints] {
+                let words = std::fs::read(&file).unwrap_or_default();
+                let words = String::from_utf8_lossy(&words);
+                let lines: Vec<&str> = words.lines().collect();
+                lines.iter().skip(lines.len().saturating_sub(10)).for_each(|line| say!("  {line}"));
+            }
+        }
     }
-    Ok(ended && passed(&text, cpu))
+    Ok(false)
 }
 
 /// Whether the image said all that it says when all is well.
@@ -104,18 +115,18 @@ fn lines_of(output: &[u8]) -> Vec<String> {
     lines.split_off(first)
 }
 
-/// Waits for the end, or ends it; the answer is whether it ended by itself.
-fn wait(child: &mut Child) -> Result<bool> {
+/// Waits for the end, or ends it; the answer is how it ended by itself.
+fn wait(child: &mut Child) -> Result<Option<ExitStatus>> {
     let start = Instant::now();
     while start.elapsed() < PATIENCE {
-        if child.try_wait()?.is_some() {
-            return Ok(true);
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
         }
         std::thread::sleep(Duration::from_millis(200));
     }
     child.kill()?;
     child.wait()?;
-    Ok(false)
+    Ok(None)
 }
 
 /// A CD that starts the image.
@@ -147,6 +158,7 @@ fn make_cd(image: &Path, folder: &Path) -> Result<()> {
 }
 
 fn configuration(cpu: Cpu) -> String {
+    // The sound that Bochs chooses by itself is ALSA's, which overflows a buffer of Bochs where there is no sound card.
     format!(
         "display_library: rfb, options=\"timeout=0\"\n\
          cpu: model={}, ignore_bad_msrs=1, count=1, ips=50000000, reset_on_triple_fault=0\n\
@@ -155,6 +167,7 @@ fn configuration(cpu: Cpu) -> String {
          vgaromimage: file={VIDEO_BIOS}\n\
          ata0-master: type=cdrom, path=cd.iso, status=inserted\n\
          boot: cdrom\n\
+         sound: driver=dummy\n\
          port_e9_hack: enabled=1\n\
          clock: sync=none\n\
          log: bochs.log\n\
