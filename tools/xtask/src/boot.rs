@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::matrix::{ARM_BARE, Need};
+use crate::run::Host;
 use crate::workspace::{Workspace, cargo};
 use crate::{elf, run, setup};
 
@@ -160,7 +161,7 @@ impl Request {
 }
 
 /// Does what a step asks for; the answer is how many runs passed and failed.
-pub(crate) fn check(workspace: &Workspace, request: Request) -> Result<(usize, usize)> {
+pub(crate) fn check(workspace: &Workspace, request: Request, host: Host) -> Result<(usize, usize)> {
     let of = |board| RUNS.into_iter().filter(move |run| run.board == board);
     let (board, alignment, runs) = match request {
         Request::Cpu(cpu) => {
@@ -168,7 +169,7 @@ pub(crate) fn check(workspace: &Workspace, request: Request) -> Result<(usize, u
         }
         Request::Rpi5 => (Board::Rpi5, Alignment::Free, of(Board::Rpi5).collect::<Vec<_>>()),
     };
-    let image = Image::build(workspace, board, alignment)?;
+    let image = Image::build(workspace, board, alignment, host)?;
     let mut counts = (0, 0);
     for run in runs {
         match image.expected(run).and_then(|expected| image.boot(run, &expected)) {
@@ -253,7 +254,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<bool> {
     let options = Options::parse(arguments)?;
     let runs = options.runs()?;
     setup::ensure(&[Need::Target(ARM_BARE), Need::QemuSystem, Need::Linker])?;
-    let image = Image::build(workspace, options.board, options.alignment)?;
+    let image = Image::build(workspace, options.board, options.alignment, Host::Programs)?;
     if options.interactive {
         let status = image.qemu(runs[0]).status().context("starting qemu-system-aarch64")?;
         return Ok(status.success());
@@ -299,7 +300,7 @@ struct Image {
 
 impl Image {
     /// Builds the image and the programs for this machine, packs the model, and makes flashes and a disk of them.
-    fn build(workspace: &Workspace, board: Board, alignment: Alignment) -> Result<Self> {
+    fn build(workspace: &Workspace, board: Board, alignment: Alignment, host: Host) -> Result<Self> {
         let name = board.name();
         let features = if alignment == Alignment::Strict { "image,strict-align" } else { "image" };
         let arguments =
@@ -307,14 +308,12 @@ impl Image {
         if !cargo().args(arguments).current_dir(&workspace.root).status()?.success() {
             bail!("the image does not build");
         }
-        let programs =
-            run::build(workspace, &["build", "-p", "bitnet", "-p", "bitnet-pack"].map(str::to_owned), &run::PROGRAMS)?;
-        let [(_, bitnet), (_, packer)] = &programs[..] else { unreachable!("there are two programs") };
+        let [bitnet, packer] = run::host_programs(workspace, host)?;
         let folder = workspace.target.join("boot").join(name);
         fs::create_dir_all(&folder)?;
         let elf = workspace.target.join(ARM_BARE).join("release").join(name);
-        let image = Self { board, alignment, folder, bitnet: bitnet.clone(), elf };
-        let mut pack = Command::new(packer);
+        let image = Self { board, alignment, folder, bitnet, elf };
+        let mut pack = Command::new(&packer);
         pack.arg("pack").arg(workspace.root.join(CHECKPOINT)).arg("-o").arg(image.model()).stdout(Stdio::null());
         if !pack.stderr(Stdio::null()).status()?.success() {
             bail!("bitnet-pack could not pack {CHECKPOINT}");
@@ -329,7 +328,7 @@ impl Image {
         padded(&image.folder.join(board.file()), &code, FLASH_BYTES)?;
         padded(&image.folder.join("model.flash"), &model, FLASH_BYTES)?;
         padded(&image.folder.join("model.disk"), &model, (model.len() as u64).next_multiple_of(SECTOR_BYTES))?;
-        image.make_large(packer)?;
+        image.make_large(&packer)?;
         Ok(image)
     }
 

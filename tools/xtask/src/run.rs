@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::matrix::{Action, Command, Step, Toolchain};
+use crate::matrix::{self, Action, Command, Step, Toolchain};
 use crate::riscv::Way;
 use crate::workspace::{Workspace, cargo};
 use crate::{bochs, boot, elf, manifests, riscv, service, tidy};
@@ -27,10 +27,11 @@ pub(crate) fn all(workspace: &Workspace, steps: &[Step]) -> Result<bool> {
     let mut lines = Vec::new();
     let mut repeat = Vec::new();
     let mut total = Count::default();
+    let host = if steps.iter().any(|step| step.name == matrix::HOST_TESTS) { Host::Whole } else { Host::Programs };
     for (index, step) in steps.iter().enumerate() {
         say!("\n== {} ({} of {}): {}", step.name, index + 1, steps.len(), describe(&step.action));
         let start = Instant::now();
-        let count = one(workspace, step).unwrap_or_else(|error| {
+        let count = one(workspace, step, host).unwrap_or_else(|error| {
             say!("error: {error:#}");
             FAILED
         });
@@ -104,7 +105,7 @@ fn quote(word: &str) -> String {
     }
 }
 
-fn one(workspace: &Workspace, step: &Step) -> Result<Count> {
+fn one(workspace: &Workspace, step: &Step, host: Host) -> Result<Count> {
     match &step.action {
         Action::Cargo(command) => Ok(if prepare(workspace, command).status()?.success() { PASSED } else { FAILED }),
         Action::Tests(command) => tests(workspace, command),
@@ -117,7 +118,7 @@ fn one(workspace: &Workspace, step: &Step) -> Result<Count> {
             Ok(Count { passed, failed })
         }
         Action::Boot(request) => {
-            let (passed, failed) = boot::check(workspace, *request)?;
+            let (passed, failed) = boot::check(workspace, *request, host)?;
             Ok(Count { passed, failed })
         }
         Action::Bochs(cpu) => Ok(if bochs::run(workspace, *cpu)? { PASSED } else { FAILED }),
@@ -182,10 +183,12 @@ pub(crate) const PROGRAMS: [&str; 2] = ["bitnet", "bitnet-pack"];
 /// The same and the daemon, which are built as one static file each.
 const STATIC_PROGRAMS: [&str; 3] = ["bitnet", "bitnet-pack", "bitnetd"];
 
+/// Builds them with the settings of the tests: what is checked does not depend on these, and a release takes minutes longer. For ARM
+/// the dependencies are those of the tests; where nothing else is built for the target, they are not optimized either.
 fn static_build(target: &str) -> Vec<String> {
-    let mut arguments = vec!["build".to_owned(), "--release".to_owned(), "--target".to_owned(), target.to_owned()];
-    arguments.extend(STATIC_PROGRAMS.iter().flat_map(|name| ["-p".to_owned(), (*name).to_owned()]));
-    arguments
+    let plain = if target == matrix::ARM_LINUX { &[][..] } else { &["--config", matrix::PLAIN_DEPENDENCIES] };
+    let words = ["build", "--target", target].into_iter().chain(plain.iter().copied());
+    words.chain(STATIC_PROGRAMS.iter().flat_map(|name| ["-p", name])).map(str::to_owned).collect()
 }
 
 fn static_programs(workspace: &Workspace, target: &str, machine: elf::Machine) -> Result<Count> {
@@ -271,6 +274,28 @@ fn serves(workspace: &Workspace, launcher: &[&str], packer: &str, daemon: &str) 
     Ok(())
 }
 
+/// What is built of the workspace for this machine with the settings of the tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Host {
+    /// `bitnet` and `bitnet-pack` alone, which is quick.
+    Programs,
+    /// All of it, tests too, which another step builds anyway: `bitnet` and `bitnet-pack` alone get fewer features of their
+    /// dependencies, and so building them again would take minutes.
+    Whole,
+}
+
+/// Builds `bitnet` and `bitnet-pack` with the settings of the tests and answers with where they lie, in this order.
+pub(crate) fn host_programs(workspace: &Workspace, host: Host) -> Result<[String; 2]> {
+    let arguments = match host {
+        Host::Programs => ["build", "-p", "bitnet", "-p", "bitnet-pack"].as_slice(),
+        Host::Whole => &["test", "--workspace", "--tests", "--no-run"],
+    };
+    let arguments: Vec<String> = arguments.iter().map(|word| (*word).to_owned()).collect();
+    let programs = build(workspace, &arguments, &PROGRAMS)?;
+    let paths: Vec<String> = programs.into_iter().map(|(_, path)| path).collect();
+    Ok(paths.try_into().expect("a program for each name"))
+}
+
 /// Builds `bitnet` and `bitnet-pack` as people do and answers with where they lie, in this order.
 pub(crate) fn release_programs(workspace: &Workspace) -> Result<[String; 2]> {
     let arguments = ["build", "--release", "-p", "bitnet", "-p", "bitnet-pack"].map(str::to_owned);
@@ -305,7 +330,9 @@ pub(crate) fn build(
         .collect::<Result<_, _>>()
         .context("reading what cargo built")?;
     let find = |name: &'static str| {
-        let built = messages.iter().filter(|message| message["target"]["name"] == name);
+        // The tests of a program have its name too.
+        let is_program = |message: &&Value| message["target"]["name"] == name && message["profile"]["test"] == false;
+        let built = messages.iter().filter(is_program);
         let path = built.filter_map(|message| message["executable"].as_str()).next();
         path.map(|path| (name, path.to_owned())).with_context(|| format!("cargo built no program `{name}`"))
     };
