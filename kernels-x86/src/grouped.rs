@@ -72,8 +72,7 @@ fn sums<const PLANES: usize, const DISTANCE: i32, const LOW: i32>(tile: &[Block]
         // Each plane counts twice as much as the one below. A group is 4 steps, which 16 bits hold.
         for plane in panel.chunks_exact(STEPS).rev() {
             let narrow = narrow_sums_of_lanes::<4, B1_BASE, B1_PREFETCH>(plane, tables);
-            for (total, [even, odd]) in total.iter_mut().zip(narrow) {
-                let narrow = [_mm256_unpacklo_epi16(even, odd), _mm256_unpackhi_epi16(even, odd)];
+            for (total, narrow) in total.iter_mut().zip(narrow) {
                 *total = add_wide(total.map(|total| _mm256_add_epi32(total, total)), narrow);
             }
         }
