@@ -365,7 +365,7 @@ fn matmat_i4_avx2(steps: Planes<'_>, x: [Activations<'_>; TOKENS]) -> [[i32; 4];
     dots
 }
 
-const MATMAT_PREFETCH: usize = 4096;
+const MATMAT_PREFETCH: usize = 8192;
 
 /// The sums of codes times activations of 4 rows and 4 tokens, `COLS` columns a step in planes of `BITS` bits.
 ///
