@@ -10,6 +10,8 @@
 //! - T2: tiles of 8 rows spill registers, 5 to 10 % slower than 4. One sum a row and three shifts in place of two sums and
 //!   one shift: 30 operations for 256 weights against 26. Masks without any shift are no use: at weight 64 one lane of
 //!   `vpmaddubsw` overflows.
+//! - What multiplies several tokens by a tile asks for the weights of later tiles as well: without, 20 to 40 % were lost from memory
+//!   (I8 41 against 55 products/ns, I4 60 against 85, T2 88 against 107). A tile ahead was as good as 8 KiB.
 //! - TL and B1: both halves of 32 rows use a table while it is in registers; half by half, LLVM hoists 16 tables to the stack
 //!   (87 against 96 weights/ns). Bits in planes and `vpmaddubsw` for B1 run at half the speed of tables.
 //!
@@ -488,8 +490,8 @@ fn sums_of_lanes_avx2<const BLOCKS: usize, const BASE: i16, const PREFETCH: usiz
 
 /// The same in 16 bits, of at most [`LANES_FLUSH`] steps: for each 32 rows, what [`add_wide`] adds up.
 ///
-/// For 32 rows and one group: 1.5 operations to part nibbles, 2 for the signs, 2 shuffles, 2 xors, 2 additions, 1 to widen:
-/// 10.5 for 96 weights (TL), 6.5 for 128 (B1). Groups are written out by macro: in a loop, the `asm!` of [`opaque`] keeps
+/// For 32 rows and one group: 1.5 operations to part nibbles, 2 for the signs, 2 shuffles, 2 xors, 2 additions, 0.75 to
+/// widen: 10.25 for 96 weights (TL), 6.25 for 128 (B1). Groups are written out by macro: in a loop, the `asm!` of [`opaque`] keeps
 /// arrays of sums in memory.
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -579,7 +581,7 @@ fn tokens_of_lanes_avx2<const BLOCKS: usize, const BASE: i16, const PREFETCH: us
 /// Adds one step of 32 rows, from byte `half` of the blocks on, to the 16-bit sums of 4 tokens.
 ///
 /// A function of its own, so that `wide` stays in memory: inlined, LLVM juggles all 64 vectors of sums through 16 registers,
-/// and the whole was slower than one token at a time.
+/// and the whole was slower than one token at a time. One call for several steps was no faster.
 #[target_feature(enable = "avx2")]
 #[inline(never)]
 #[allow(unused_assignments, reason = "the last group needs no further sign")]
