@@ -1,6 +1,7 @@
 //! The daemon over real connections, on the bundled model: shapes, ends, leaving, and requests that no client would send.
 mod cache;
 mod contract;
+mod deploy;
 mod hostile;
 mod json;
 mod leaving;

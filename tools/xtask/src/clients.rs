@@ -1,7 +1,7 @@
 //! The daemon under clients of others, and for long: `cargo xtask clients` and `cargo xtask soak`.
 
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -84,6 +84,16 @@ pub(crate) fn succeed(command: &mut Command) -> Result<()> {
 
 /// Packs a model below `folder` and serves it.
 pub(crate) fn start(workspace: &Workspace, folder: &Path, model: Checkpoint) -> Result<Daemon> {
+    let (program, image) = pack(workspace, folder, model)?;
+    let daemon = serve(&program, &image, &[])?;
+    let ready =
+        ["--silent", "--fail", "--retry", "100", "--retry-connrefused", "--retry-delay", "1", "-o", "/dev/null"];
+    succeed(Command::new("curl").args(ready).arg(format!("{}/health", daemon.url)))?;
+    Ok(daemon)
+}
+
+/// Packs a model below `folder`: where the daemon's program and the image are.
+pub(crate) fn pack(workspace: &Workspace, folder: &Path, model: Checkpoint) -> Result<(String, PathBuf)> {
     let arguments = ["build", "--release", "-p", "bitnetd", "-p", "bitnet-pack"].map(str::to_owned);
     let programs = run::build(workspace, &arguments, &["bitnetd", "bitnet-pack"])?;
     let [(_, program), (_, packer)] = &programs[..] else { unreachable!("there are two programs") };
@@ -102,8 +112,13 @@ pub(crate) fn start(workspace: &Workspace, folder: &Path, model: Checkpoint) -> 
     }
     let image = folder.join("stories.bitnet");
     succeed(Command::new(packer).arg("pack").arg(&checkpoint).arg("-o").arg(&image))?;
+    Ok((program.clone(), image))
+}
+
+/// Serves an image at an address of the daemon's choice. The model may still be loading.
+pub(crate) fn serve(program: &str, image: &Path, options: &[&str]) -> Result<Daemon> {
     let mut command = Command::new(program);
-    command.arg("--model").arg(&image).args(["--listen", "127.0.0.1:0"]).stderr(Stdio::piped());
+    command.arg("--model").arg(image).args(["--listen", "127.0.0.1:0"]).args(options).stderr(Stdio::piped());
     let mut child = command.spawn().context("starting the daemon")?;
     let mut lines = BufReader::new(child.stderr.take().context("the daemon's log")?).lines();
     let mut daemon = Daemon { child, url: String::new() };
@@ -112,8 +127,5 @@ pub(crate) fn start(workspace: &Workspace, folder: &Path, model: Checkpoint) -> 
     url.clone_into(&mut daemon.url);
     // What else it says goes on; clients wait until it is ready.
     std::thread::spawn(move || lines.for_each(|line| eprintln!("{}", line.unwrap_or_default())));
-    let ready =
-        ["--silent", "--fail", "--retry", "100", "--retry-connrefused", "--retry-delay", "1", "-o", "/dev/null"];
-    succeed(Command::new("curl").args(ready).arg(format!("{}/health", daemon.url)))?;
     Ok(daemon)
 }

@@ -3,7 +3,7 @@
 //! In the order in which they are used: [`workspace`] finds the tree, [`matrix`] is the table of everything that is
 //! checked, [`setup`] installs what the chosen steps need, [`riscv`] is one of these needs, [`run`] runs them and counts, [`bochs`] boots what needs a CPU that the machine may lack, [`boot`] the boards' images, [`tidy`] holds the rules about
 //! the tree itself, [`elf`] looks into finished programs, [`mod@bench`] and [`arm`] say how fast the kernels are with what
-//! [`report`] has for both, [`fuzz`] searches for input that fails, [`evaluate`] compares images of one model, [`stream`] runs a model in less memory than it has, [`service`] starts and stops the daemon as systemd does, [`clients`] puts it under clients of others, [`page`] under a browser, [`manifests`] reads what clusters are told of it, and [`demo`] shows the project to a newcomer.
+//! [`report`] has for both, [`fuzz`] searches for input that fails, [`evaluate`] compares images of one model, [`stream`] runs a model in less memory than it has, [`service`] starts and stops the daemon as systemd does, [`clients`] puts it under clients of others, [`page`] under a browser, [`proxy`] behind proxies, [`manifests`] reads what clusters are told of it, and [`demo`] shows the project to a newcomer.
 #![forbid(unsafe_code)]
 #![allow(clippy::std_instead_of_core, clippy::std_instead_of_alloc, reason = "a host tool; it always has std")]
 
@@ -28,6 +28,7 @@ mod load;
 mod manifests;
 mod matrix;
 mod page;
+mod proxy;
 mod report;
 mod riscv;
 mod run;
@@ -69,6 +70,8 @@ Usage: cargo xtask COMMAND
   clients         OpenAI's clients and schemathesis against the daemon (installs them with pip and npm below target/clients)
   page            the daemon's chat page in headless Chromium: by keyboard, in light and dark, with axe-core's rules for
                   accessibility; pictures go to target/page (installs its driver with npm there)
+  proxy           two daemons behind HAProxy and behind nginx, by the files that the daemon comes with: every turn of a conversation is
+                  found in the memory of one of them, also when the other is gone (installs Debian's packages, a few seconds)
   soak            a thousand requests of eight clients to the daemon, a third cut off; it is killed in the end and starts again
   load            what the daemon gives one client and four at once, of a model in the shape of BitNet b1.58 2B4T, and how long eight wait
                   for a first token; fails below 2.5 times as many tokens/s (a minute or two, and nothing else may run)
@@ -124,6 +127,7 @@ fn command(arguments: &[String]) -> Result<bool> {
         "stream-proof" => stream::run(&Workspace::load()?),
         "clients" => clients::run(&Workspace::load()?),
         "page" => page::run(&Workspace::load()?),
+        "proxy" => proxy::run(&Workspace::load()?),
         "soak" => clients::soak(&Workspace::load()?),
         "load" => load::run(&Workspace::load()?),
         "evaluate" => evaluate::run(&Workspace::load()?, rest),

@@ -4,6 +4,7 @@
 
 use anyhow::{Result, bail};
 
+use crate::proxy::Proxy;
 use crate::riscv::TARGET as RISCV;
 use crate::{bochs, boot};
 
@@ -28,6 +29,8 @@ pub(crate) enum Need {
     Python,
     /// What [`crate::bochs`] needs: an emulator, its firmware, a boot loader, and what makes a CD.
     Bochs,
+    /// A proxy, of Debian. No step needs it, but [`crate::proxy`] does.
+    Proxy(Proxy),
 }
 
 /// What a step does.

@@ -51,6 +51,7 @@ fn present(need: Need) -> bool {
                 && programs.iter().all(|name| output(Command::new(name).arg("--version")).is_some())
         }
         Need::Python => output(Command::new("python3").args(["-c", "import ensurepip, venv"])).is_some(),
+        Need::Proxy(proxy) => output(Command::new(proxy.program()).arg("-v")).is_some(),
         Need::Bochs => {
             output(Command::new("bochs").args(["--help", "cpu"])).is_some()
                 && output(Command::new("xorriso").arg("--version")).is_some()
@@ -134,6 +135,14 @@ fn packages(missing: &[Need]) -> Result<()> {
     if !privileged(&root, &install)? {
         say!("setup: apt-get install failed");
     }
+    for need in missing {
+        // Debian starts what it installs; nobody asked for a proxy that serves. Where there is no systemd nothing was started.
+        if let Need::Proxy(proxy) = need
+            && output(Command::new("systemctl").arg("--version")).is_some()
+        {
+            privileged(&root, &["systemctl", "disable", "--now", "--quiet", proxy.name()])?;
+        }
+    }
     Ok(())
 }
 
@@ -147,6 +156,7 @@ fn package_names(missing: &[Need]) -> Vec<&'static str> {
         Need::Llvm => vec!["llvm-22"],
         Need::Python => vec!["python3-venv"],
         Need::Bochs => bochs::PACKAGES.to_vec(),
+        Need::Proxy(proxy) => vec![proxy.name()],
         // rustup was asked before this. What it brought need not come from Debian.
         Need::Riscv if sysroot_has(riscv::TARGET) => [&["qemu-user"][..], &riscv::LINKER_PACKAGES].concat(),
         Need::Riscv => [&["qemu-user"][..], &riscv::LINKER_PACKAGES, &riscv::COMPILER_PACKAGES].concat(),
@@ -244,6 +254,7 @@ fn by_hand(missing: &[Need]) -> String {
             Need::Linker => "a C compiler named cc (Debian and Ubuntu: packages gcc and libc6-dev)".to_owned(),
             Need::Llvm => format!("{} and {} (Debian: package llvm-22)", arm::MCA, arm::OBJDUMP),
             Need::Python => "Python 3 with venv (Debian and Ubuntu: package python3-venv)".to_owned(),
+            Need::Proxy(proxy) => format!("{0} (Debian and Ubuntu: package {0})", proxy.name()),
             Need::Bochs => {
                 format!("Bochs with its firmware and a boot loader (Debian: packages {})", bochs::PACKAGES.join(", "))
             }
