@@ -169,9 +169,15 @@ pub(crate) fn lanes(v: __m256i) -> [i32; 8] {
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(crate) fn sums(v: [__m256i; 4]) -> [i32; 4] {
-    let q = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
-    let [a, b, c, d, e, f, g, h] = lanes(q);
+    let [a, b, c, d, e, f, g, h] = sums_of_halves(v);
     [a + e, b + f, c + g, d + h]
+}
+
+/// The sums of the lanes of four vectors' low halves, then of their high halves.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(crate) fn sums_of_halves(v: [__m256i; 4]) -> [i32; 8] {
+    lanes(_mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3])))
 }
 
 /// Adds the pairs of 16-bit lanes to 32-bit sums.

@@ -1,6 +1,8 @@
 //! What the conformance suite has no memory for: the widest rows there may be, at the largest sums; and tables, entry by entry.
 use bitnet_kernel::tables::{self, B1_BASE, TL_BASE};
-use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix, format};
+use bitnet_kernel::{
+    Activations, Batch, Block, BlockActivations, BlockMatrix, BlockShape, Format, Kernels, Matrix, blocks, format,
+};
 
 fn backends() -> impl Iterator<Item = &'static dyn Kernels> {
     use bitnet_kernels_x86::{avx2, avx512_bw, avx512_vnni};
@@ -70,6 +72,43 @@ fn tables_of(k: &dyn Kernels) {
             let (low, constant) = if balanced && f == Format::TL { (-15, 0) } else { (-16, 16) };
             assert_eq!(sums(&own, constant), sums(&shared, 16), "{} {} {group:?}", k.name(), f.name());
             assert!(own.iter().flat_map(|b| b.0).all(|part| (low..=15).contains(&(part as i8))));
+        }
+    }
+}
+
+/// Blocks of the widest rows, whose bitmaps are longer than what a kernel lists at a time, against the definition: all, some,
+/// or none live, and at the largest sums.
+#[test]
+fn blocks_of_the_widest_rows_are_exact() {
+    let (rows, cols) = (37, Format::COLS_MAX);
+    let number = |i: usize| (i as u32).wrapping_mul(0x9e37_79b9) >> 13;
+    let weight = |r: usize, c: usize| (number(r * cols + c) % 3) as i8 - 1;
+    let values: Vec<i8> = (0..cols).map(|c| number(c) as i8).collect();
+    let (least, most, lowest) = (|_, _| -1, |_, _| 1, vec![-128; cols]);
+    type Weight<'a> = &'a dyn Fn(usize, usize) -> i8;
+    for shape in BlockShape::ALL {
+        let across = shape.across(cols);
+        let mut unit = vec![Block::ZERO; shape.unit_blocks(rows, cols, rows.div_ceil(16) * across)];
+        for (one_of, weight, values) in [
+            (1, &weight as Weight<'_>, &values),
+            (3, &weight, &values),
+            (97, &weight, &values),
+            (usize::MAX, &weight, &values),
+            (1, &least, &lowest),
+            (1, &most, &lowest),
+        ] {
+            let live = |s: usize, b: usize| (s * across + b).is_multiple_of(one_of);
+            let n = blocks::encode_unit(shape, rows, cols, live, weight, &mut unit);
+            let w = BlockMatrix::new(shape, rows, cols, &unit[..n]).unwrap();
+            let mut sums = vec![0; across];
+            let x = BlockActivations::new(shape, cols, values, &mut sums);
+            let mut want = vec![0; rows];
+            blocks::matvec_blocks(w, x, &mut want);
+            for k in backends() {
+                let mut y = vec![1; rows];
+                k.matvec_blocks(w, x, &mut y);
+                assert_eq!(y, want, "{} {} one of {one_of}", k.name(), shape.name());
+            }
         }
     }
 }

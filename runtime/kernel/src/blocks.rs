@@ -115,6 +115,10 @@ impl<'a> Strip<'a> {
             })
         })
     }
+    /// The words of its bitmap, little-endian.
+    pub const fn words(&self) -> &'a [[u8; 8]] {
+        self.words
+    }
     /// Their storage.
     pub const fn blocks(&self) -> &'a [Block] {
         self.blocks
