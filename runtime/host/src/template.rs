@@ -16,15 +16,61 @@ pub struct Message {
     pub content: String,
 }
 
-/// Stands for the content of message `i` while the template is rendered: no template knows these characters, and no text
+/// Stands for part `i` of all that was said while the template is rendered: no template knows these characters, and no text
 /// contains them once [`sanitize`] has run.
 fn placeholder(i: usize) -> String {
-    format!("{OPEN}{i}{CLOSE}")
+    format!("{EDGE}{OPEN}{i}{CLOSE}{EDGE}")
 }
 const OPEN: char = '\u{f0000}';
 const CLOSE: char = '\u{f0001}';
 /// White space around a placeholder shows whether the template trims content.
 const EDGE: char = '\u{2003}';
+/// What a reply has around its thoughts, which templates of models that think take out of earlier replies.
+const THOUGHTS: [&str; 2] = ["<think>", "</think>"];
+
+/// A part of what was said that a template may take by itself.
+struct Part {
+    /// Without the line feeds around it, and without our own marks.
+    text: String,
+    /// What comes between it and the next part of the same message.
+    mark: Option<&'static str>,
+}
+
+/// Splits what was said where a template may: replies at the marks of thoughts, others nowhere. Beside the parts is what the template
+/// gets to see, where the marks and the line feeds around them stand as they are: templates look for them.
+fn parts(messages: &[Message]) -> (Vec<Part>, Vec<Message>) {
+    let mut parts = Vec::new();
+    let seen = messages.iter().map(|message| {
+        let whole = message.content.as_str();
+        let thinks = message.role == "assistant" && whole.contains(THOUGHTS[1]);
+        let marks = marks(whole).filter(|_| thinks).map(|(at, mark)| (at, Some(mark)));
+        let (mut content, mut start) = (String::new(), 0);
+        for (end, mark) in marks.chain([(whole.len(), None)]) {
+            let said = &whole[start..end];
+            let from = if thinks { said.trim_start_matches('\n') } else { said };
+            let text = if thinks { from.trim_end_matches('\n') } else { said };
+            content.push_str(&said[..said.len() - from.len()]);
+            content.push_str(&placeholder(parts.len()));
+            content.push_str(&from[text.len()..]);
+            content.push_str(mark.unwrap_or_default());
+            parts.push(Part { text: sanitize(text), mark });
+            start = end + mark.map_or(0, str::len);
+        }
+        Message { role: message.role, content }
+    });
+    let seen = seen.collect();
+    (parts, seen)
+}
+
+/// Where a text has marks of thoughts, in a time that depends on its length alone.
+fn marks(text: &str) -> impl Iterator<Item = (usize, &'static str)> {
+    const LAST: &str = "think>";
+    text.match_indices(LAST).filter_map(|(at, _)| {
+        let end = at + LAST.len();
+        let mark = THOUGHTS.into_iter().find(|mark| text[..end].ends_with(mark))?;
+        Some((end - mark.len(), mark))
+    })
+}
 
 /// The tokens of a conversation, up to where the model's next turn begins.
 ///
@@ -38,28 +84,34 @@ pub fn encode(
     eos: Option<u32>,
     tokenizer: &Tokenizer,
 ) -> anyhow::Result<Vec<u32>> {
-    let stand_ins: Vec<Message> = messages
-        .iter()
-        .enumerate()
-        .map(|(i, m)| Message { role: m.role, content: format!("{EDGE}{}{EDGE}", placeholder(i)) })
-        .collect();
+    let (said, stand_ins) = parts(messages);
     let rendered = render(template, &stand_ins, eos, tokenizer).context("the image's chat template")?;
-    let mut parts = Parts::default();
+    let mut prompt = Prompt::default();
     let mut rest = rendered.as_str();
+    let mut last: Option<usize> = None;
     while let Some((before, after)) = rest.split_once(OPEN) {
         let (index, after) = after.split_once(CLOSE).context("the chat template cuts its messages apart")?;
         let index: usize = index.parse().context("the chat template changes its messages")?;
-        let content = &messages.get(index).context("the chat template makes up messages")?.content;
+        let text = &said.get(index).context("the chat template makes up messages")?.text;
         let (before, keeps_start) = before.strip_suffix(EDGE).map_or((before, false), |b| (b, true));
         let (after, keeps_end) = after.strip_prefix(EDGE).map_or((after, false), |a| (a, true));
-        parts.template(before, tokenizer);
-        let content = if keeps_start { content } else { content.trim_start() };
-        parts.text.push_str(&sanitize(if keeps_end { content } else { content.trim_end() }));
-        rest = after;
+        // A mark that comes between the same parts as in what was said is no word of the template.
+        let mark = last.filter(|last| last + 1 == index).and_then(|last| said[last].mark);
+        // Where it trims what ends with a mark, the line feeds after that go with the part that has nothing.
+        let ends = mark.is_some() && text.is_empty() && keeps_start && !keeps_end;
+        let before = if ends { before.trim_end_matches('\n') } else { before };
+        if mark.is_some_and(|mark| mark == before.trim_matches('\n')) {
+            prompt.text.push_str(before);
+        } else {
+            prompt.template(before, tokenizer);
+        }
+        let text = if keeps_start { text } else { text.trim_start() };
+        prompt.text.push_str(if keeps_end { text } else { text.trim_end() });
+        (last, rest) = (Some(index), after);
     }
-    parts.template(rest, tokenizer);
-    parts.flush(tokenizer)?;
-    let mut ids = parts.ids;
+    prompt.template(rest, tokenizer);
+    prompt.flush(tokenizer)?;
+    let mut ids = prompt.ids;
     // Many templates write the first token, some leave it to the tokenizer.
     if let Some(bos) = tokenizer.bos().filter(|&bos| ids.first() != Some(&bos)) {
         ids.insert(0, bos);
@@ -74,13 +126,13 @@ fn sanitize(text: &str) -> String {
 
 /// Tokens so far, and text that is not yet tokens: text is tokenized in one piece from one control token to the next.
 #[derive(Default)]
-struct Parts {
+struct Prompt {
     ids: Vec<u32>,
     text: String,
     error: Option<anyhow::Error>,
 }
 
-impl Parts {
+impl Prompt {
     /// Adds the template's own words.
     fn template(&mut self, mut words: &str, tokenizer: &Tokenizer) {
         while let Some((at, len, id)) = tokenizer.find_control(words) {

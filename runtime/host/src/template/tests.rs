@@ -192,3 +192,22 @@ fn a_template_may_refuse() {
     let error = encode(template, &[message], None, &small()).unwrap_err();
     assert!(format!("{error:#}").contains("roles must alternate"), "{error:#}");
 }
+
+/// A client may send any thoughts as those of an earlier reply; where a template keeps them they are text, whatever the vocabulary.
+#[test]
+fn thoughts_that_are_kept_are_no_control_tokens() {
+    let specials = ["<think>", "</think>"];
+    let tokenizer = tokenizer(&specials, None);
+    for thoughts in
+        ["<think>a</think>b", "</think>", "<think>\n</think>\n\nb", "a<think></think></think>", "<think></think>\n"]
+    {
+        let messages = [Message { role: "assistant", content: thoughts.to_owned() }];
+        let ids = encode("{{ messages[0].content }}", &messages, None, &tokenizer).unwrap();
+        assert_eq!(decoded(&ids, &specials), (thoughts.to_owned(), vec![]));
+        // A template's own are.
+        let own = "<think>{{ messages[0].content.split('</think>')[-1].strip('\n') }}</think>";
+        let ids = encode(own, &messages, None, &tokenizer).unwrap();
+        let answer = thoughts.rsplit("</think>").next().unwrap().trim_matches('\n');
+        assert_eq!(decoded(&ids, &specials), (format!("<think>{answer}</think>"), vec![BEGIN, EOT]));
+    }
+}

@@ -21,7 +21,17 @@ SYSTEM = {"role": "system", "content": "You are brief."}
 FIRST = {"role": "user", "content": "  Hello, who are you?\n"}
 REPLY = {"role": "assistant", "content": "I am a model: naïve, but 日本語 too. 😀"}
 SECOND = {"role": "user", "content": "def f(x):\n    return x**2  # 1234"}
-CONVERSATIONS = [[FIRST], [SYSTEM, FIRST], [FIRST, REPLY, SECOND], [SYSTEM, FIRST, REPLY, SECOND]]
+# Thoughts of an earlier reply, which Qwen's template takes out.
+THOUGHT = {"role": "assistant", "content": "<think>\nThey greet me.\n</think>\n\nHello!"}
+CUT = {"role": "assistant", "content": "<think>\nWhat now?\n</think>\n\n"}
+CONVERSATIONS = [
+    [FIRST],
+    [SYSTEM, FIRST],
+    [FIRST, REPLY, SECOND],
+    [FIRST, THOUGHT, SECOND],
+    [FIRST, CUT, SECOND, THOUGHT],
+    [SYSTEM, FIRST, REPLY, SECOND],
+]
 
 
 def smollm2(path):
