@@ -17,9 +17,12 @@ const BROWSERS: [&str; 3] = ["chromium", "chromium-headless-shell", "google-chro
 pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     let folder = workspace.target.join("page");
     std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-    let there = |name: &&str| Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success());
-    let browser =
-        BROWSERS.into_iter().find(there).context("there is no Chromium; on Debian: apt-get install chromium")?;
+    // The driver starts a file and looks for no program by its name.
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let browser = BROWSERS
+        .iter()
+        .find_map(|name| std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file()));
+    let browser = browser.context("there is no Chromium; on Debian: apt-get install chromium")?;
     succeed(Command::new("npm").args(["install", "--silent", "--prefix"]).arg(&folder).args(PACKAGES))?;
     let daemon = clients::start(workspace, &folder, clients::Checkpoint::Stateful)?;
     let mut suite = Command::new("node");
