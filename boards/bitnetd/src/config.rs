@@ -42,7 +42,8 @@ Examples:
 Every option is also an environment variable (--sessions is BITNETD_SESSIONS) and a key of the file that --config names. The command
 line goes before the environment, and that before the file. An unknown key is an error.
 
-SIGHUP loads the model anew, beside the one in memory if there is room for both. SIGTERM and SIGINT let replies end within
+SIGHUP reads who may ask anew (the keys of --api-key-file, and --allow-host in the file of --config) and loads the model anew, beside
+the one in memory if there is room for both; other options stay as they were at the start. SIGTERM and SIGINT let replies end within
 --drain-seconds.
 Exit codes: 0 stopped, 1 something failed (the reason is on standard error), 2 wrong usage.";
 
@@ -162,7 +163,7 @@ impl Task {
             None => options(),
         };
         let matches = with_doctor(options).try_get_matches_from(&words)?;
-        let settings = Settings::new(Cli::from_arg_matches(&of(&matches))?)?;
+        let settings = Settings::new(Cli::from_arg_matches(&of(&matches))?, words)?;
         Ok(if matches.subcommand().is_some() { Self::Doctor(settings) } else { Self::Serve(settings) })
     }
 }
@@ -237,6 +238,8 @@ pub struct Settings {
     pub name: String,
     /// Keys, none of them empty. Without any, whoever reaches the daemon may use it.
     pub keys: Vec<String>,
+    /// What the options were read from, beside the environment.
+    words: Vec<OsString>,
 }
 
 impl Settings {
@@ -244,7 +247,7 @@ impl Settings {
     ///
     /// # Errors
     /// If a file cannot be read or a key is missing.
-    fn new(Cli { model, serve, .. }: Cli) -> anyhow::Result<Self> {
+    fn new(Cli { model, serve, .. }: Cli, words: Vec<OsString>) -> anyhow::Result<Self> {
         let mut keys = Vec::new();
         if let Some(path) = &serve.api_key_file {
             let name = path.display();
@@ -256,8 +259,16 @@ impl Settings {
         let stem = model.image.file_stem().map(|stem| stem.to_string_lossy().into_owned());
         let name = serve.model_name.clone().or(stem).unwrap_or_else(|| "model".to_owned());
         let sessions = serve.sessions.unwrap_or_else(|| room::sessions(&model));
-        let settings = Self { model, serve, sessions, name, keys };
+        let settings = Self { model, serve, sessions, name, keys, words };
         settings.may_listen(settings.serve.listen)?;
+        Ok(settings)
+    }
+    /// The same words read again, with what the files say now.
+    ///
+    /// # Errors
+    /// As for [`Task::new`].
+    pub fn again(&self) -> anyhow::Result<Self> {
+        let (Task::Serve(settings) | Task::Doctor(settings)) = Task::new(self.words.clone())?;
         Ok(settings)
     }
     /// Whether the daemon may listen there: where others reach it, it needs keys.

@@ -3,7 +3,6 @@
 //! Every request passes the same gate: its `Host` must be this machine by address or by a name that was allowed, so that no
 //! page of the web reaches the daemon through a name that it owns; its `Origin`, which browsers send, must be the same; and
 //! where there are keys it must have one. No part of a request names a file.
-use crate::App;
 use crate::constraint::{Constraint, Format, Vocabulary};
 use crate::error::{Refusal, json_response};
 use crate::keeper::Ready;
@@ -11,6 +10,7 @@ use crate::log::Record;
 use crate::order::{Event, Full};
 use crate::reply::{self, Shape};
 use crate::request::{Chat, Common, Completion, Prompt};
+use crate::{Access, App};
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
@@ -120,7 +120,8 @@ fn admit(app: &App, request: &Request) -> Result<(), Refusal> {
     let host = only(headers, header::HOST)?.ok_or_else(|| Refusal::bad("there is no Host"))?;
     let host: Authority = host.parse().map_err(|_| Refusal::bad("Host is not a name"))?;
     let named = request.uri().authority().unwrap_or(&host);
-    if !(is_here(app, &host) && is_here(app, named)) {
+    let access = app.access();
+    if !(is_here(&access, &host) && is_here(&access, named)) {
         return Err(Refusal::new(StatusCode::FORBIDDEN, "this host has another name; see --allow-host"));
     }
     if let Some(origin) = only(headers, header::ORIGIN)? {
@@ -131,7 +132,7 @@ fn admit(app: &App, request: &Request) -> Result<(), Refusal> {
     }
     // Who watches over a service has no key, and who gives one does so on the page.
     let open = matches!(request.uri().path(), "/" | "/health") && request.method() == Method::GET;
-    if !open && !app.settings.keys.is_empty() && !has_key(app, headers)? {
+    if !open && !access.keys.is_empty() && !has_key(&access, headers)? {
         return Err(Refusal::new(StatusCode::UNAUTHORIZED, "a key is needed").code("invalid_api_key"));
     }
     Ok(())
@@ -148,21 +149,21 @@ fn only(headers: &HeaderMap, name: header::HeaderName) -> Result<Option<&str>, R
 }
 
 /// Whether a name is this machine's: an address cannot be anyone else's, and other names have to be allowed.
-fn is_here(app: &App, authority: &Authority) -> bool {
+fn is_here(access: &Access, authority: &Authority) -> bool {
     let host = authority.host();
     let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     !authority.as_str().contains('@')
         && (address.parse::<IpAddr>().is_ok()
             || host.eq_ignore_ascii_case("localhost")
-            || app.settings.serve.hosts.iter().any(|name| name.eq_ignore_ascii_case(host)))
+            || access.hosts.iter().any(|name| name.eq_ignore_ascii_case(host)))
 }
 
-fn has_key(app: &App, headers: &HeaderMap) -> Result<bool, Refusal> {
+fn has_key(access: &Access, headers: &HeaderMap) -> Result<bool, Refusal> {
     let given = only(headers, header::AUTHORIZATION)?.unwrap_or_default();
     let given = given.split_once(' ').filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
     let given = given.map_or("", |(_, key)| key.trim()).as_bytes();
     // All are compared, each in a time that depends on lengths alone.
-    let same = app.settings.keys.iter().map(|key| key.as_bytes().ct_eq(given));
+    let same = access.keys.iter().map(|key| key.as_bytes().ct_eq(given));
     Ok(same.fold(Choice::from(0), |all, one| all | one).into())
 }
 

@@ -39,8 +39,9 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use std::future::pending;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
@@ -51,10 +52,24 @@ const CONNECTIONS_MAX: usize = 256;
 const HEAD_BYTES_MAX: usize = 32 << 10;
 const HEADERS_MAX: usize = 64;
 
+/// Who may ask, which can change while the daemon runs.
+#[derive(Debug)]
+struct Access {
+    keys: Vec<String>,
+    hosts: Vec<String>,
+}
+
+impl From<&Settings> for Access {
+    fn from(settings: &Settings) -> Self {
+        Self { keys: settings.keys.clone(), hosts: settings.serve.hosts.clone() }
+    }
+}
+
 /// What all requests share.
 #[derive(Debug)]
 pub struct App {
     settings: Settings,
+    access: RwLock<Arc<Access>>,
     places: Places,
     metrics: Metrics,
     keeper: Keeper,
@@ -70,7 +85,7 @@ pub struct App {
 /// What whoever started the daemon may ask of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
-    /// Load the model anew.
+    /// Read anew who may ask, and load the model anew.
     Reload,
     /// Let replies end, and end.
     Stop,
@@ -80,6 +95,7 @@ impl App {
     fn new(settings: Settings) -> Self {
         Self {
             places: Places::new(settings.sessions.into(), settings.serve.queue),
+            access: RwLock::new(Arc::new(Access::from(&settings))),
             settings,
             metrics: Metrics::default(),
             keeper: Keeper::new(),
@@ -88,6 +104,21 @@ impl App {
             ids: AtomicU64::new(0),
             page_policy: http::page_policy(),
             boot: unix_time(),
+        }
+    }
+    fn access(&self) -> Arc<Access> {
+        self.access.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+    /// Reads the options again, for who may ask at this address from now on. What is wrong with them leaves all as it was.
+    fn read_access(&self, address: SocketAddr) {
+        let read = self.settings.again().and_then(|settings| settings.may_listen(address).map(|()| settings));
+        match read {
+            Ok(settings) => {
+                let access = Access::from(&settings);
+                self.say(&format!("reload: {} keys, {} names of this host", access.keys.len(), access.hosts.len()));
+                *self.access.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(access);
+            }
+            Err(e) => self.say(&format!("reload: {e:#}; who may ask stays as it was")),
         }
     }
     fn say(&self, message: &str) {
@@ -192,7 +223,12 @@ pub async fn serve(
                 });
             }
             signal = signals.recv() => match signal {
-                Some(Signal::Reload) => drop(reload.send(())),
+                Some(Signal::Reload) => {
+                    if let Ok(address) = listener.local_addr() {
+                        app.read_access(address);
+                    }
+                    let _ = reload.send(());
+                }
                 Some(Signal::Stop) | None => break,
             },
             failed = &mut keep => return failed.map(drop),

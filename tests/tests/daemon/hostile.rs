@@ -1,7 +1,9 @@
 //! Requests that no client of good will sends.
-use crate::{Daemon, JSON, request};
+use crate::{Daemon, JSON, Signal, request};
 use serde_json::json;
 use std::io::{Read as _, Write as _};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Longer than any refusal takes, and far shorter than what a refusal avoids.
@@ -12,6 +14,12 @@ fn hostile_requests_are_refused_and_nobody_else_notices() {
     let daemon = Daemon::start(&[]);
     let story = json!({ "prompt": "Once upon a time", "temperature": 0, "max_tokens": 30 });
     let (alone, _) = daemon.text(&story);
+    let ask = || {
+        let start = Instant::now();
+        assert_eq!(daemon.text(&story).0, alone);
+        start.elapsed()
+    };
+    let before: Vec<_> = (0..20).map(|_| ask()).collect();
     let post = |headers: &str, body: &str| request("POST /v1/completions", headers, body);
     let json = |body: &str| post(JSON, body);
     // Replay A-22: depth.
@@ -84,16 +92,43 @@ fn hostile_requests_are_refused_and_nobody_else_notices() {
         (431, request(&format!("GET /{}", "x".repeat(70_000)), "Host: localhost\r\n", "")),
         (400, b"\x16\x03\x01\x02\x00\r\n\r\n".to_vec()),
     ];
-    for (i, (expected, bytes)) in cases.into_iter().enumerate() {
+    let refuse = |i: usize, (expected, bytes): &(u16, Vec<u8>)| {
         let start = Instant::now();
-        let (status, body) = daemon.exchange(&bytes);
-        assert_eq!(status, expected, "{i}: {body}");
+        let (status, body) = daemon.exchange(bytes);
+        assert_eq!(status, *expected, "{i}: {body}");
         assert!(start.elapsed() < SOON, "{i}: {:?}", start.elapsed());
-        if i % 8 == 0 {
-            assert_eq!(daemon.text(&story).0, alone, "after {i}");
-        }
-    }
+        start.elapsed()
+    };
+    // One client of good will goes on meanwhile.
+    let done = AtomicBool::new(false);
+    let (refusals, beside) = std::thread::scope(|scope| {
+        let client = scope.spawn(|| {
+            let mut times = vec![ask()];
+            while !done.load(Ordering::Relaxed) {
+                times.push(ask());
+            }
+            times
+        });
+        let refusals =
+            catch_unwind(AssertUnwindSafe(|| cases.iter().enumerate().map(|(i, case)| refuse(i, case)).collect()));
+        done.store(true, Ordering::Relaxed);
+        (refusals.unwrap_or_else(|panic| resume_unwind(panic)), client.join().unwrap())
+    });
     assert_eq!(daemon.health(), 200);
+    for (what, times) in [("refusals", refusals), ("a reply alone", before), ("a reply beside them", beside)] {
+        println!("{what}: {}", in_short(times));
+    }
+}
+
+/// The median and the most of some times.
+fn in_short(mut times: Vec<Duration>) -> String {
+    times.sort();
+    format!(
+        "{:.1?} in the middle and {:.1?} at most, of {}",
+        times[times.len() / 2],
+        times[times.len() - 1],
+        times.len()
+    )
 }
 
 /// Two lengths of one body: what a proxy takes for the body may be a second request to us. Neither is answered.
@@ -157,4 +192,34 @@ fn keys() {
     assert_eq!(daemon.health(), 200);
     let open = ["bitnetd", "--model", "x", "--listen", "0.0.0.0:0"];
     assert!(bitnetd::config::Task::new(open).unwrap_err().to_string().contains("--api-key-file"));
+}
+
+/// SIGHUP brings the keys and names that the files have now; what is wrong with them changes nothing.
+#[test]
+fn keys_and_names_change_while_it_runs() {
+    let (keys, config) = (tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap());
+    let names = |names: &str| std::fs::write(config.path(), format!("allow-host = [{names}]\n")).unwrap();
+    std::fs::write(keys.path(), "first-key-of-some-length\n").unwrap();
+    names("'pi'");
+    let path = |file: &tempfile::NamedTempFile| file.path().to_str().unwrap().to_owned();
+    let daemon = Daemon::start(&["--api-key-file", &path(&keys), "--config", &path(&config)]);
+    let status = |host: &str, key: &str| {
+        let headers = format!("Host: {host}\r\nAuthorization: Bearer {key}-key-of-some-length\r\n");
+        daemon.exchange(&request("GET /v1/models", &headers, "")).0
+    };
+    assert_eq!([status("pi", "first"), status("pi", "second"), status("pi.local", "first")], [200, 401, 403]);
+    std::fs::write(keys.path(), "second-key-of-some-length\n").unwrap();
+    names("'pi.local'");
+    daemon.signal(Signal::Reload);
+    daemon.until("the new key counts", || status("localhost", "second") == 200);
+    assert_eq!([status("localhost", "first"), status("pi.local", "second"), status("pi", "second")], [401, 200, 403]);
+    // A key that is too short: neither it nor the names of the same moment count.
+    std::fs::write(keys.path(), "third\n").unwrap();
+    names("'pi'");
+    daemon.signal(Signal::Reload);
+    // Signals are taken one after another, so that when the file is well again the wrong one has been read.
+    assert_eq!([status("localhost", "second"), status("pi", "second")], [200, 403]);
+    std::fs::write(keys.path(), "third-key-of-some-length\n").unwrap();
+    daemon.signal(Signal::Reload);
+    daemon.until("the third key counts", || status("pi", "third") == 200);
 }
