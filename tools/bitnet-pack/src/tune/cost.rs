@@ -33,9 +33,10 @@ impl Target {
 /// Bytes of a layout times how much longer than the whole linear it takes for a byte.
 ///
 /// The factors follow from "Structured zeros" in `docs/benchmarks.md`: 65 % left out, cold; 2.86, the speed-up that bytes alone
-/// allow, over the median of what was measured for each layout, shape and format. They differ by less than 3 % between AVX2 and
-/// AVX-512, so one set stands for both. No ARM core was measured: there every layout counts with the worst speed-up
-/// that any x86 row shows for it, so that only what saves much is chosen.
+/// allow, over the median of what was measured for each layout, shape and format, before AVX2 listed the blocks that are left.
+/// They differed by less than 3 % between AVX2 and AVX-512 then, so one set stands for both: with AVX2, blocks are better now
+/// than is counted on. No ARM core was measured: there every layout counts with the worst speed-up that any x86 row showed for
+/// it, so that only what saves much is chosen.
 #[derive(Clone, Copy, Debug)]
 pub struct Costs(pub Target);
 
