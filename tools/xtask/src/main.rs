@@ -3,7 +3,7 @@
 //! In the order in which they are used: [`workspace`] finds the tree, [`matrix`] is the table of everything that is
 //! checked, [`setup`] installs what the chosen steps need, [`riscv`] is one of these needs, [`run`] runs them and counts, [`bochs`] boots what needs a CPU that the machine may lack, [`boot`] the boards' images, [`tidy`] holds the rules about
 //! the tree itself, [`elf`] looks into finished programs, [`mod@bench`] and [`arm`] say how fast the kernels are with what
-//! [`report`] has for both, [`fuzz`] searches for input that fails, [`evaluate`] compares images of one model, [`stream`] runs a model in less memory than it has, [`service`] starts and stops the daemon as systemd does, [`clients`] puts it under clients of others, [`page`] under a browser, [`proxy`] behind proxies, [`manifests`] reads what clusters are told of it, and [`demo`] shows the project to a newcomer.
+//! [`report`] has for both, [`fuzz`] searches for input that fails, [`evaluate`] compares images of one model, [`stream`] runs a model in less memory than it has, [`service`] starts and stops the daemon as systemd does, [`clients`] puts it under clients of others, [`page`] under a browser, [`proxy`] behind proxies, [`manifests`] reads what clusters are told of it, [`deb`] makes packages of it, and [`demo`] shows the project to a newcomer.
 #![forbid(unsafe_code)]
 #![allow(clippy::std_instead_of_core, clippy::std_instead_of_alloc, reason = "a host tool; it always has std")]
 
@@ -20,6 +20,7 @@ mod bench;
 mod bochs;
 mod boot;
 mod clients;
+mod deb;
 mod demo;
 mod elf;
 mod evaluate;
@@ -78,6 +79,10 @@ Usage: cargo xtask COMMAND
   evaluate IDS IMAGE...
                   what each image costs and how well it predicts the token ids in IDS (u16): loss, bits, and RAM, bytes read and
                   time a token after 1 k, 32 k and 1 M tokens; the tables of docs/beyond-bitnet.md
+  deb [--arch A]  Debian packages of the daemon for amd64 and arm64, or one of them, in target/debian (installs cargo-deb there)
+  deb-proof [--arch A]
+                  the same, each then looked at by lintian, installed in a Debian 12 (debootstrap), started as its unit says,
+                  asked, removed and purged, which root may do; arm64 under QEMU's user mode
   demo            build, pack the bundled checkpoint and let it tell a story (the same as `cargo demo`)
   deny            licences and advisories of the dependencies, by cargo-deny";
 
@@ -96,7 +101,7 @@ fn main() -> ExitCode {
 /// Runs one command; the answer is whether what it checked was right.
 fn command(arguments: &[String]) -> Result<bool> {
     let (name, rest) = arguments.split_first().map_or(("help", &[][..]), |(name, rest)| (name.as_str(), rest));
-    if !["test", "bench", "arm", "boot", "fuzz", "evaluate"].contains(&name) && !rest.is_empty() {
+    if !["test", "bench", "arm", "boot", "fuzz", "evaluate", "deb", "deb-proof"].contains(&name) && !rest.is_empty() {
         bail!("`{name}` takes no arguments, but got `{}`\n\n{USAGE}", rest.join(" "));
     }
     match name {
@@ -131,6 +136,8 @@ fn command(arguments: &[String]) -> Result<bool> {
         "soak" => clients::soak(&Workspace::load()?),
         "load" => load::run(&Workspace::load()?),
         "evaluate" => evaluate::run(&Workspace::load()?, rest),
+        "deb" => deb::run(&Workspace::load()?, rest),
+        "deb-proof" => deb::prove(&Workspace::load()?, rest),
         "demo" => demo::run(&Workspace::load()?),
         "deny" => run::deny(),
         "help" | "--help" | "-h" => {

@@ -31,6 +31,8 @@ pub(crate) enum Need {
     Bochs,
     /// A proxy, of Debian. No step needs it, but [`crate::proxy`] does.
     Proxy(Proxy),
+    /// What [`crate::deb`] needs to make a root file system of Debian, and to look at a package as Debian does.
+    Debian,
 }
 
 /// What a step does.
@@ -146,7 +148,7 @@ pub(crate) const CPUS: &[Cpu] = &[
 
 pub(crate) const ARM_LINUX: &str = "aarch64-unknown-linux-musl";
 pub(crate) const ARM_BARE: &str = "aarch64-unknown-none";
-const PC_LINUX: &str = "x86_64-unknown-linux-musl";
+pub(crate) const PC_LINUX: &str = "x86_64-unknown-linux-musl";
 
 const CLIPPY: Need = Need::Component { name: "clippy", program: "cargo-clippy" };
 const RUSTFMT: Need = Need::Component { name: "rustfmt", program: "cargo-fmt" };

@@ -191,10 +191,25 @@ fn static_build(target: &str) -> Vec<String> {
     words.chain(STATIC_PROGRAMS.iter().flat_map(|name| ["-p", name])).map(str::to_owned).collect()
 }
 
+/// Builds the static programs of a release and answers with where they lie, in the order of [`STATIC_PROGRAMS`].
+pub(crate) fn released(workspace: &Workspace, target: &str) -> Result<Vec<(&'static str, String)>> {
+    let words = ["build", "--release", "--target", target].into_iter();
+    let arguments: Vec<String> =
+        words.chain(STATIC_PROGRAMS.iter().flat_map(|name| ["-p", name])).map(str::to_owned).collect();
+    build(workspace, &arguments, &STATIC_PROGRAMS)
+}
+
+/// What stands before a static program so that it runs here.
+pub(crate) fn launcher(machine: elf::Machine) -> &'static [&'static str] {
+    match machine {
+        elf::Machine::X86_64 => &[],
+        elf::Machine::Aarch64 => &["qemu-aarch64", "-cpu", STATIC_CPUS[0]],
+    }
+}
+
 fn static_programs(workspace: &Workspace, target: &str, machine: elf::Machine) -> Result<Count> {
-    let arguments = static_build(target);
     let mut count = PASSED;
-    let programs = build(workspace, &arguments, &STATIC_PROGRAMS)?;
+    let programs = build(workspace, &static_build(target), &STATIC_PROGRAMS)?;
     for (name, path) in &programs {
         let bytes = std::fs::read(path).with_context(|| format!("reading {path}"))?;
         match elf::check_static(&bytes, machine) {
@@ -215,15 +230,13 @@ fn static_programs(workspace: &Workspace, target: &str, machine: elf::Machine) -
             count.failed += 1;
         }
     };
-    let mut launcher = Vec::new();
     if machine == elf::Machine::Aarch64 {
         for cpu in STATIC_CPUS {
             counted(cpu, tells_a_story(workspace, &programs, cpu));
         }
-        launcher = vec!["qemu-aarch64", "-cpu", STATIC_CPUS[0]];
     }
     let [_, (_, packer), (_, daemon)] = &programs[..] else { unreachable!("there are three programs") };
-    counted("bitnetd", serves(workspace, &launcher, packer, daemon));
+    counted("bitnetd", serves(workspace, launcher(machine), packer, daemon));
     Ok(count)
 }
 
@@ -231,7 +244,7 @@ fn static_programs(workspace: &Workspace, target: &str, machine: elf::Machine) -
 const STATIC_CPUS: [&str; 3] = ["cortex-a53", "cortex-a72", "cortex-a76"];
 const PROMPT: &str = "Once upon a time";
 /// How the bundled model's continuation begins.
-const STORY: &str = "Once upon a time, there was a little girl named Lily.";
+pub(crate) const STORY: &str = "Once upon a time, there was a little girl named Lily.";
 
 /// Packs the bundled checkpoint and lets it tell a story, with programs for ARM on a CPU of QEMU's user mode.
 fn tells_a_story(workspace: &Workspace, programs: &[(&str, String)], cpu: &str) -> Result<()> {
@@ -263,13 +276,8 @@ fn serves(workspace: &Workspace, launcher: &[&str], packer: &str, daemon: &str) 
     let folder = workspace.target.join("static");
     std::fs::create_dir_all(&folder)?;
     let image = folder.join("served.bitnet").display().to_string();
-    let checkpoint = workspace.root.join("models/stories-ternary").display().to_string();
-    let with = |program| [launcher, &[program]].concat();
-    let pack = with(packer);
-    let packed =
-        std::process::Command::new(pack[0]).args(&pack[1..]).args(["pack", &checkpoint, "-o", &image]).output()?;
-    ensure!(packed.status.success(), "{}", String::from_utf8_lossy(&packed.stderr).trim());
-    service::check(&with(daemon), &image)?;
+    pack(workspace, launcher, packer, &image)?;
+    service::check(&[launcher, &[daemon]].concat(), &image)?;
     say!("bitnetd: ready, reloads, and stops as a service");
     Ok(())
 }
@@ -294,6 +302,16 @@ pub(crate) fn host_programs(workspace: &Workspace, host: Host) -> Result<[String
     let programs = build(workspace, &arguments, &PROGRAMS)?;
     let paths: Vec<String> = programs.into_iter().map(|(_, path)| path).collect();
     Ok(paths.try_into().expect("a program for each name"))
+}
+
+/// Packs the bundled checkpoint by a program that `launcher` runs.
+pub(crate) fn pack(workspace: &Workspace, launcher: &[&str], packer: &str, image: &str) -> Result<()> {
+    let words = [launcher, &[packer, "pack"]].concat();
+    let mut pack = std::process::Command::new(words[0]);
+    pack.args(&words[1..]).arg(workspace.root.join("models/stories-ternary")).args(["-o", image]);
+    let packed = pack.output().with_context(|| format!("starting {}", words[0]))?;
+    ensure!(packed.status.success(), "{}", String::from_utf8_lossy(&packed.stderr).trim());
+    Ok(())
 }
 
 /// Builds `bitnet` and `bitnet-pack` as people do and answers with where they lie, in this order.

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -87,6 +88,41 @@ fn listen(socket: UnixDatagram) -> Receiver<String> {
     messages
 }
 
+/// Where the daemon listens, by the first line of its log.
+fn announced(log: &mut impl BufRead) -> Result<SocketAddr> {
+    let mut line = String::new();
+    log.read_line(&mut line)?;
+    let address = line.trim().rsplit('/').next().and_then(|address| address.parse().ok());
+    address.with_context(|| format!("the daemon says `{}`", line.trim()))
+}
+
+/// Starts an installed daemon by `command`, which lets it listen where nobody does and say by the socket at `notify` that it is ready;
+/// asks for its health and what it makes of [`PROMPT`], and stops it.
+pub(crate) fn answers(mut command: Command, notify: &std::path::Path) -> Result<String> {
+    let socket = UnixDatagram::bind(notify).with_context(|| format!("binding {}", notify.display()))?;
+    // The daemon is another user.
+    fs::set_permissions(notify, fs::Permissions::from_mode(0o777))?;
+    let mut child = command.stderr(Stdio::piped()).spawn().context("starting the daemon")?;
+    let mut log = BufReader::new(child.stderr.take().context("the daemon's log")?);
+    let mut running = Running { child, messages: listen(socket), address: ([127, 0, 0, 1], 0).into() };
+    running.address = announced(&mut log)?;
+    running.heard("READY=1")?;
+    let health = running.get("/health")?;
+    ensure!(health.starts_with("HTTP/1.1 200"), "it is ready and says {health}");
+    let mut stream = running.complete(&json!({ "prompt": PROMPT, "max_tokens": 24, "temperature": 0 }))?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (_, body) = answer.split_once("\r\n\r\n").context("an answer without a body")?;
+    let body: Value = serde_json::from_str(body).with_context(|| format!("it answers {answer}"))?;
+    let text = body["choices"][0]["text"].as_str().with_context(|| format!("it answers {answer}"))?;
+    running.signal("TERM")?;
+    running.heard("STOPPING=1")?;
+    let status = running.ends()?;
+    ensure!(status.success(), "after SIGTERM it ends with {status}");
+    fs::remove_file(notify)?;
+    Ok(format!("{PROMPT}{text}"))
+}
+
 /// What the log has: objects, one of them for the reply, and nothing of what was asked.
 fn logged(log: impl BufRead) -> Result<()> {
     let mut replies = 0;
@@ -106,12 +142,9 @@ fn bound(launcher: &[&str], image: &str) -> Result<()> {
     command.args(&launcher[1..]).args(["--model", image, "--threads", "1", "--listen", "127.0.0.1:0"]);
     command.args(["--drain-seconds", "1", "--read-seconds", "86400"]).stderr(Stdio::piped());
     let mut child = command.spawn().context("starting the daemon")?;
-    let mut line = String::new();
     let mut log = BufReader::new(child.stderr.take().context("the daemon's log")?);
-    log.read_line(&mut line)?;
-    let address = line.trim().rsplit('/').next().and_then(|address| address.parse().ok());
     let mut running = Running { child, messages: mpsc::channel().1, address: ([127, 0, 0, 1], 0).into() };
-    running.address = address.with_context(|| format!("the daemon says `{line}`"))?;
+    running.address = announced(&mut log)?;
     let start = Instant::now();
     while !running.get("/health")?.starts_with("HTTP/1.1 200") {
         ensure!(start.elapsed() < PATIENCE, "the model does not load");
@@ -162,8 +195,11 @@ impl Running {
     }
     /// A reply that is being written.
     fn stream(&self) -> Result<TcpStream> {
-        let body =
-            json!({ "prompt": PROMPT, "max_tokens": 200, "stream": true, "logit_bias": { "2": -100 } }).to_string();
+        self.complete(&json!({ "prompt": PROMPT, "max_tokens": 200, "stream": true, "logit_bias": { "2": -100 } }))
+    }
+    /// The connection on which a request for a completion is answered.
+    fn complete(&self, body: &Value) -> Result<TcpStream> {
+        let body = body.to_string();
         let mut stream = self.connect()?;
         let headers = "Host: localhost\r\nConnection: close\r\nContent-Type: application/json";
         write!(stream, "POST /v1/completions HTTP/1.1\r\n{headers}\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;

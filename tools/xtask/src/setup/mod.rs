@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::matrix::{CPUS, Need};
-use crate::{arm, bochs, boot, riscv};
+use crate::{arm, bochs, boot, deb, riscv};
 
 /// Makes sure of everything in `needs`. What cannot be installed is named, with what to do by hand.
 pub(crate) fn ensure<'a>(needs: impl IntoIterator<Item = &'a Need>) -> Result<()> {
@@ -57,6 +57,7 @@ fn present(need: Need) -> bool {
                 && output(Command::new("xorriso").arg("--version")).is_some()
                 && bochs::FILES.iter().all(|path| Path::new(path).is_file())
         }
+        Need::Debian => deb::PACKAGES.iter().all(|name| output(Command::new(name).arg("--version")).is_some()),
     }
 }
 
@@ -157,6 +158,7 @@ fn package_names(missing: &[Need]) -> Vec<&'static str> {
         Need::Python => vec!["python3-venv"],
         Need::Bochs => bochs::PACKAGES.to_vec(),
         Need::Proxy(proxy) => vec![proxy.name()],
+        Need::Debian => deb::PACKAGES.to_vec(),
         // rustup was asked before this. What it brought need not come from Debian.
         Need::Riscv if sysroot_has(riscv::TARGET) => [&["qemu-user"][..], &riscv::LINKER_PACKAGES].concat(),
         Need::Riscv => [&["qemu-user"][..], &riscv::LINKER_PACKAGES, &riscv::COMPILER_PACKAGES].concat(),
@@ -258,6 +260,7 @@ fn by_hand(missing: &[Need]) -> String {
             Need::Bochs => {
                 format!("Bochs with its firmware and a boot loader (Debian: packages {})", bochs::PACKAGES.join(", "))
             }
+            Need::Debian => format!("{} (Debian: packages of these names)", deb::PACKAGES.join(" and ")),
             Need::Riscv => format!(
                 "the Rust target {0}: rustup target add {0}, or on Debian 12 the packages {1}; and {2} with qemu-user",
                 riscv::TARGET,
