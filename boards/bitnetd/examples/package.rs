@@ -136,8 +136,9 @@ mod tests {
     fn settings(text: &str) -> String {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), text).unwrap();
-        let task = Task::new(["bitnetd", "--config", file.path().to_str().unwrap()]);
-        format!("{:?}", task.unwrap_or_else(|e| panic!("{e:#}\n{text}")))
+        let path = file.path().to_str().unwrap();
+        let task = Task::new(["bitnetd", "--config", path]).unwrap_or_else(|e| panic!("{e:#}\n{text}"));
+        format!("{task:?}").replace(path, "FILE")
     }
 
     #[test]
