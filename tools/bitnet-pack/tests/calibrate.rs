@@ -399,6 +399,109 @@ fn the_head_is_chosen_for_with_the_linears() {
     assert_eq!(report.adapted.unwrap().linears.len(), 1);
 }
 
+/// Linears of which nothing can be predicted are named and get eight bits, while the others are chosen for: here no token's loss
+/// depends on what gate and up of the first layer give, since down multiplies it by zero.
+#[test]
+fn holes_are_named_and_get_eight_bits() {
+    let place = Place::new();
+    let text = with_text(&place);
+    let path = place.source().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..start]).unwrap();
+    let mut fill = |name: &str, value: f32| {
+        let at = |i: usize| start + header[name]["data_offsets"][i].as_u64().unwrap() as usize;
+        bytes[at(0)..at(1)].chunks_exact_mut(4).for_each(|v| v.copy_from_slice(&value.to_le_bytes()));
+        std::fs::write(&path, &bytes).unwrap();
+    };
+    fill("model.layers.0.mlp.down_proj.weight", 0.0);
+    let options = adaptive(Rule::Average(3.6), Some(&text));
+    let pack =
+        || bitnet_pack::pack(&place.source(), &place.image(), &options, &mut ()).unwrap_or_else(|e| panic!("{e}"));
+    let report = pack();
+    let adapted = report.adapted.as_ref().unwrap();
+    let named: Vec<&str> =
+        adapted.notes.iter().filter_map(|note| note.split_once(": its gradients")).map(|n| n.0).collect();
+    assert_eq!(named, ["0.gate", "0.up"], "{:?}", adapted.notes);
+    assert_says("report", &report.to_string(), &["0.gate: its gradients or inputs are zero or no numbers"]);
+    for of in &adapted.linears {
+        let hole = named.contains(&of.linear.to_string().as_str());
+        assert!(!hole || of.format == Format::I8, "{}: {}", of.linear, of.format.name());
+    }
+    assert!(adapted.linears.iter().any(|of| of.format != Format::I8));
+    assert!(!adapted.to_json().to_string().contains("NaN") && adapted.to_html("x").contains("0.gate"));
+
+    // Numbers that overflow reach all that comes after: nothing is known of any linear, and the model is packed all the same.
+    fill("model.layers.0.mlp.down_proj.weight", 3e38);
+    fill("model.layers.0.mlp.up_proj.weight", 3e38);
+    let options = adaptive(Rule::Average(9.0), Some(&text));
+    let report =
+        bitnet_pack::pack(&place.source(), &place.image(), &options, &mut ()).unwrap_or_else(|e| panic!("{e}"));
+    let adapted = report.adapted.unwrap();
+    assert!(adapted.linears.iter().all(|of| of.format == Format::I8), "{:?}", adapted.notes);
+    // Up and down, each of one value, are ternary as they are.
+    assert_eq!(adapted.linears.len(), 12);
+    assert_eq!(adapted.notes.iter().filter(|note| note.contains("no numbers")).count(), 12, "{:?}", adapted.notes);
+}
+
+/// The same by the command: what is written is read by people and programs, and an edited plan is what is packed.
+#[test]
+fn a_plan_is_written_edited_and_applied_by_the_command() {
+    let place = Place::new();
+    let text = with_text(&place);
+    let run = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_bitnet-pack"));
+        command.arg("pack").arg(place.source()).arg("--calibration").arg(&text).args(arguments);
+        let output = command.current_dir(place.out()).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let read = |name: &str| std::fs::read_to_string(place.out().join(name)).unwrap();
+    let thresholds = ["--bits", "auto", "--high", "0.002", "--low", "0.001", "--head", "i8"];
+    let reports = ["--write-plan", "plan.toml", "--report", "report.html", "--report", "report.json"];
+    let (code, said) = run(&[&thresholds[..], &reports, &["-o", "a.bitnet"]].concat());
+    assert_eq!(code, Some(0), "{said}");
+    let (plan, json, html) = (read("plan.toml"), read("report.json"), read("report.html"));
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    for of in json["linears"].as_array().unwrap() {
+        let (linear, format) = (of["linear"].as_str().unwrap(), of["format"].as_str().unwrap());
+        assert!(plan.contains(&format!("\"{linear}\" = \"{format}\"")), "{linear} {format}: {plan}");
+        let loss = |name: &str| {
+            let all = of["choices"].as_array().unwrap();
+            all.iter().find(|c| c["format"] == name).unwrap()["predicted_loss"].as_f64().unwrap()
+        };
+        let expected = match () {
+            () if loss("i4g128") > 0.002 => "i8",
+            () if loss("i3g128") < 0.001 => "i3g128",
+            () => "i4g128",
+        };
+        assert_eq!(format, expected, "{linear}");
+        assert!(html.contains(&format!("<td>{linear}<td>")), "{linear}");
+    }
+    let formats: std::collections::BTreeSet<&str> =
+        json["linears"].as_array().unwrap().iter().map(|of| of["format"].as_str().unwrap()).collect();
+    assert!(formats.len() > 1, "thresholds between what linears lose: {formats:?}");
+    // Self-contained: nothing is fetched, and nothing runs.
+    assert!(["<script", "src=", "href=", "@import", "url("].iter().all(|part| !html.contains(part)));
+
+    let was = plan.lines().find(|line| line.starts_with("\"1.query\"")).unwrap();
+    let edited = plan.replace(was, "\"1.query\" = \"i2g128\"");
+    std::fs::write(place.out().join("edited.toml"), edited).unwrap();
+    let apply = |plan: &str, image: &str| run(&["--plan", plan, "--head", "i8", "-o", image]);
+    assert_eq!((apply("plan.toml", "b.bitnet").0, apply("edited.toml", "c.bitnet").0), (Some(0), Some(0)));
+    let image = |name: &str| std::fs::read(place.out().join(name)).unwrap();
+    assert!(image("a.bitnet") == image("b.bitnet"));
+    let edited = image("c.bitnet");
+    assert_eq!(common::section(&edited, Kind::Query, Some(1)).0.tensor().unwrap().format, Format::I2G);
+    assert_eq!(
+        common::section(&edited, Kind::Query, Some(0)).1,
+        common::section(&image("a.bitnet"), Kind::Query, Some(0)).1
+    );
+    assert_eq!(run(&["--plan", "plan.toml", "--bits", "auto", "-o", "d.bitnet"]).0, Some(2));
+    assert_eq!(run(&["--bits", "auto", "--high", "0.1", "-o", "d.bitnet"]).0, Some(2));
+    let (code, said) = run(&["--plan", "none.toml", "-o", "d.bitnet"]);
+    assert!(code == Some(1) && said.contains("none.toml"), "{code:?} {said}");
+}
+
 /// A size is that of the whole image.
 #[test]
 fn the_image_is_no_longer_than_was_asked_for() {

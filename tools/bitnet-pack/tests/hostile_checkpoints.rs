@@ -342,6 +342,13 @@ fn class_names() {
     other.set("architectures", json!(["GPT2LMHeadModel"]));
     other.write(&place.source());
     refused("another class", &place, &["architectures = [\"GPT2LMHeadModel\"]", "LlamaForCausalLM"]);
+    other.set("architectures", json!(["Gemma3ForCausalLM"]));
+    other.write(&place.source());
+    refused(
+        "Gemma",
+        &place,
+        &["architectures = [\"Gemma3ForCausalLM\"]", "its embedding is scaled", "LlamaForCausalLM"],
+    );
 }
 
 /// The MatMul-free language model: what would change its arithmetic is refused, and widths that follow from others are.

@@ -252,6 +252,8 @@ fn c11_keys() {
         ("general.architecture", Some(Value::U32(1)), "a string is expected"),
         ("general.architecture", Some(text("")), "not supported; bitnet, bitnet-b1.58"),
         ("general.architecture", Some(text("mamba")), "not supported; bitnet, bitnet-b1.58"),
+        ("general.architecture", Some(text("gemma3")), "not supported (of Gemma: its embedding is scaled"),
+        ("general.architecture", Some(text("gemma-embedding")), "other angles); bitnet, bitnet-b1.58"),
         ("bitnet-b1.58.embedding_length", None, "(missing)"),
         ("bitnet-b1.58.embedding_length", Some(text("256")), "a whole number"),
         ("bitnet-b1.58.embedding_length", Some(Value::U32(0)), "1 to 65536"),

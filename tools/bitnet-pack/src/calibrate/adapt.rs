@@ -9,7 +9,7 @@ use bitnet_kernel::Format;
 use bitnet_runtime::Config;
 use bitnet_runtime::image::{Encoding, Kind};
 use core::ops::Range;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 /// Tokens in a window of calibration.
@@ -188,6 +188,7 @@ pub(crate) fn adapt(adaptive: &Adaptive, places: Places<'_>, progress: &mut dyn 
         spool: Spool::new(places.directory)?,
         choices: HashMap::new(),
         traces: HashMap::new(),
+        holes: HashSet::new(),
         shares: Vec::new(),
         notes: Vec::new(),
     };
@@ -251,14 +252,18 @@ struct Run<'a> {
     spool: Spool,
     choices: HashMap<Linear, Vec<Choice>>,
     traces: HashMap<Linear, f64>,
+    /// What has no prediction.
+    holes: HashSet<Linear>,
     /// How often each token is in the text.
     shares: Vec<f64>,
     notes: Vec<String>,
 }
 
 impl Run<'_> {
+    /// One format for all that have a prediction.
     fn uniform(&self, format: Format) -> Plan {
-        Plan::new(self.linears.iter().map(|&linear| (linear, format)))
+        let of = |linear| if self.holes.contains(linear) { Format::I8 } else { format };
+        Plan::new(self.linears.iter().map(|linear| (*linear, of(linear))))
     }
 
     fn fixed(&self) -> Plan {
@@ -353,6 +358,7 @@ impl Run<'_> {
         let sound = choices.iter().all(|c| c.loss.is_finite()) && choices.iter().any(|c| c.loss > 0.0);
         if !sound {
             self.notes.push(format!("{linear}: its gradients or inputs are zero or no numbers; it gets eight bits"));
+            self.holes.insert(linear);
             let last = choices.len() - 1;
             choices.iter_mut().enumerate().for_each(|(i, c)| c.loss = if i == last { 0.0 } else { 1e3 });
         }
@@ -405,7 +411,14 @@ impl Run<'_> {
             )));
         };
         let plan = Plan::new(self.linears.iter().copied().zip(at.iter().map(|&i| Plan::FORMATS[i])));
-        let sum = |i: usize| choices.iter().fold((0, 0.0), |(bytes, loss), c| (bytes + c[i].bytes, loss + c[i].loss));
+        let one = |linear: &Linear, i: usize| {
+            let c = &self.choices[linear];
+            if self.holes.contains(linear) { &c[c.len() - 1] } else { &c[i] }
+        };
+        let sum = |i: usize| {
+            let all = self.linears.iter().map(|linear| one(linear, i));
+            all.fold((0, 0.0), |(bytes, loss), c| (bytes + c.bytes, loss + c.loss))
+        };
         let fit = (0..Plan::FORMATS.len()).filter(|&i| sum(i).0 <= budget);
         let uniform = fit.min_by(|&a, &b| sum(a).1.total_cmp(&sum(b).1)).map(|i| Plan::FORMATS[i]);
         Ok((plan, uniform))
@@ -429,7 +442,7 @@ impl Run<'_> {
                 if other.kl <= score.kl {
                     let what = "the plan was no better than one format for all on the end of the text";
                     self.notes.push(format!(
-                        "{what} (divergence {:.4}, {:.4}); all are {}",
+                        "{what} (divergence {:.4}, {:.4}); all that are predicted are {}",
                         score.kl,
                         other.kl,
                         format.name()

@@ -40,6 +40,15 @@ const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
+/// What the refusal of a class or an architecture says beside its name: why Gemma, of which there are BitNet embedding models, is
+/// not read.
+fn why_not(name: &str) -> &'static str {
+    let gemma = name.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("gemma"));
+    let why = " (of Gemma: its embedding is scaled, it has a GELU, norms after attention and feed-forward, and layers with a window \
+               and other angles)";
+    if gemma { why } else { "" }
+}
+
 /// What says what the model is.
 #[derive(Debug)]
 enum Origin {

@@ -316,7 +316,9 @@ fn class<'a>(reader: &Reader<'a>) -> Result<(&'a str, Class, f64), Error> {
     };
     match CLASSES.into_iter().find(|(name, ..)| *name == named) {
         Some((_, class, theta)) => Ok((named, class, theta)),
-        None => reader.refuse("architectures", format!("this class is not supported; {known} are")),
+        None => {
+            reader.refuse("architectures", format!("this class is not supported{}; {known} are", super::why_not(named)))
+        }
     }
 }
 

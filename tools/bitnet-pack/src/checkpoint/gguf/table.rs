@@ -4,7 +4,7 @@
 use super::{Metadata, Value};
 use crate::Error;
 use crate::checkpoint::rope::{self, Scaling};
-use crate::checkpoint::{Storage, Table};
+use crate::checkpoint::{Storage, Table, why_not};
 use bitnet_kernel::Format;
 use bitnet_runtime::error::ImageError;
 use bitnet_runtime::model::{Activation, Config, Quantizers, Rope};
@@ -103,7 +103,8 @@ pub(in crate::checkpoint) fn table(metadata: &Metadata) -> Result<Table, Error> 
     let named = metadata.text(KEY)?;
     let Some(architecture) = ARCHITECTURES.into_iter().find(|a| Some(a.name) == named.as_deref()) else {
         let known = ARCHITECTURES.map(|a| a.name).join(", ");
-        return metadata.refuse(KEY, format!("this architecture is not supported; {known} are"));
+        let why = why_not(named.as_deref().unwrap_or_default());
+        return metadata.refuse(KEY, format!("this architecture is not supported{why}; {known} are"));
     };
     let keys = Keys { metadata, prefix: architecture.name };
     for (name, neutral) in NEUTRAL {
