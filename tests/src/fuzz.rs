@@ -3,6 +3,7 @@
 //! `cargo xtask fuzz TARGET SECONDS` searches for bytes that make one fail. The corpus that it starts from is in
 //! `tests/fuzz/corpus`, with what it once found, and is replayed by an ordinary test.
 use bitnet_kernel::Block;
+use bitnet_pack::calibrate::{Adaptive, Linear, Plan as Widths, Reference, Rule};
 use bitnet_pack::checkpoint::{Checkpoint, Dtype};
 use bitnet_pack::{Options, pack, tokenizer};
 use bitnet_runtime::image::{HEADER_BYTES_MAX, PREFIX_BYTES, encode_prefix};
@@ -18,13 +19,14 @@ use zerocopy::IntoBytes;
 pub type Target = fn(&[u8]);
 
 /// All readers by name.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("gguf", gguf),
     ("safetensors", safetensors),
     ("llama2c", llama2c),
     ("tokenizer", tokenizer_file),
     ("image", image),
     ("plan", plan),
+    ("widths", widths),
     ("text", text),
 ];
 
@@ -153,6 +155,40 @@ fn plan(bytes: &[u8]) {
     let plan = Plan::new(&config, &limits);
     let sum = plan.state as u128 + plan.scratch as u128 + plan.sampler as u128;
     assert_eq!(u128::from(plan.bytes()), 64 * sum);
+}
+
+/// A file of `--plan`, for a model of one layer: what can be read says the same when it is written and read again, and the model is
+/// packed by it.
+fn widths(bytes: &[u8]) {
+    let place = tempfile::tempdir().expect("a temporary directory");
+    let mut model = llama2c_model(3);
+    // Seven values, so that no linear is ternary as it is, of which no plan may speak.
+    let floats = model[28..].chunks_exact_mut(4).enumerate();
+    floats.for_each(|(i, float)| float.copy_from_slice(&((i % 7) as f32 - 2.5).to_le_bytes()));
+    let (model, file) = (put(place.path(), "model.bin", &model), put(place.path(), "plan.toml", bytes));
+    let checkpoint = Checkpoint::open(&model, Dtype::I2_S).expect("a sound file of llama2.c");
+    let reference = Reference::new(&checkpoint, &()).expect("a sound file of llama2.c");
+    let linears: Vec<Linear> = reference.linears().chain([Linear::HEAD]).collect();
+    assert!(linears.iter().all(|&linear| reference.is_dense(linear)));
+    let read = Widths::read(&file, &linears);
+    let image = place.path().join("image");
+    let rule = Rule::Plan(file.clone());
+    let adaptive = Some(Adaptive { rule, text: None, head: true });
+    let options = Options { name: Some("fuzz".into()), adaptive, ..Options::default() };
+    let packed = pack(&model, &image, &options, &mut ());
+    match read {
+        Ok(widths) => {
+            let text = widths.write(linears.iter().map(|&linear| (linear, "a remark".into())));
+            std::fs::write(&file, text).expect("a file");
+            assert_eq!(Widths::read(&file, &linears).expect("it was just written"), widths);
+            let adapted = packed.expect("a sound plan for a sound model").adapted.expect("by a plan");
+            assert!(adapted.linears.iter().all(|of| widths.format(of.linear) == Some(of.format)));
+        }
+        Err(error) => {
+            assert_eq!(packed.expect_err("no plan").to_string(), error.to_string());
+            assert!(!image.exists(), "{error}: nothing may be left");
+        }
+    }
 }
 
 /// A tokenizer as an image holds it, which only its length limits.

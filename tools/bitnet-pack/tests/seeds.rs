@@ -4,6 +4,7 @@
 mod common;
 
 use bitnet_kernel::Format;
+use bitnet_pack::calibrate::{Linear, Plan};
 use bitnet_pack::{Options, Preset, dummy, pack};
 use bitnet_runtime::image::Kind;
 use bitnet_runtime::{Config, Image, Limits};
@@ -133,6 +134,26 @@ fn llama2c_files() {
         place.put("model.bin", &bytes);
         pack(&place.source().join("model.bin"), &place.image(), &named(), &mut ()).unwrap();
         seed("llama2c", name, &bytes);
+    }
+}
+
+/// Plans for that model: as they are written, as a person may edit one, and one that lacks a line.
+#[test]
+fn plans_of_widths() {
+    let kinds = [Kind::Query, Kind::Key, Kind::Value, Kind::Output, Kind::Gate, Kind::Up, Kind::Down];
+    let linears: Vec<Linear> = kinds.map(|kind| Linear::new(0, kind)).into_iter().chain([Linear::HEAD]).collect();
+    let plan = Plan::new(linears.iter().copied().zip(Plan::FORMATS.into_iter().cycle()));
+    let text = plan.write(linears.iter().map(|linear| (*linear, "i3g128 0.01 4 B, i8 0 8 B".into())));
+    seed("widths", "written", text.as_bytes());
+    let inline: Vec<String> = linears.iter().map(|linear| format!("'{linear}' = \"\\u0069\\U00000038\"")).collect();
+    seed("widths", "inline", format!("linears = {{ {} }}\r\n", inline.join(", ")).as_bytes());
+    let dotted: Vec<String> = linears.iter().map(|linear| format!("linears.\"{linear}\" = \"i4g128\"\n")).collect();
+    seed("widths", "dotted", dotted.concat().as_bytes());
+    seed("widths", "no-head", text.rsplit_once("\"head\"").unwrap().0.as_bytes());
+    for (name, sound) in [("written", true), ("inline", true), ("dotted", true), ("no-head", false)] {
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/corpus/widths");
+        let read = Plan::read(&corpus.join(name), &linears);
+        assert_eq!(read.is_ok(), sound, "{name}: {read:?}");
     }
 }
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::workspace::{Workspace, cargo};
 
-const TARGETS: [&str; 7] = ["gguf", "safetensors", "llama2c", "tokenizer", "image", "plan", "text"];
+const TARGETS: [&str; 8] = ["gguf", "safetensors", "llama2c", "tokenizer", "image", "plan", "widths", "text"];
 
 /// What makes LLVM report which edges ran and what was compared, to whoever listens.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \

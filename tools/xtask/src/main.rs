@@ -59,7 +59,7 @@ Usage: cargo xtask COMMAND
   arm [OPTION]    estimates for ARM kernels, without ARM hardware: cycles by llvm-mca, instructions by QEMU:
                   --backend, --op, --format, --cpu choose; --json FILE and --page FILE write
   fuzz TARGET [SECONDS]
-                  search for input that makes a reader fail: gguf, safetensors, llama2c, tokenizer, image, plan, text
+                  search for input that makes a reader fail: gguf, safetensors, llama2c, tokenizer, image, plan, widths, text
   boot BOARD      (qemu-virt or rpi5) build a board's image and boot it in QEMU, on every CPU or on that of --cpu MODEL, on --cores N cores, with the
                   model in flash or on a disk, or one of five times the RAM on a disk
                   (--medium flash|disk|large), and compare what it says with what `bitnet` says;
