@@ -10,7 +10,7 @@
 //! - T2: tiles of 8 rows spill registers, 5 to 10 % slower than 4. One sum a row and three shifts in place of two sums and
 //!   one shift: 30 operations for 256 weights against 26. Masks without any shift are no use: at weight 64 one lane of
 //!   `vpmaddubsw` overflows.
-//! - What multiplies several tokens by a tile asks for the weights of later tiles as well: without, 20 to 40 % were lost from memory
+//! - What multiplies several tokens by a tile asks for the weights of later tiles as well: without, 18 to 30 % were lost from memory
 //!   (I8 41 against 55 products/ns, I4 60 against 85, T2 88 against 107). A tile ahead was as good as 8 KiB.
 //! - TL and B1: both halves of 32 rows use a table while it is in registers; half by half, LLVM hoists 16 tables to the stack
 //!   (87 against 96 weights/ns). Bits in planes and `vpmaddubsw` for B1 run at half the speed of tables.

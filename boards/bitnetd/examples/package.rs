@@ -196,7 +196,6 @@ mod tests {
         for file in ["license-file", "changelog", "maintainer-scripts"] {
             assert!(here(string(file)).exists(), "{file}");
         }
-        // Each is packed once.
         // `cargo xtask deb` compresses manual pages, and adds what is named below.
         let packed = |name: String| if name.ends_with(".1") { format!("{name}.gz") } else { name };
         let mut made: Vec<String> = files().unwrap().into_iter().map(|(name, _)| packed(name)).collect();
