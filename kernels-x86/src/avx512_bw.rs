@@ -105,7 +105,7 @@ impl Kernels for Bw {
     }
     fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
         // SAFETY: `self` exists, so the CPU has these features.
-        unsafe { float::attend(q, keys, values, scale, out) }
+        unsafe { float::attend_avx512(q, keys, values, scale, out) }
     }
 }
 

@@ -120,7 +120,7 @@ impl Kernels for Vnni {
     }
     fn attend(&self, q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
         // SAFETY: `self` exists, so the CPU has these features.
-        unsafe { float::attend(q, keys, values, scale, out) }
+        unsafe { float::attend_avx512(q, keys, values, scale, out) }
     }
 }
 
@@ -262,8 +262,11 @@ fn tl(steps: Lanes<'_, 5>, x: &[Activations<'_>], y: &mut [[i32; 64]; 16]) {
     for (x, y) in x.chunks(size).zip(y.chunks_mut(size)) {
         match *x {
             [x] => y[0] = matvec_lanes::<5, TL_BASE>(steps, x),
-            [a, b, c, d, e] => y.copy_from_slice(&matmat_tl(steps, [a, b, c, d, e])),
-            _ => by_tokens!(x, y, matmat_tl(steps)),
+            [a, b] => matmat_tl(steps, [a, b], y),
+            [a, b, c] => matmat_tl(steps, [a, b, c], y),
+            [a, b, c, d] => matmat_tl(steps, [a, b, c, d], y),
+            [a, b, c, d, e] => matmat_tl(steps, [a, b, c, d, e], y),
+            _ => unreachable!("1 to {TL_TOKENS} tokens"),
         }
     }
 }
@@ -439,7 +442,7 @@ static TL_CODES: [[u8; 64]; 3] = {
 /// first-level cache for all tokens, rather than unpacked again for each group: 168 where this was at 187.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 #[inline(never)]
-fn matmat_tl<const N: usize>(steps: Lanes<'_, 5>, x: [Activations<'_>; N]) -> [[i32; 64]; N] {
+fn matmat_tl<const N: usize>(steps: Lanes<'_, 5>, x: [Activations<'_>; N], y: &mut [[i32; 64]]) {
     // The activations of one group of columns in a format with scales end inside a step.
     let values = x.map(|x| x.values().as_chunks::<24>());
     let last = values.map(|(_, rest)| {
@@ -474,7 +477,9 @@ fn matmat_tl<const N: usize>(steps: Lanes<'_, 5>, x: [Activations<'_>; N]) -> [[
             }
         }
     }
-    acc.map(|acc| by_row(acc))
+    for t in 0..N {
+        y[t] = by_row(acc[t]);
+    }
 }
 
 /// 24 activations in double words of four: `x[0, 3, 6, 9]`, `x[1, 4, 7, 10]`, `x[2, 5, 8, 11]`, and so the other 12.

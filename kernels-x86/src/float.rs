@@ -1,4 +1,4 @@
-//! The bodies of [`bitnet_kernel::float`] with AVX2 and F16C, for every backend of this crate.
+//! The bodies of [`bitnet_kernel::float`] with AVX2 and F16C, for every backend of this crate, and attention with AVX-512.
 use bitnet_kernel::Matrix;
 use bitnet_kernel::float::{self, Cache, LANES, Vectors};
 use core::arch::x86_64::*;
@@ -89,6 +89,63 @@ impl Vectors for Avx2 {
     }
 }
 
+/// 16 lanes in one register. Invariant: a value exists only where the CPU has AVX-512 F and DQ, and what [`Avx2`] needs.
+#[cfg(feature = "avx512")]
+#[derive(Clone, Copy)]
+struct Avx512(Avx2);
+
+#[cfg(feature = "avx512")]
+impl Vectors for Avx512 {
+    type Wide = __m512;
+    type Folded = __m256;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::Wide {
+        // SAFETY: `self` exists, so the CPU has AVX-512.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::Wide {
+        // SAFETY: as above; `x` is 16 floats.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+    /// As [`Avx2`] does.
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; LANES]) -> Self::Wide {
+        // SAFETY: as above; `x` is 32 bytes.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; LANES]) -> Self::Wide {
+        // SAFETY: as above; `x` is 16 bytes.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
+    }
+    #[inline(always)]
+    fn store(self, v: Self::Wide, to: &mut [f32; LANES]) {
+        // SAFETY: as above; `to` is 16 floats.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), v) }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::Wide, b: Self::Wide) -> Self::Wide {
+        // SAFETY: as above.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::Wide, b: Self::Wide) -> Self::Wide {
+        // SAFETY: as above.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fold(self, v: Self::Wide) -> Self::Folded {
+        // SAFETY: as above.
+        unsafe { _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)) }
+    }
+    #[inline(always)]
+    fn trees(self, v: [Self::Folded; 8]) -> [f32; 8] {
+        self.0.trees(v)
+    }
+}
+
 /// See [`bitnet_kernel::Kernels::matvec_f16`].
 #[target_feature(enable = "avx2,f16c")]
 pub(crate) fn matvec_f16(w: Matrix<'_>, x: &[f32], y: &mut [f32]) {
@@ -141,4 +198,11 @@ pub(crate) fn recur(state: &mut [f32], bound: &[f32], forget: &[f32], input: &[f
 #[target_feature(enable = "avx2,f16c")]
 pub(crate) fn attend(q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
     float::attend(Avx2(()), q, keys, values, scale, out);
+}
+
+/// The same with AVX-512.
+#[cfg(feature = "avx512")]
+#[target_feature(enable = "avx2,f16c,avx512f,avx512dq")]
+pub(crate) fn attend_avx512(q: &[f32], keys: Cache<'_>, values: Cache<'_>, scale: f32, out: &mut [f32]) {
+    float::attend(Avx512(Avx2(())), q, keys, values, scale, out);
 }

@@ -40,9 +40,10 @@ fn each_tile<const ROWS: usize, const TOKENS: usize>(
     if w.cols() == 0 || w.rows() == 0 {
         return y.fill(0);
     }
+    // Written anew for every tile.
+    let mut sums = [[0; ROWS]; TOKENS];
     for (first, tile) in (0..w.rows()).step_by(ROWS).zip(w.tiles()) {
         for (tokens, y) in tokens.chunks(TOKENS).zip(y.chunks_mut(w.rows() * TOKENS)) {
-            let mut sums = [[0; ROWS]; TOKENS];
             dots(tile, tokens, &mut sums);
             for (y, sums) in y.chunks_exact_mut(w.rows()).zip(&sums) {
                 let y = &mut y[first..];

@@ -81,6 +81,10 @@ impl<'m> Sampler<'m> {
     /// # Panics
     /// If `logits` has not the length of the vocabulary.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> u32 {
+        if self.sampling.temperature <= 0.0 && self.sampling.repetition_penalty == 1.0 {
+            assert_eq!(logits.len(), self.scores.len(), "the logits of another vocabulary");
+            return best(logits);
+        }
         self.scores.copy_from_slice(logits);
         self.penalize(history);
         if self.sampling.temperature <= 0.0 {
@@ -162,15 +166,18 @@ impl<'m> Sampler<'m> {
     }
 }
 
-/// The token with the highest score, the lowest of equals; not-a-numbers never win.
+/// The token with the highest score, the lowest of equals; not-a-numbers never win, and if nothing does, the first.
 fn best(scores: &[f32]) -> u32 {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (i, &score) in scores.iter().enumerate() {
-        if score > best.1 {
-            best = (i as u32, score);
+    // The maximum in lanes, which vectorizes, and then where it is first.
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for scores in scores.chunks(lanes.len()) {
+        for (lane, &score) in lanes.iter_mut().zip(scores) {
+            *lane = if score > *lane { score } else { *lane };
         }
     }
-    best.0
+    let max = lanes.into_iter().fold(f32::NEG_INFINITY, |max, lane| if lane > max { lane } else { max });
+    let place = scores.iter().position(|&score| score == max && max > f32::NEG_INFINITY);
+    place.unwrap_or(0) as u32
 }
 
 /// SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): one addition and a hash, the same everywhere.

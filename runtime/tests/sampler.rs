@@ -2,7 +2,7 @@
 use bitnet_kernel::Block;
 use bitnet_runtime::sampler::{Sampler, Sampling};
 
-const MEMORY: [Block; 2] = [Block::ZERO; 2];
+const MEMORY: [Block; 6] = [Block::ZERO; 6];
 const LOGITS: [f32; 6] = [0.0, 3.0, 2.0, -1.0, 2.5, 3.0];
 const WARM: Sampling = Sampling { temperature: 1.0, ..Sampling::GREEDY };
 
@@ -25,6 +25,19 @@ fn tokens(sampling: Sampling) -> Vec<usize> {
 #[test]
 fn greedy_takes_the_lowest_of_the_best() {
     assert_eq!(counts(Sampling::GREEDY, &LOGITS, &[])[1], 4_000);
+    // Wherever it is, and whatever is beside it.
+    for n in [1_usize, 15, 16, 17, 40] {
+        for at in 0..n {
+            let mut logits: Vec<f32> = (0..n).map(|i| [f32::NAN, -1.0, f32::NEG_INFINITY, 0.5][i % 4]).collect();
+            logits[at..].iter_mut().step_by(7).for_each(|logit| *logit = 2.0);
+            assert_eq!(counts(Sampling::GREEDY, &logits, &[])[at], 4_000, "{n} logits, the best at {at}");
+        }
+    }
+    assert_eq!(
+        counts(Sampling::GREEDY, &[f32::NAN, f32::NEG_INFINITY], &[])[0],
+        4_000,
+        "none is better than the first"
+    );
 }
 
 #[test]

@@ -3,15 +3,16 @@ use super::head::{HeadInput, Need};
 use super::linear::{Input, Output, Quantized};
 use super::sparse::Room;
 use super::weights::Linear;
-use super::{Activation, Model, Quantizer, State, Window, ops};
+use super::{Activation, BATCH_MAX, Model, Quantizer, State, Window, ops};
 use crate::error::Error;
 use crate::image::Kind;
 use crate::memory::{Limits, attention_width, memory_width, padded_rows, seen_len};
-use crate::parallel::{Parallel, Serial};
+use crate::parallel::{Parallel, Serial, for_each_item};
 use crate::source::Extent;
 use bitnet_kernel::float::{self, Cache};
 use bitnet_kernel::{Format, format};
 use core::ops::Range;
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// Multiplications of floats below which it is not worth waking other threads. Estimated, not timed.
 pub(super) const PARALLEL_WORK_MIN: usize = 1 << 17;
@@ -255,9 +256,8 @@ impl Model<'_> {
     /// `x += output(sub_norm(attend(rope(head_norm(query(norm(x)))), rope(head_norm(key(…))), value(…))))`
     fn attention(&mut self, states: &mut [&mut State<'_>], layer: u32, n: usize) -> Result<(), Error> {
         let (c, weights) = (self.config, self.weights.layer(layer));
-        let (hidden, head_dim) = (c.hidden as usize, c.head_dim as usize);
-        let (query_width, kv_width) = (c.query_width() as usize, c.kv_width() as usize);
-        let (key_at, value_at) = (padded_rows(query_width), padded_rows(query_width) + padded_rows(kv_width));
+        let (hidden, query_width, kv_width) = (c.hidden as usize, c.query_width() as usize, c.kv_width() as usize);
+        let key_at = padded_rows(query_width);
         let width = attention_width(&c) + memory_width(&c);
 
         self.norm(weights.norm(Kind::AttentionNorm), n)?;
@@ -270,27 +270,7 @@ impl Model<'_> {
         self.head_norms(weights.norm(Kind::KeyNorm), width, key_at..key_at + kv_width, n)?;
         self.remember(states[0], layer, n, width)?;
 
-        let s = &mut self.scratch;
-        for (t, row) in s.projected.chunks_exact_mut(width).take(n).enumerate() {
-            let (conversation, position) = place(states, t);
-            let at = c.window.map_or(t, |window| position.min(window.span() as usize - 1));
-            let rotation = &s.rotation[at * head_dim..][..head_dim];
-            for head in row[..query_width].chunks_exact_mut(head_dim) {
-                ops::rotate(c.rope, head, rotation);
-            }
-            // Those of a window are turned when they are read, by their place in it.
-            if c.window.is_none() {
-                for head in row[key_at..][..kv_width].chunks_exact_mut(head_dim) {
-                    ops::rotate(c.rope, head, rotation);
-                }
-            }
-            // The cache's formats cannot hold these, and would make numbers of them.
-            let (keys, values) = (&row[key_at..][..kv_width], &row[value_at..][..kv_width]);
-            if !(ops::finite(keys) && ops::finite(values)) {
-                return Err(Error::NotFinite { layer });
-            }
-            states[conversation].put(layer as usize, position, keys, values);
-        }
+        self.place_keys(states, layer, n, width)?;
         match c.window {
             Some(window) => self.attend_window(states, window, layer, n, width),
             None => self.attend_all(states, layer, n, width),
@@ -302,6 +282,52 @@ impl Model<'_> {
         self.linears(layer, &output, c.quantizers.output, query_width, n, padded_rows(hidden), 0)?;
         self.add_projected(n);
         Ok(())
+    }
+
+    /// Turns queries and keys by their positions, and puts keys and values into the conversations.
+    fn place_keys(&mut self, states: &mut [&mut State<'_>], layer: u32, n: usize, width: usize) -> Result<(), Error> {
+        let c = self.config;
+        let (head_dim, query_width, kv_width) = (c.head_dim as usize, c.query_width() as usize, c.kv_width() as usize);
+        let (key_at, value_at) = (padded_rows(query_width), padded_rows(query_width) + padded_rows(kv_width));
+        let parallel = self.machine.among_tokens(n * width);
+        let (first, several) = (states[0].position(), states.len() > 1);
+        let s = &mut self.scratch;
+        let rotation = &*s.rotation;
+        let finite = AtomicBool::new(true);
+        let put = |state: &mut State<'_>, position: usize, row: &[f32]| {
+            // The cache's formats cannot hold these, and would make numbers of them.
+            let (keys, values) = (&row[key_at..][..kv_width], &row[value_at..][..kv_width]);
+            if ops::finite(keys) && ops::finite(values) {
+                state.put(layer as usize, position, keys, values);
+            } else {
+                finite.store(false, Relaxed);
+            }
+        };
+        // Of several conversations each keeps its own.
+        let owners = states.iter_mut().map(Some).filter(|_| several).chain(core::iter::repeat_with(|| None));
+        let rows = s.projected.chunks_exact_mut(width).take(n).zip(owners);
+        for_each_item::<_, BATCH_MAX>(parallel, rows, &|t, (row, owner)| {
+            let position = owner.as_ref().map_or(first + t, |state| state.position());
+            let at = c.window.map_or(t, |window| position.min(window.span() as usize - 1));
+            let rotation = &rotation[at * head_dim..][..head_dim];
+            for head in row[..query_width].chunks_exact_mut(head_dim) {
+                ops::rotate(c.rope, head, rotation);
+            }
+            // Those of a window are turned when they are read, by their place in it.
+            if c.window.is_none() {
+                for head in row[key_at..][..kv_width].chunks_exact_mut(head_dim) {
+                    ops::rotate(c.rope, head, rotation);
+                }
+            }
+            if let Some(state) = owner {
+                put(state, position, row);
+            }
+        });
+        if !several {
+            let rows = s.projected.chunks_exact(width).take(n);
+            rows.enumerate().for_each(|(t, row)| put(states[0], first + t, row));
+        }
+        if finite.into_inner() { Ok(()) } else { Err(Error::NotFinite { layer }) }
     }
 
     /// `norm[t] = attend(query)` over all positions up to that of token `t`.
@@ -372,17 +398,22 @@ impl Model<'_> {
         let linears = [weights.linear(Kind::Gate), weights.linear(Kind::Up)];
         self.linears(layer, &linears, c.quantizers.ffn, hidden, n, width, 0)?;
 
-        let (kernels, s) = (self.machine.kernels, &mut self.scratch);
-        for (row, out) in s.projected.chunks_exact(width).zip(s.norm.chunks_exact_mut(ffn)).take(n) {
-            // A squared ReLU would make zero of minus infinity.
-            if !ops::finite(&row[..ffn]) {
-                return Err(Error::NotFinite { layer });
-            }
+        let (kernels, parallel, s) = (self.machine.kernels, self.machine.among_tokens(n * ffn), &mut self.scratch);
+        let (projected, finite) = (&*s.projected, AtomicBool::new(true));
+        parallel.for_each_chunk(&mut s.norm[..n * ffn], ffn, &|t, out| {
+            let row = &projected[t * width..][..width];
             let (gate, up) = (&row[..ffn], &row[padded_rows(ffn)..][..ffn]);
+            // A squared ReLU would make zero of minus infinity.
+            if !ops::finite(gate) {
+                finite.store(false, Relaxed);
+            }
             match c.activation {
                 Activation::SquaredRelu => kernels.squared_relu(gate, up, out),
                 Activation::Silu => kernels.silu(gate, up, out),
             }
+        });
+        if !finite.into_inner() {
+            return Err(Error::NotFinite { layer });
         }
         self.sub_norm(weights.norm(Kind::FfnSubNorm), ffn, n)?;
         self.linears(layer, &[weights.linear(Kind::Down)], c.quantizers.down, ffn, n, padded_rows(hidden), 0)?;
@@ -517,22 +548,24 @@ impl Model<'_> {
     pub(super) fn norm(&mut self, weight: Option<Extent>, n: usize) -> Result<(), Error> {
         let weight = weight.expect("every block has its norms");
         let (hidden, eps) = (self.config.hidden as usize, self.config.norm_eps);
+        let (kernels, parallel) = (self.machine.kernels, self.machine.among_tokens(n * hidden));
         let weight = ops::floats(self.machine.source.fetch(weight)?);
-        let s = &mut self.scratch;
-        for (out, x) in s.norm.chunks_exact_mut(hidden).zip(s.x.chunks_exact(hidden)).take(n) {
-            out.copy_from_slice(x);
-            self.machine.kernels.rmsnorm(out, weight, eps);
-        }
+        let (x, norm) = (&*self.scratch.x, &mut *self.scratch.norm);
+        parallel.for_each_chunk(&mut norm[..n * hidden], hidden, &|t, out| {
+            out.copy_from_slice(&x[t * hidden..][..hidden]);
+            kernels.rmsnorm(out, weight, eps);
+        });
         Ok(())
     }
 
     /// `norm = rmsnorm(norm)`, for `n` tokens of `width`, in models that have this norm.
     pub(super) fn sub_norm(&mut self, weight: Option<Extent>, width: usize, n: usize) -> Result<(), Error> {
         let Some(weight) = weight else { return Ok(()) };
+        let (kernels, parallel, eps) =
+            (self.machine.kernels, self.machine.among_tokens(n * width), self.config.norm_eps);
         let weight = ops::floats(self.machine.source.fetch(weight)?);
-        for x in self.scratch.norm.chunks_exact_mut(width).take(n) {
-            self.machine.kernels.rmsnorm(x, weight, self.config.norm_eps);
-        }
+        let norm = &mut self.scratch.norm[..n * width];
+        parallel.for_each_chunk(norm, width, &|_, x| kernels.rmsnorm(x, weight, eps));
         Ok(())
     }
 
@@ -540,12 +573,13 @@ impl Model<'_> {
     fn head_norms(&mut self, weight: Option<Extent>, width: usize, heads: Range<usize>, n: usize) -> Result<(), Error> {
         let Some(weight) = weight else { return Ok(()) };
         let (head_dim, eps) = (self.config.head_dim as usize, self.config.norm_eps);
+        let (kernels, parallel) = (self.machine.kernels, self.machine.among_tokens(n * heads.len()));
         let weight = ops::floats(self.machine.source.fetch(weight)?);
-        for row in self.scratch.projected.chunks_exact_mut(width).take(n) {
+        parallel.for_each_chunk(&mut self.scratch.projected[..n * width], width, &|_, row| {
             for head in row[heads.clone()].chunks_exact_mut(head_dim) {
-                self.machine.kernels.rmsnorm(head, weight, eps);
+                kernels.rmsnorm(head, weight, eps);
             }
-        }
+        });
         Ok(())
     }
 
@@ -626,33 +660,42 @@ impl Model<'_> {
         scales: &mut [f32],
     ) -> Result<(), Error> {
         let stride = self.quantized_stride();
+        let (kernels, parallel) = (self.machine.kernels, self.machine.among_tokens(scales.len() * cols));
         let weight = match norm {
             Some(extent) => Some(ops::floats(self.machine.source.fetch(extent)?)),
             None => None,
         };
+        let eps = self.config.linear_norm_eps;
         let s = &mut self.scratch;
-        for (t, scale) in scales.iter_mut().enumerate() {
-            let x = &s.norm[t * cols..][..cols];
-            let x = match (weight, self.config.linear_norm_eps) {
-                (Some(weight), Some(eps)) => {
-                    let input = &mut s.input[..cols];
+        let inputs = s.input.chunks_mut(cols).map(Some).chain(core::iter::repeat_with(|| None));
+        let rows = s.norm.chunks_exact(cols).zip(s.quantized.chunks_exact_mut(stride));
+        let finite = AtomicBool::new(true);
+        for_each_item::<_, BATCH_MAX>(parallel, scales.iter_mut().zip(rows).zip(inputs), &|_,
+                                                                                           (
+            (scale, (x, q)),
+            input,
+        )| {
+            let x = match (weight, eps, input) {
+                (Some(weight), Some(eps), Some(input)) => {
                     input.copy_from_slice(x);
-                    self.machine.kernels.rmsnorm(input, weight, eps);
+                    kernels.rmsnorm(input, weight, eps);
                     input
                 }
                 _ => x,
             };
-            let q = &mut s.quantized[t * stride..][..stride];
             let quantized = match quantizer {
-                Quantizer::Int8 | Quantizer::Int8LargestHalf => self.machine.kernels.quantize(x, q),
+                Quantizer::Int8 | Quantizer::Int8LargestHalf => kernels.quantize(x, q),
                 Quantizer::Int4 => float::quantize_int4(x, q),
             };
-            *scale = quantized.ok_or(Error::NotFinite { layer })?;
+            match quantized {
+                Some(quantized) => *scale = quantized,
+                None => finite.store(false, Relaxed),
+            }
             if quantizer == Quantizer::Int8LargestHalf {
                 float::keep_largest_half(x, q);
             }
-        }
-        Ok(())
+        });
+        if finite.into_inner() { Ok(()) } else { Err(Error::NotFinite { layer }) }
     }
 
     /// Elements from one token's int8 activations to the next's.
@@ -663,11 +706,12 @@ impl Model<'_> {
     /// `x += projected`, for `n` tokens.
     pub(super) fn add_projected(&mut self, n: usize) {
         let hidden = self.config.hidden as usize;
-        let rows = self.scratch.projected.chunks_exact(padded_rows(hidden));
-        for (x, row) in self.scratch.x.chunks_exact_mut(hidden).zip(rows).take(n) {
-            for (x, y) in x.iter_mut().zip(row) {
+        let parallel = self.machine.among_tokens(n * hidden);
+        let (x, projected) = (&mut *self.scratch.x, &*self.scratch.projected);
+        parallel.for_each_chunk(&mut x[..n * hidden], hidden, &|t, x| {
+            for (x, y) in x.iter_mut().zip(&projected[t * padded_rows(hidden)..]) {
                 *x += y;
             }
-        }
+        });
     }
 }

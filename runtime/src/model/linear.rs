@@ -1,13 +1,12 @@
 //! Matrices times the activations of a batch: fetched piece by piece, shared among threads unit by unit.
-use super::{Machine, ops::floats};
+use super::{BATCH_MAX, Machine, ops::floats};
 use crate::error::SourceError;
 use crate::image::{Tensor, UNIT_ROWS};
-use crate::memory::{Limits, padded_rows};
+use crate::memory::padded_rows;
+use crate::parallel::{Parallel, Serial, for_each_item};
 use crate::source::Extent;
 use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
 use core::ops::Range;
-
-const BATCH_MAX: usize = Limits::BATCH_MAX as usize;
 
 /// The int8 input of linears, one row of `stride` a token.
 #[derive(Debug)]
@@ -34,11 +33,18 @@ pub(super) struct Output<'a> {
 
 impl Output<'_> {
     /// Puts the results of several tokens, `width` each, from the order of threads into that of tokens, from `first` on.
-    fn spread(&mut self, tokens: usize, first: usize, width: usize) {
-        for (i, y) in self.units[..tokens * width].chunks_exact(UNIT_ROWS).enumerate() {
-            let (unit, t) = (i / tokens, i % tokens);
-            self.rows[t * self.stride + first + unit * UNIT_ROWS..][..UNIT_ROWS].copy_from_slice(y);
-        }
+    fn spread(&mut self, parallel: &dyn Parallel, tokens: usize, first: usize, width: usize) {
+        let units = &self.units[..tokens * width];
+        parallel.for_each_chunk(&mut self.rows[..tokens * self.stride], self.stride, &|t, row| {
+            spread_token(units, tokens, t, &mut row[first..][..width]);
+        });
+    }
+}
+
+/// Puts the results of one of several tokens, of `[units][tokens][UNIT_ROWS]`, one after another; the last unit may have more.
+fn spread_token(units: &[f32], tokens: usize, t: usize, row: &mut [f32]) {
+    for (y, unit) in row.chunks_mut(UNIT_ROWS).zip(units.chunks_exact(tokens * UNIT_ROWS)) {
+        y.copy_from_slice(&unit[t * UNIT_ROWS..][..y.len()]);
     }
 }
 
@@ -56,7 +62,18 @@ type UnitTask<'a> = &'a (dyn Fn(&Tensor, u32, &[Block], &mut [f32]) + Sync);
 /// Computes one part of a section: its number, its blocks, and its results.
 type BlocksTask<'a> = &'a (dyn Fn(u32, &[Block], &mut [f32]) + Sync);
 
-impl Machine<'_> {
+/// Chunks a thread, so that one that is held up does not hold up all.
+const CHUNKS: u32 = 8;
+
+/// Floats of all tokens below which it is not worth waking other threads for what is done once for each: a few microseconds' worth.
+const AMONG_TOKENS_MIN: usize = 1 << 12;
+
+impl<'m> Machine<'m> {
+    /// Who shares among them what is done for each token by itself, `floats` for all.
+    pub(super) fn among_tokens(&self, floats: usize) -> &'m dyn Parallel {
+        if floats < AMONG_TOKENS_MIN { &Serial } else { self.parallel }
+    }
+
     /// Multiplies `tensors`, which all have the same columns, with int8 activations.
     pub(super) fn linear(
         &mut self,
@@ -73,7 +90,7 @@ impl Machine<'_> {
                 self.products(tensors, x, &mut out.rows[first..first + width])?;
             } else {
                 self.products(tensors, x, &mut out.units[..tokens * width])?;
-                out.spread(tokens, first, width);
+                out.spread(self.among_tokens(tokens * width), tokens, first, width);
             }
             first += width;
         }
@@ -103,12 +120,10 @@ impl Machine<'_> {
                 Input::Quantized(x) => self.products_of(&[tensor], part.clone(), x, y)?,
                 Input::Floats(x) => self.products_f16(tensor, part.clone(), x, y)?,
             }
-            for (i, y) in y.chunks_exact(UNIT_ROWS).enumerate() {
-                let (unit, t) = (first as usize + i / tokens, i % tokens);
-                let there = &mut out[t * rows..][..rows][unit * UNIT_ROWS..];
-                let count = there.len().min(UNIT_ROWS);
-                there[..count].copy_from_slice(&y[..count]);
-            }
+            let (y, at, width) = (&*y, first as usize * UNIT_ROWS, part.len() * UNIT_ROWS);
+            self.among_tokens(y.len()).for_each_chunk(&mut out[..tokens * rows], rows, &|t, row| {
+                spread_token(y, tokens, t, &mut row[at..rows.min(at + width)]);
+            });
             first = part.end;
         }
         Ok(())
@@ -136,11 +151,12 @@ impl Machine<'_> {
         let (tokens, kernels, scales) = (x.scales.len(), self.kernels, x.scales);
         let (format, cols) = (tensors[0].format, tensors[0].cols as usize);
         let table_blocks = format.table_blocks(cols);
-        let mut rows = x.values.chunks_exact(x.stride);
+        let rows = x.values.chunks_exact(x.stride).take(tokens);
         let mut tables = x.tables[..tokens * table_blocks].chunks_exact_mut(table_blocks.max(1));
-        let prepared: [Option<Activations<'_>>; BATCH_MAX] = core::array::from_fn(|t| {
-            let values = rows.next().filter(|_| t < tokens)?;
-            Some(kernels.prepare_any(format, cols, values, tables.next().unwrap_or_default()))
+        let mut prepared = [None; BATCH_MAX];
+        let each = prepared.iter_mut().zip(rows).map(|(to, values)| (to, values, tables.next().unwrap_or_default()));
+        for_each_item::<_, BATCH_MAX>(self.among_tokens(tokens * cols), each, &|_, (to, values, tables)| {
+            *to = Some(kernels.prepare_any(format, cols, values, tables));
         });
         let inert = prepared[0].expect("a pass has at least one token");
         let prepared = prepared.map(|x| x.unwrap_or(inert));
@@ -159,7 +175,7 @@ impl Machine<'_> {
             return self.products_f16(tensor, 0..tensor.units(), x, &mut out.rows[first..first + width]);
         }
         self.products_f16(tensor, 0..tensor.units(), x, &mut out.units[..tokens * width])?;
-        out.spread(tokens, out.first, width);
+        out.spread(self.among_tokens(tokens * width), tokens, out.first, width);
         Ok(())
     }
 
@@ -228,8 +244,7 @@ impl Machine<'_> {
 
             let y = &mut y[first as usize * unit_len..end as usize * unit_len];
             let threads = self.parallel.threads() as u32;
-            // Several chunks a thread, so that one that is held up does not hold up all.
-            let chunk = if threads == 1 { end - first } else { (end - first).div_ceil(4 * threads) };
+            let chunk = if threads == 1 { end - first } else { (end - first).div_ceil(CHUNKS * threads) };
             self.parallel.for_each_chunk(y, chunk as usize * unit_len, &|i, y| {
                 for (unit, y) in (first + i as u32 * chunk..).zip(y.chunks_exact_mut(unit_len)) {
                     let Extent { start: at, blocks } = extent(unit);

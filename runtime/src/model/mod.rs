@@ -30,6 +30,8 @@ use core::fmt;
 pub use live::LiveRows;
 use weights::Weights;
 
+const BATCH_MAX: usize = Limits::BATCH_MAX as usize;
+
 /// A model ready to run. No type parameters: the backend, the threads and the source are trait objects.
 pub struct Model<'m> {
     config: Config,

@@ -6,12 +6,15 @@
 //! [`Pool`] has the threads, [`cpus`] says how many the system grants, and [`Tuned`] finds out how many help.
 #[cfg(feature = "std")]
 pub mod cpus;
+#[expect(unsafe_code, reason = "an item is moved out of a shared slot by whoever takes it")]
+mod items;
 #[cfg(feature = "std")]
 #[expect(unsafe_code, reason = "threads that outlive a job work on what its caller borrows for the job")]
 mod pool;
 #[cfg(feature = "std")]
 mod tuned;
 
+pub(crate) use items::for_each_item;
 #[cfg(feature = "std")]
 pub use pool::Pool;
 #[cfg(feature = "std")]

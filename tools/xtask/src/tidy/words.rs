@@ -14,6 +14,7 @@ const UNSAFE_PLACES: &[&str] = &[
     "kernels-x86/",
     "boards/support/",
     "runtime/src/source/map.rs",
+    "runtime/src/parallel/items.rs",
     "runtime/src/parallel/pool.rs",
 ];
 
