@@ -21,7 +21,7 @@ use crate::blocks_vnni;
 use crate::cpu::Features;
 use crate::float;
 use crate::grouped;
-use crate::rows;
+use crate::rows_vnni;
 use crate::tiles::{self, Lanes, Planes};
 use bitnet_kernel::float::Cache;
 use bitnet_kernel::tables::{B1_BASE, TL_BASE, TL_WEIGHTS};
@@ -75,12 +75,12 @@ impl Kernels for Vnni {
         }
     }
     fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
-        // SAFETY: `self` exists, so the CPU has AVX2.
-        unsafe { rows::dot_rows(w, rows, x, y) }
+        // SAFETY: `self` exists, so the CPU has these features.
+        unsafe { rows_vnni::dot_rows(w, rows, x, y) }
     }
     fn sum_rows(&self, w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
-        // SAFETY: `self` exists, so the CPU has AVX2.
-        unsafe { rows::sum_rows(w, rows, x, y) }
+        // SAFETY: `self` exists, so the CPU has these features.
+        unsafe { rows_vnni::sum_rows(w, rows, x, y) }
     }
     fn matvec_blocks(&self, w: BlockMatrix<'_>, x: BlockActivations<'_>, y: &mut [i32]) {
         // SAFETY: `self` exists, so the CPU has these features.

@@ -25,6 +25,8 @@ mod float;
 mod grouped;
 #[cfg(target_arch = "x86_64")]
 mod rows;
+#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+mod rows_vnni;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 

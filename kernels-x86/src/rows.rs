@@ -1,8 +1,8 @@
-//! T2R with AVX2, for every backend of this crate: some rows of a matrix, which are stored apart.
+//! T2R with AVX2: some rows of a matrix, which are stored apart.
 //!
-//! Measured on a Zen 4 core with 6,912 rows of 2,560, 85 % of them not listed, against T2 dense by the same backend: sums 4.4
-//! times as fast in cache and 2.9 times from memory, products 4.1 and 3.2 times (AVX2; with AVX-512, whose T2 is faster, 2.5
-//! and 2.3, 2.8 and 2.6). With all rows listed 0.63 and 0.71 times: a matrix is stored one way or the other.
+//! Measured on a Zen 4 core with 6,912 rows of 2,560, 85 % of them not listed, against T2 dense by AVX2: sums 4.4 times as fast in
+//! cache and 2.9 times from memory, products 4.1 and 3.2 times. With all rows listed 0.63 and 0.71 times: a matrix is stored one
+//! way or the other.
 use crate::avx2::{T2_FLUSH, add_pairs, add_products, load, prefetch, sums};
 use bitnet_kernel::{Activations, Block, Format, Matrix};
 use core::arch::x86_64::*;
