@@ -3,7 +3,7 @@
 //! In the order in which they are used: [`workspace`] finds the tree, [`matrix`] is the table of everything that is
 //! checked, [`setup`] installs what the chosen steps need, [`riscv`] is one of these needs, [`run`] runs them and counts, [`bochs`] boots what needs a CPU that the machine may lack, [`boot`] the boards' images, [`tidy`] holds the rules about
 //! the tree itself, [`elf`] looks into finished programs, [`mod@bench`] and [`arm`] say how fast the kernels are with what
-//! [`report`] has for both, [`fuzz`] searches for input that fails, [`evaluate`] compares images of one model, [`stream`] runs a model in less memory than it has, [`service`] starts and stops the daemon as systemd does, [`clients`] puts it under clients of others, [`page`] under a browser, [`proxy`] behind proxies, [`manifests`] reads what clusters are told of it, [`deb`] makes packages of it, and [`demo`] shows the project to a newcomer.
+//! [`report`] has for both, [`fuzz`] searches for input that fails, [`evaluate`] compares images of one model, [`layouts`] those of one pruned one, [`stream`] runs a model in less memory than it has, [`service`] starts and stops the daemon as systemd does, [`clients`] puts it under clients of others, [`page`] under a browser, [`proxy`] behind proxies, [`manifests`] reads what clusters are told of it, [`deb`] makes packages of it, and [`demo`] shows the project to a newcomer.
 #![forbid(unsafe_code)]
 #![allow(clippy::std_instead_of_core, clippy::std_instead_of_alloc, reason = "a host tool; it always has std")]
 
@@ -25,6 +25,7 @@ mod demo;
 mod elf;
 mod evaluate;
 mod fuzz;
+mod layouts;
 mod load;
 mod manifests;
 mod matrix;
@@ -76,6 +77,9 @@ Usage: cargo xtask COMMAND
   soak            a thousand requests of eight clients to the daemon, a third cut off; it is killed in the end and starts again
   load            what the daemon gives one client and four at once, of a model in the shape of BitNet b1.58 2B4T, and how long eight wait
                   for a first token; fails below 2.5 times as many tokens/s (a minute or two, and nothing else may run)
+  layouts         whether `bitnet tune` chooses the fastest layout of a pruned model: models in the shape of BitNet b1.58 2B4T, pruned in
+                  five ways, decode in every layout and as tuned, by turns; fails where the choice takes 3 % longer than the best
+                  (about ten minutes, and nothing else may run)
   evaluate IDS IMAGE...
                   what each image costs and how well it predicts the token ids in IDS (u16): loss, bits, and RAM, bytes read and
                   time a token after 1 k, 32 k and 1 M tokens; the tables of docs/beyond-bitnet.md
@@ -134,6 +138,7 @@ fn command(arguments: &[String]) -> Result<bool> {
         "page" => page::run(&Workspace::load()?),
         "proxy" => proxy::run(&Workspace::load()?),
         "soak" => clients::soak(&Workspace::load()?),
+        "layouts" => layouts::run(&Workspace::load()?),
         "load" => load::run(&Workspace::load()?),
         "evaluate" => evaluate::run(&Workspace::load()?, rest),
         "deb" => deb::run(&Workspace::load()?, rest),

@@ -298,10 +298,7 @@ pub(crate) fn host_programs(workspace: &Workspace, host: Host) -> Result<[String
         Host::Programs => ["build", "-p", "bitnet", "-p", "bitnet-pack"].as_slice(),
         Host::Whole => &["test", "--workspace", "--tests", "--no-run"],
     };
-    let arguments: Vec<String> = arguments.iter().map(|word| (*word).to_owned()).collect();
-    let programs = build(workspace, &arguments, &PROGRAMS)?;
-    let paths: Vec<String> = programs.into_iter().map(|(_, path)| path).collect();
-    Ok(paths.try_into().expect("a program for each name"))
+    both(workspace, arguments)
 }
 
 /// Packs the bundled checkpoint by a program that `launcher` runs.
@@ -316,7 +313,12 @@ pub(crate) fn pack(workspace: &Workspace, launcher: &[&str], packer: &str, image
 
 /// Builds `bitnet` and `bitnet-pack` as people do and answers with where they lie, in this order.
 pub(crate) fn release_programs(workspace: &Workspace) -> Result<[String; 2]> {
-    let arguments = ["build", "--release", "-p", "bitnet", "-p", "bitnet-pack"].map(str::to_owned);
+    both(workspace, &["build", "--release", "-p", "bitnet", "-p", "bitnet-pack"])
+}
+
+/// Where the [`PROGRAMS`] lie that these arguments build.
+fn both(workspace: &Workspace, arguments: &[&str]) -> Result<[String; 2]> {
+    let arguments: Vec<String> = arguments.iter().map(|word| (*word).to_owned()).collect();
     let programs = build(workspace, &arguments, &PROGRAMS)?;
     let paths: Vec<String> = programs.into_iter().map(|(_, path)| path).collect();
     Ok(paths.try_into().expect("a program for each name"))
