@@ -20,13 +20,13 @@ const KV: u64 = 640;
 const FFN: u64 = 6912;
 const VOCAB: u64 = 512;
 /// Enough that the linears are far larger than any cache, pruned as they are.
-const LAYERS: u64 = 24;
+const LAYERS: u64 = 16;
 /// What of a thousand rows, columns or blocks is left.
 const LEFT: u64 = 350;
 const TOKENIZER: &str = "models/stories-ternary/tokenizer.json";
 /// Forced by `bitnet-pack pack --layout`.
 const LAYOUTS: [&str; 4] = ["whole", "rowcol", "16x64", "16x16"];
-const ROUNDS: usize = 15;
+const ROUNDS: usize = 9;
 /// How much longer a token may take than with the best layout.
 const MORE_AT_MOST: f64 = 0.03;
 
