@@ -13,12 +13,13 @@ import torch
 import checkpoint
 from linear import BitLinear
 from model import Config, Model
-from variants import A4, TBHA
+from variants import A4, A4_ABSMAX, TBHA
 
 SETS = {
     "bitrnn_m": dict(memory=2, memory_width=16),
     "bitrnn_m_a4": dict(memory=2, memory_width=16, activations=A4, weights={"v_proj": "binary"}, memory_kind="binary"),
     "window": dict(),
+    "a4_absmax": dict(activations=A4_ABSMAX),
     "tbha": dict(window=0, weights=TBHA),
 }
 """All but the last with a window that most of the tokens have left."""

@@ -94,6 +94,17 @@ def int4(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def _int4_absmax(x: Tensor) -> Tensor:
+    scale = 7 / x.abs().amax(-1, keepdim=True).clamp(min=EPS)
+    return (x * scale).round().clamp(-8, 7).div(scale)
+
+
+def int4_absmax(x: Tensor) -> Tensor:
+    """Per token `q = clamp(round(x · 7 / max|x|), -8, 7)`: nothing is cut off, and what is small becomes zero."""
+    return StraightThrough.apply(x, _int4_absmax(x))
+
+
+@torch.no_grad()
 def largest_half(x: Tensor) -> Tensor:
     """1 at the half of a token's values that are largest by magnitude (of equal ones the first), else 0."""
     order = x.abs().sort(dim=-1, descending=True, stable=True).indices
@@ -105,4 +116,4 @@ def int8_largest_half(x: Tensor) -> Tensor:
     return StraightThrough.apply(x, _int8(x) * largest_half(x))
 
 
-ACTIVATIONS = {"int8": int8, "int4": int4, "int8_largest_half": int8_largest_half}
+ACTIVATIONS = {"int8": int8, "int4": int4, "int4_absmax": int4_absmax, "int8_largest_half": int8_largest_half}

@@ -73,6 +73,8 @@ class Tests(unittest.TestCase):
         x = torch.randn(3, 64)
         codes = quantize.int4(x) * (7**0.5) / x.abs().mean(-1, keepdim=True)
         self.assertTrue(((codes - codes.round()).abs() < 1e-4).all() and codes.min() >= -8.001 and codes.max() <= 7.001)
+        codes = quantize.int4_absmax(x) * 7 / x.abs().amax(-1, keepdim=True)
+        self.assertTrue(((codes - codes.round()).abs() < 1e-4).all() and (codes.abs().amax(-1) - 7).abs().max() < 1e-4)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from model import LINEARS, Model
 TERNARY_BITS, BINARY_BITS = 5 / 3, 1.0
 WINDOW = 64
 A4 = {"attention": "int4", "ffn": "int4", "output": "int8_largest_half"}
+A4_ABSMAX = {"attention": "int4_absmax", "ffn": "int4_absmax", "output": "int4_absmax", "down": "int4_absmax"}
 TBHA = {"q_proj": "threshold", "k_proj": "threshold", "v_proj": "binary"}
 STATEFUL = dict(window=WINDOW, memory=4, memory_width=32)
 

@@ -148,6 +148,21 @@ fn add_block(block: &Block, x: &[f32], lanes: &mut [f32; LANES]) {
 /// If `q` is shorter than `x`.
 #[inline(always)]
 pub fn quantize(x: &[f32], q: &mut [i8]) -> Option<f32> {
+    quantize_absmax::<127>(x, q)
+}
+
+/// [`quantize`] to four bits, of which -8 is not used: `q = round_half_even(x · s)`, `s = 7 / max(max|x|, 1e-5)`.
+///
+/// # Panics
+/// If `q` is shorter than `x`.
+#[inline(always)]
+pub fn quantize_int4_absmax(x: &[f32], q: &mut [i8]) -> Option<f32> {
+    quantize_absmax::<7>(x, q)
+}
+
+/// To codes of which that of the largest magnitude is `MOST`.
+#[inline(always)]
+fn quantize_absmax<const MOST: i8>(x: &[f32], q: &mut [i8]) -> Option<f32> {
     /// Adding 1.5 · 2^23 rounds to an integer, halves to even, and leaves it in the low bits.
     const ROUND: f32 = 12_582_912.0;
     const SIGN: u32 = 0x8000_0000;
@@ -158,8 +173,8 @@ pub fn quantize(x: &[f32], q: &mut [i8]) -> Option<f32> {
     if !max.is_finite() {
         return None;
     }
-    // |x · s| <= 127 · (1 + 2^-22): it rounds to 127 at most.
-    let s = 127.0 / max.max(1e-5);
+    // |x · s| <= MOST · (1 + 2^-22): it rounds to MOST at most.
+    let s = f32::from(MOST) / max.max(1e-5);
     for (q, x) in q.iter_mut().zip(x) {
         *q = (x * s + ROUND).to_bits() as i8;
     }

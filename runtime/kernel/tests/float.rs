@@ -492,6 +492,20 @@ proptest! {
         prop_assert_eq!(&q[x.len()..], &[0; 3]);
     }
 
+    /// Four bits by the largest magnitude: each code is the nearest, and that of the largest is seven.
+    #[test]
+    fn four_bits_by_the_largest_are_nearest(x in prop::collection::vec(-1e3f32..1e3, 1..200)) {
+        let mut q = vec![1; x.len() + 3];
+        let s = float::quantize_int4_absmax(&x, &mut q).unwrap();
+        let max = x.iter().fold(0.0f32, |max, x| x.abs().max(max));
+        prop_assert_eq!(s, 7.0 / max.max(1e-5));
+        for (x, q) in x.iter().zip(&q) {
+            prop_assert_eq!(f32::from(*q), (x * s).round_ties_even());
+            prop_assert!(q.abs() == 7 || x.abs() < max || max < 1e-5);
+        }
+        prop_assert_eq!(&q[x.len()..], &[0; 3]);
+    }
+
     /// The half that is kept is that of a stable sort by magnitude. Few values, so that many are equal.
     #[test]
     fn the_largest_half_is_that_of_a_stable_sort(x in prop::collection::vec(-6i8..6, 1..120)) {
@@ -509,5 +523,10 @@ proptest! {
 #[test]
 fn four_bits_need_finite_numbers() {
     assert_eq!(float::quantize_int4(&[1.0, f32::NAN], &mut [0; 2]), None);
+    assert_eq!(float::quantize_int4_absmax(&[1.0, f32::NAN], &mut [0; 2]), None);
+    let mut q = [1; 5];
+    assert_eq!(float::quantize_int4_absmax(&[f32::MAX, 0.5e38, -0.9e38, -f32::MAX], &mut q), Some(7.0 / f32::MAX));
+    assert_eq!(q, [7, 1, -2, -7, 0]);
+    assert_eq!(float::quantize_int4_absmax(&[0.0, 1e-9], &mut q[..2]), Some(7e5));
     assert_eq!(float::quantize_int4(&[f32::MAX, f32::MAX], &mut [0; 2]), None, "a mean beyond the range of f32");
 }

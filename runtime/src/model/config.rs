@@ -140,6 +140,8 @@ pub enum Quantizer {
     Int4,
     /// As `Int8`, and zero but for the half that is largest by magnitude (BitNet a4.8).
     Int8LargestHalf,
+    /// Four bits by the largest magnitude.
+    Int4Absmax,
 }
 
 /// One quantizer for each input of linears.

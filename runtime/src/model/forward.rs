@@ -686,6 +686,7 @@ impl Model<'_> {
             let quantized = match quantizer {
                 Quantizer::Int8 | Quantizer::Int8LargestHalf => kernels.quantize(x, q),
                 Quantizer::Int4 => float::quantize_int4(x, q),
+                Quantizer::Int4Absmax => float::quantize_int4_absmax(x, q),
             };
             match quantized {
                 Some(quantized) => *scale = quantized,

@@ -90,6 +90,7 @@ const fn quantizer(quantizer: Quantizer) -> &'static str {
         Quantizer::Int8 => "int8",
         Quantizer::Int4 => "int4",
         Quantizer::Int8LargestHalf => "int8_largest_half",
+        Quantizer::Int4Absmax => "int4_absmax",
     }
 }
 

@@ -469,7 +469,8 @@ fn quantizers(reader: &Reader<'_>) -> Result<Quantizers, Error> {
         None | Some("int8") => Ok(Quantizer::Int8),
         Some("int4") => Ok(Quantizer::Int4),
         Some("int8_largest_half") => Ok(Quantizer::Int8LargestHalf),
-        Some(_) => section.refuse(key, "\"int8\", \"int4\" or \"int8_largest_half\" is expected"),
+        Some("int4_absmax") => Ok(Quantizer::Int4Absmax),
+        Some(_) => section.refuse(key, "\"int8\", \"int4\", \"int4_absmax\" or \"int8_largest_half\" is expected"),
     };
     Ok(Quantizers { attention: of("attention")?, output: of("output")?, ffn: of("ffn")?, down: of("down")? })
 }
