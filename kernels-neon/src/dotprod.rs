@@ -1,5 +1,5 @@
-//! NEON with dot products (Armv8.2, Cortex-A76 and later): T2, I4 and I8 by `sdot`, B1 and TL by the tables of [`crate::lanes`],
-//! batches by the panels of [`crate::panel`].
+//! NEON with dot products (Armv8.2, Cortex-A76 and later): T2, I4 and I8 by `sdot`, batches of them by [`crate::indexed`], B1 and TL
+//! by the tables of [`crate::lanes`], token by token.
 //!
 //! The loops are assembly, since the compiler joins loads to `ldp`, which the model of the N1 counts as four operations where an
 //! `ld1` of two registers is three: T2 took 21.6 cycles from intrinsics and takes 16.0. An `ld1` of four registers is five, which
@@ -7,14 +7,12 @@
 //!
 //! - T2 by one shift and four masks: 5 cycles more than three masks and one shift.
 //! - I4 with 4 rows: 16.5, for the loads of activations serve half as many rows; I8 likewise: 15.0.
-//! - Batches by `sdot` of 4 rows and 4 tokens while the weights lie unpacked in registers: 12.9 for T2 (four masks and three
-//!   shifts for 256 products), 13.2 for I4, 15.2 for I8, and nothing of the kind for TL and B1.
-//! - Activations of a batch where they lie, by 8 pointers: 8.5 against 8.0 packed.
+//! - Batches by `sdot` of 4 rows and 4 tokens, a sum of each pair: 12.9 for T2, 13.2 for I4, 15.2 for I8.
+//! - B1 and TL unpacked to bytes and multiplied by 8 tokens by `sdot`: 28.9 and 34.8, where tables take 10.8 and 17.7.
 //!
 //! There is no software prefetch: it could not be measured, and the cores in question follow a sequential stream well.
 use crate::apart::{self, SUMMED};
-use crate::panel::{Sums, Tile, Unit};
-use crate::{float, lanes, panel};
+use crate::{float, indexed, lanes, panel};
 use bitnet_kernel::float::Cache;
 use bitnet_kernel::{Activations, Batch, Block, BlockActivations, BlockMatrix, Format, Kernels, Matrix, blocks};
 use core::arch::aarch64::*;
@@ -69,12 +67,23 @@ impl Kernels for Dotprod {
         }
     }
     fn matmat(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [i32]) {
-        // SAFETY: as above.
-        unsafe { panel::matmat(self, w, x, y) }
+        assert_eq!(y.len(), w.rows() * x.tokens().len());
+        x.assert_fit(&w);
+        // SAFETY: `self` exists, so the CPU has dot products; the entrance checks were made.
+        unsafe {
+            match w.format() {
+                Format::B1 | Format::TL => lanes::matmat(w, x.tokens(), y),
+                Format::T2 | Format::I4 | Format::I8 => indexed::matmat(self, w, x.tokens(), y),
+                _ => panic!("{} is not multiplied by this method", w.format().name()),
+            }
+        }
     }
     fn matmat_grouped(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
-        // SAFETY: as above.
-        unsafe { panel::matmat_grouped(self, w, x, y) }
+        assert_eq!(y.len(), w.rows() * x.tokens().len());
+        x.assert_fit(&w);
+        y.fill(0.0);
+        // SAFETY: every build for this architecture has NEON.
+        unsafe { panel::grouped_without(self, w, x.tokens(), y) }
     }
     fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
         // SAFETY: `self` exists, so the CPU has dot products.
@@ -440,120 +449,4 @@ fn matvec_i8_neon_dotprod(tiles: [Planes<'_>; 2], x: Activations<'_>) -> [[i32; 
 fn dots_of_pairs(acc: [int32x4_t; 16], bias: i32) -> [[i32; 4]; 2] {
     let dot = |r: usize| vaddvq_s32(vaddq_s32(acc[2 * r], acc[2 * r + 1])) - bias;
     core::array::from_fn(|tile| core::array::from_fn(|r| dot(4 * tile + r)))
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Batches.
-
-/// Half a unit holds 4 rows: for each 4 columns of 16, 4 bytes of every row. A unit of activations holds 16 bytes of every token.
-impl Tile for Dotprod {
-    const FEW: usize = 4;
-    const PLACES: [[usize; 2]; 2] = [[0, 1], [2, 3]];
-
-    fn rows(rows: [uint8x16_t; 4], out: &mut Block) {
-        // SAFETY: every build for this architecture has NEON, and a block is 64 bytes.
-        unsafe {
-            let rows = rows.map(|row| vreinterpretq_u32_u8(row));
-            vst4q_u32(out.0.as_mut_ptr().cast(), uint32x4x4_t(rows[0], rows[1], rows[2], rows[3]));
-        }
-    }
-    fn columns(c: [uint8x16_t; 8]) -> [[uint8x16_t; 2]; 4] {
-        let zip = |a, b| {
-            // SAFETY: every build for this architecture has NEON.
-            unsafe { panel::zip(a, b) }
-        };
-        let quads = |c: &[uint8x16_t]| {
-            let (even, odd) = (zip(c[0], c[2]), zip(c[1], c[3]));
-            let (low, high) = (zip(even[0], odd[0]), zip(even[1], odd[1]));
-            [low[0], low[1], high[0], high[1]]
-        };
-        let (first, second) = (quads(&c[..4]), quads(&c[4..]));
-        core::array::from_fn(|quad| [first[quad], second[quad]])
-    }
-    fn tokens(tokens: [uint8x16_t; 4], out: &mut Block) {
-        for (out, token) in out.0.as_chunks_mut::<16>().0.iter_mut().zip(tokens) {
-            // SAFETY: `out` is 16 bytes.
-            unsafe { vst1q_u8(out.as_mut_ptr(), token) };
-        }
-    }
-    fn dots(&self, w: &[Unit], x: &[Unit], tokens: usize) -> Sums {
-        // SAFETY: `self` exists, so the CPU has dot products.
-        unsafe { if tokens <= 4 { matmat_4_neon_dotprod(w, x) } else { matmat_8_neon_dotprod(w, x) } }
-    }
-}
-
-/// 4 columns of 8 rows with one token: both sums of it.
-macro_rules! sdot_token {
-    ($group:literal, $low:literal $high:literal, $x:literal, $a:literal $b:literal) => {
-        concat!(
-            "sdot ", $a, ".4s, ", $low, ".16b, ", $x, ".4b[", $group, "]\n", "sdot ", $b, ".4s, ", $high, ".16b, ", $x,
-            ".4b[", $group, "]\n"
-        )
-    };
-}
-
-/// 4 columns of 8 rows with the first 4 tokens.
-macro_rules! sdot_low {
-    ($group:literal, $($w:literal)*) => {
-        concat!(sdot_token!($group, $($w)*, "v16", "v0" "v1"), sdot_token!($group, $($w)*, "v17", "v2" "v3"),
-            sdot_token!($group, $($w)*, "v18", "v4" "v5"), sdot_token!($group, $($w)*, "v19", "v6" "v7"))
-    };
-}
-
-/// 4 columns of 8 rows with the other 4 tokens.
-macro_rules! sdot_high {
-    ($group:literal, $($w:literal)*) => {
-        concat!(sdot_token!($group, $($w)*, "v20", "v8" "v9"), sdot_token!($group, $($w)*, "v21", "v10" "v11"),
-            sdot_token!($group, $($w)*, "v22", "v12" "v13"), sdot_token!($group, $($w)*, "v23", "v14" "v15"))
-    };
-}
-
-/// 8 rows of a panel with 8 tokens, 16 columns an iteration: 8.0 cycles, the bound of two `sdot` a cycle.
-#[target_feature(enable = "neon,dotprod")]
-#[inline(never)]
-fn matmat_8_neon_dotprod(w: &[Unit], x: &[Unit]) -> Sums {
-    assert!(w.len() == x.len() && !w.is_empty());
-    let mut acc = [vdupq_n_s32(0); 16];
-    // SAFETY: the assertion: as many units of 128 bytes lie at either place, and there is one. The registers are all named.
-    unsafe {
-        asm!("2:", "ld1 {{v16.16b, v17.16b, v18.16b, v19.16b}}, [{x}], #64",
-            "ld1 {{v20.16b, v21.16b, v22.16b, v23.16b}}, [{x}], #64",
-            "ld1 {{v24.16b, v25.16b, v26.16b, v27.16b}}, [{w}], #64",
-            "ld1 {{v28.16b, v29.16b, v30.16b, v31.16b}}, [{w}], #64",
-            sdot_low!("0", "v24" "v28"), sdot_high!("0", "v24" "v28"), sdot_low!("1", "v25" "v29"),
-            sdot_high!("1", "v25" "v29"), sdot_low!("2", "v26" "v30"), sdot_high!("2", "v26" "v30"),
-            sdot_low!("3", "v27" "v31"), sdot_high!("3", "v27" "v31"), "subs {n}, {n}, #1", "b.ne 2b",
-            w = inout(reg) w.as_ptr() => _, x = inout(reg) x.as_ptr() => _, n = inout(reg) w.len() => _,
-            inout("v0") acc[0], inout("v1") acc[1], inout("v2") acc[2], inout("v3") acc[3], inout("v4") acc[4],
-            inout("v5") acc[5], inout("v6") acc[6], inout("v7") acc[7], inout("v8") acc[8], inout("v9") acc[9],
-            inout("v10") acc[10], inout("v11") acc[11], inout("v12") acc[12], inout("v13") acc[13],
-            inout("v14") acc[14], inout("v15") acc[15],
-            out("v16") _, out("v17") _, out("v18") _, out("v19") _, out("v20") _, out("v21") _, out("v22") _, out("v23") _,
-            out("v24") _, out("v25") _, out("v26") _, out("v27") _, out("v28") _, out("v29") _, out("v30") _,
-            out("v31") _, options(readonly, nostack));
-    }
-    acc
-}
-
-/// 8 rows of a panel with the first 4 tokens of a unit: 8.5 cycles.
-#[target_feature(enable = "neon,dotprod")]
-#[inline(never)]
-fn matmat_4_neon_dotprod(w: &[Unit], x: &[Unit]) -> Sums {
-    assert!(w.len() == x.len() && !w.is_empty());
-    let mut acc = [vdupq_n_s32(0); 16];
-    // SAFETY: as above.
-    unsafe {
-        asm!("2:", "ld1 {{v16.16b, v17.16b, v18.16b, v19.16b}}, [{x}], {unit}",
-            "ld1 {{v24.16b, v25.16b, v26.16b, v27.16b}}, [{w}], #64",
-            "ld1 {{v28.16b, v29.16b, v30.16b, v31.16b}}, [{w}], #64",
-            sdot_low!("0", "v24" "v28"), sdot_low!("1", "v25" "v29"), sdot_low!("2", "v26" "v30"),
-            sdot_low!("3", "v27" "v31"), "subs {n}, {n}, #1", "b.ne 2b",
-            w = inout(reg) w.as_ptr() => _, x = inout(reg) x.as_ptr() => _, n = inout(reg) w.len() => _,
-            unit = in(reg) size_of::<Unit>(),
-            inout("v0") acc[0], inout("v1") acc[1], inout("v2") acc[2], inout("v3") acc[3], inout("v4") acc[4],
-            inout("v5") acc[5], inout("v6") acc[6], inout("v7") acc[7],
-            out("v16") _, out("v17") _, out("v18") _, out("v19") _, out("v24") _, out("v25") _, out("v26") _, out("v27") _,
-            out("v28") _, out("v29") _, out("v30") _, out("v31") _, options(readonly, nostack));
-    }
-    acc
 }

@@ -12,7 +12,8 @@
 //! | `add_i2g_neon`, `add_i3g_neon` (one bit plane of a group) | 512, 341 | all |
 //! | `matvec_{t2,t2r}_neon`, `matvec_i4_neon`, `matvec_i8_neon`, `sum_t2r_neon` | 256, 128, 256, 64 | `neon` |
 //! | `matvec_{t2,t2r,i4}_neon_dotprod`, `matvec_i8_neon_dotprod`, `sum_t2r_neon_dotprod` | 1,024, 512, 256 | `neon-dotprod`, `neon-i8mm` |
-//! | `matmat_8_neon_dotprod`, `matmat_4_neon_dotprod` (any format) | 1,024, 512 | `neon-dotprod` |
+//! | `matmat_{t2,i4,i8}_8_neon_dotprod` | 8,192, 4,096, 4,096 | `neon-dotprod` |
+//! | `matmat_{t2,i4,i8}_4_neon_dotprod` | 4,096, 2,048, 2,048 | `neon-dotprod` |
 //! | `matmat_8_neon_i8mm`, `matmat_4_neon_i8mm` (any format) | 1,024, 512 | `neon-i8mm` |
 //!
 //! Cycles in the comments are those of a static model, `llvm-mca-22`, for 256 products; where no CPU is named it is the Neoverse N1,
@@ -30,6 +31,8 @@ mod dotprod;
 pub mod float;
 #[cfg(target_arch = "aarch64")]
 mod i8mm;
+#[cfg(target_arch = "aarch64")]
+mod indexed;
 #[cfg(target_arch = "aarch64")]
 mod lanes;
 #[cfg(target_arch = "aarch64")]

@@ -53,7 +53,7 @@ impl Kernels for Neon {
         x.assert_fit(&w);
         y.fill(0.0);
         // SAFETY: as above.
-        unsafe { panel::grouped_one_by_one(self, w, x.tokens(), y) }
+        unsafe { panel::grouped_without(self, w, x.tokens(), y) }
     }
     fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
         // SAFETY: as above.

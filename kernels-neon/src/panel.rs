@@ -85,7 +85,7 @@ pub(crate) fn matmat_grouped<T: Tile>(k: &T, w: Matrix<'_>, x: Batch<'_>, y: &mu
     x.assert_fit(&w);
     y.fill(0.0);
     if x.tokens().len() < T::FEW {
-        return grouped_one_by_one(k, w, x.tokens(), y);
+        return grouped_without(k, w, x.tokens(), y);
     }
     let mut panel = Panel::ZERO;
     let rows = w.rows();
@@ -117,21 +117,25 @@ fn one_by_one<T: Tile>(k: &T, w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut
     }
 }
 
-/// Group by group, likewise.
+/// [`Kernels::matmat_grouped`] without a panel: formats in lanes token by token, those in planes by `k`, group by group. `y` is zeros.
 #[target_feature(enable = "neon")]
-pub(crate) fn grouped_one_by_one(k: &dyn Kernels, w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [f32]) {
+pub(crate) fn grouped_without(k: &dyn Kernels, w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [f32]) {
     let rows = w.rows();
     if w.format().base().geometry() == Geometry::Lanes {
         tokens.iter().zip(y.chunks_exact_mut(rows.max(1))).for_each(|(x, y)| lanes::matvec_grouped(w, *x, y));
         return;
     }
-    let mut sums = [0; ROWS];
+    let mut sums = [0; TOKENS * ROWS];
     for (tile, first) in (0..rows).step_by(ROWS).enumerate() {
         let here = first..rows.min(first + ROWS);
         for (g, (panel, scales)) in w.panels(tile).enumerate() {
-            for (x, y) in tokens.iter().zip(y.chunks_exact_mut(rows)) {
-                k.matvec(panel, x.group(g), &mut sums);
-                float::add_scaled(&mut y[here.clone()], &sums, scales);
+            for (tokens, y) in tokens.chunks(TOKENS).zip(y.chunks_mut(TOKENS * rows)) {
+                let x: [_; TOKENS] = core::array::from_fn(|t| tokens[t.min(tokens.len() - 1)].group(g));
+                let sums = &mut sums[..tokens.len() * ROWS];
+                k.matmat(panel, Batch::new(&x[..tokens.len()]), sums);
+                for (sums, y) in sums.chunks_exact(ROWS).zip(y.chunks_exact_mut(rows)) {
+                    float::add_scaled(&mut y[here.clone()], sums, scales);
+                }
             }
         }
     }
