@@ -1,11 +1,11 @@
 //! NEON with matrix products of bytes (Armv8.6: Graviton3 and later): batches by `smmla`, 2 tokens by 2 rows and 8 columns an
-//! instruction: 2.0 cycles for 256 products on the V1, 2.5 on the V2, for every format. Single tokens are left to
+//! instruction, in [`crate::batch`], those of grouped formats by the panels of [`crate::panel`]. Single tokens are left to
 //! [`crate::dotprod`]: an `smmla` of one token does half its work for nothing.
 //!
 //! The order of the operands is tokens, rows: a sum of two rows by two tokens then holds the rows of a token side by side.
 use crate::dotprod::{self, Dotprod};
-use crate::float;
 use crate::panel::{self, Sums, Tile, Unit};
+use crate::{batch, float};
 use bitnet_kernel::float::Cache;
 use bitnet_kernel::{Activations, Batch, Block, BlockActivations, BlockMatrix, Format, Kernels, Matrix};
 use core::arch::aarch64::*;
@@ -40,11 +40,16 @@ impl Kernels for I8mm {
         self.0.matvec(w, x, y);
     }
     fn matmat(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [i32]) {
-        // SAFETY: every build for this architecture has NEON.
-        unsafe { panel::matmat(self, w, x, y) }
+        assert_eq!(y.len(), w.rows() * x.tokens().len());
+        x.assert_fit(&w);
+        if x.tokens().len() < batch::tokens_min(w.format()) {
+            return self.0.matmat(w, x, y);
+        }
+        // SAFETY: `self` exists, so the CPU has matrix products.
+        unsafe { batch::products(w, x.tokens(), y) }
     }
     fn matmat_grouped(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
-        // SAFETY: as above.
+        // SAFETY: every build for this architecture has NEON.
         unsafe { panel::matmat_grouped(self, w, x, y) }
     }
     fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
@@ -63,7 +68,7 @@ impl Kernels for I8mm {
 
 /// Half a unit holds 4 rows, or 4 tokens: two pairs of them, of each pair the first 8 columns of both and then the others.
 impl Tile for I8mm {
-    const FEW: usize = 3;
+    const FEW: usize = batch::tokens_min(Format::I4G);
     const PLACES: [[usize; 2]; 2] = [[0, 2], [1, 3]];
 
     fn rows(rows: [uint8x16_t; 4], out: &mut Block) {

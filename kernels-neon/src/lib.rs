@@ -14,7 +14,8 @@
 //! | `matvec_{t2,t2r,i4}_neon_dotprod`, `matvec_i8_neon_dotprod`, `sum_t2r_neon_dotprod` | 1,024, 512, 256 | `neon-dotprod`, `neon-i8mm` |
 //! | `matmat_{t2,i4,i8}_8_neon_dotprod` | 8,192, 4,096, 4,096 | `neon-dotprod` |
 //! | `matmat_{t2,i4,i8}_4_neon_dotprod` | 4,096, 2,048, 2,048 | `neon-dotprod` |
-//! | `matmat_8_neon_i8mm`, `matmat_4_neon_i8mm` (any format) | 1,024, 512 | `neon-i8mm` |
+//! | `matmat_{t2,i4,i8,bytes}_8_i8mm`, the same of fewer pairs of tokens: `_4_`, `_2_`, `_1_` | 4,096, 2,048, 1,024, 1,024 | `neon-i8mm`, SVE |
+//! | `matmat_8_neon_i8mm`, `matmat_4_neon_i8mm` (any grouped format) | 1,024, 512 | `neon-i8mm` |
 //!
 //! Cycles in the comments are those of a static model, `llvm-mca-22`, for 256 products; where no CPU is named it is the Neoverse N1,
 //! which stands for the Cortex-A76 of a Raspberry Pi 5. No hardware was at hand. Loops in assembly are what they are; those of
@@ -25,6 +26,8 @@ extern crate std;
 
 #[cfg(target_arch = "aarch64")]
 mod apart;
+#[cfg(target_arch = "aarch64")]
+mod batch;
 #[cfg(target_arch = "aarch64")]
 mod dotprod;
 #[cfg(target_arch = "aarch64")]
@@ -41,7 +44,11 @@ mod neon;
 mod panel;
 #[cfg(all(target_arch = "aarch64", not(feature = "std"), feature = "id-registers"))]
 mod registers;
+#[cfg(target_arch = "aarch64")]
+mod unpack;
 
+#[cfg(target_arch = "aarch64")]
+pub use batch::tokens_min as i8mm_tokens_min;
 use bitnet_kernel::Kernels;
 
 /// The NEON kernels with dot products, if this CPU runs them.

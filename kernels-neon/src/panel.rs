@@ -1,8 +1,8 @@
-//! Products with a batch of tokens: weights are unpacked once for all of them.
+//! Grouped formats with a batch of tokens: weights are unpacked once for all of them.
 //!
-//! 64 rows of some hundred columns are unpacked to bytes, a *panel*, and multiplied by the tokens, 8 rows by 8 tokens at a time
+//! A group of 64 rows is unpacked to bytes, a *panel*, and multiplied by the tokens, 8 rows by 8 tokens at a time
 //! in a loop that only loads and multiplies and is the same for every format. A panel and the activations of 8 tokens lie on the
-//! stack, 36 KiB, and in the first-level cache. How bytes lie in them is the affair of the instructions that multiply: [`Tile`].
+//! stack, 10 KiB, and in the first-level cache. How bytes lie in them is the affair of the instructions that multiply: [`Tile`].
 //!
 //! Unpacking costs 20 to 40 operations for 256 weights, as much as two to four tokens: fewer than [`Tile::FEW`] tokens are
 //! multiplied one by one.
@@ -21,12 +21,12 @@ pub(crate) type Sums = [int32x4_t; 16];
 const ROWS: usize = 64;
 /// Tokens that are multiplied at a time.
 const TOKENS: usize = 8;
-/// Units of 8 rows of a panel.
-const UNITS: usize = 32;
+/// Units of 8 rows of a panel: a group, and what the last step of TL has beyond it.
+const UNITS: usize = Format::GROUP_COLS / 16 + 1;
 
 /// How an instruction set multiplies a panel.
 pub(crate) trait Tile: Kernels {
-    /// Batches of fewer tokens are multiplied one by one.
+    /// Batches of fewer tokens are multiplied without a panel.
     const FEW: usize;
     /// The sixteenths of a block in which [`Tile::columns`] puts its vectors: for the first 8 columns of a unit, and for the others.
     const PLACES: [[usize; 2]; 2];
@@ -50,34 +50,6 @@ impl Panel {
     const ZERO: Self = Self { weights: [[[Block::ZERO; 2]; UNITS]; ROWS / 8], x: [[Block::ZERO; 2]; UNITS] };
 }
 
-/// [`Kernels::matmat`].
-#[target_feature(enable = "neon")]
-pub(crate) fn matmat<T: Tile>(k: &T, w: Matrix<'_>, x: Batch<'_>, y: &mut [i32]) {
-    assert_eq!(y.len(), w.rows() * x.tokens().len());
-    x.assert_fit(&w);
-    assert!(Format::INTEGER.contains(&w.format()), "{} is not multiplied by this method", w.format().name());
-    y.fill(0);
-    if x.tokens().len() < T::FEW {
-        return one_by_one(k, w, x.tokens(), y);
-    }
-    let mut panel = Panel::ZERO;
-    let steps = steps_max(w.format());
-    let (rows, step_cols) = (w.rows(), w.format().step_cols());
-    for first in (0..rows).step_by(ROWS) {
-        let w = w.slice(first..rows.min(first + ROWS));
-        for step in (0..w.steps()).step_by(steps) {
-            let steps = step..w.steps().min(step + steps);
-            unpack::<T>(w, steps.clone(), &mut panel);
-            let cols = steps.start * step_cols..steps.end * step_cols;
-            let add = |sums: [i32; 8], t: usize, r: usize| {
-                let y = &mut y[t * rows + first..][..w.rows()][r..];
-                y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
-            };
-            multiply(k, w, &mut panel, x.tokens(), cols, add);
-        }
-    }
-}
-
 /// [`Kernels::matmat_grouped`].
 #[target_feature(enable = "neon")]
 pub(crate) fn matmat_grouped<T: Tile>(k: &T, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
@@ -93,26 +65,21 @@ pub(crate) fn matmat_grouped<T: Tile>(k: &T, w: Matrix<'_>, x: Batch<'_>, y: &mu
         let here = first..rows.min(first + ROWS);
         for (g, (planes, scales)) in w.panels(tile).enumerate() {
             match w.format() {
+                Format::B1G => unpack_b1::<T, 1>(planes.blocks(), &mut panel),
                 Format::I2G => unpack_b1::<T, 2>(planes.blocks(), &mut panel),
                 Format::I3G => unpack_b1::<T, 3>(planes.blocks(), &mut panel),
-                _ => unpack::<T>(planes, 0..planes.steps(), &mut panel),
+                Format::TLG => unpack_tl::<T>(planes.blocks().as_chunks().0, &mut panel),
+                _ => {
+                    for (i, tile) in planes.tiles().enumerate() {
+                        unpack_i4::<T>(tile.as_chunks().0, &mut panel.weights[i / 2], i % 2);
+                    }
+                }
             }
             let cols = g * Format::GROUP_COLS..(g + 1) * Format::GROUP_COLS;
             let add = |sums: [i32; 8], t: usize, r: usize| {
                 float::add_scaled(&mut y[t * rows..][here.clone()][r..], &sums, &scales[r..]);
             };
             multiply(k, w.slice(here.clone()), &mut panel, x.tokens(), cols, add);
-        }
-    }
-}
-
-/// 64 rows at a time, so that their weights are in the first-level cache for all tokens but the first.
-fn one_by_one<T: Tile>(k: &T, w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
-    let rows = w.rows();
-    for first in (0..rows).step_by(ROWS) {
-        let here = first..rows.min(first + ROWS);
-        for (x, y) in tokens.iter().zip(y.chunks_exact_mut(rows)) {
-            k.matvec(w.slice(here.clone()), *x, &mut y[here.clone()]);
         }
     }
 }
@@ -173,7 +140,6 @@ fn multiply<T: Tile>(
 const fn scale_and_bias(format: Format) -> (i32, i32) {
     match format.base() {
         Format::B1 => (-(format.distance() as i32), -(format.range().0 as i32)),
-        Format::T2 => (1, 1),
         Format::I4 => (1, 8),
         _ => (1, 0),
     }
@@ -215,50 +181,17 @@ fn sixteen(values: &[i8]) -> int8x16_t {
     unsafe { vld1q_s8(whole.as_ptr()) }
 }
 
-/// Steps of a format that fit a panel and end where a unit does.
-const fn steps_max(format: Format) -> usize {
-    match format {
-        Format::TL => UNITS * 16 / 48 * 2,
-        _ => UNITS * 16 / format.step_cols(),
-    }
-}
-
-/// Unpacks the steps `steps` of up to 64 rows.
+/// 4 rows of I4, into half `half` of the units.
 #[target_feature(enable = "neon")]
-fn unpack<T: Tile>(w: Matrix<'_>, steps: core::ops::Range<usize>, panel: &mut Panel) {
-    let blocks = w.format().step_blocks();
-    for (i, tile) in w.tiles().enumerate() {
-        let tile = &tile[blocks * steps.start..blocks * steps.end];
-        match w.format() {
-            Format::B1 => unpack_b1::<T, 1>(tile, panel),
-            Format::TL => unpack_tl::<T>(tile.as_chunks().0, panel),
-            Format::T2 => unpack_planes::<T, 256, 2>(tile.as_chunks().0, &mut panel.weights[i / 2], i % 2),
-            Format::I4 => unpack_planes::<T, 128, 4>(tile.as_chunks().0, &mut panel.weights[i / 2], i % 2),
-            _ => unpack_planes::<T, 64, 8>(tile.as_chunks().0, &mut panel.weights[i / 2], i % 2),
-        }
-    }
-}
-
-/// 4 rows of a format with `COLS` columns a step in planes of `BITS` bits, into half `half` of the units.
-#[target_feature(enable = "neon")]
-fn unpack_planes<T: Tile, const COLS: usize, const BITS: i32>(
-    steps: &[[Block; 4]],
-    units: &mut [Unit; UNITS],
-    half: usize,
-) {
-    let mask = vdupq_n_u8(u8::MAX >> (8 - BITS));
-    for (step, units) in steps.iter().zip(units.chunks_exact_mut(COLS / 16)) {
+fn unpack_i4<T: Tile>(steps: &[[Block; 4]], units: &mut [Unit; UNITS], half: usize) {
+    for (step, units) in steps.iter().zip(units.chunks_exact_mut(8)) {
         for quarter in 0..4 {
-            let mut v: [uint8x16_t; 4] = core::array::from_fn(|r| {
+            let v: [uint8x16_t; 4] = core::array::from_fn(|r| {
                 // SAFETY: four times 16 bytes are a block.
                 unsafe { vld1q_u8(step[r].0.as_ptr().add(16 * quarter)) }
             });
-            for plane in 0..COLS / 64 {
-                T::rows(v.map(|v| vandq_u8(v, mask)), &mut units[4 * plane + quarter][half]);
-                if BITS < 8 {
-                    v = v.map(|v| vshrq_n_u8::<BITS>(v));
-                }
-            }
+            T::rows(v.map(|v| vandq_u8(v, vdupq_n_u8(15))), &mut units[quarter][half]);
+            T::rows(v.map(|v| vshrq_n_u8::<4>(v)), &mut units[4 + quarter][half]);
         }
     }
 }

@@ -1,17 +1,16 @@
 //! The two backends: which loop serves what.
-use crate::{batch, grouped, lanes, planes, sparse};
+use crate::{grouped, lanes, planes, sparse};
 use bitnet_kernel::float::Cache;
-use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix};
+use bitnet_kernel::{Activations, Batch, Block, Format, Kernels, Matrix, kernels};
 
 /// Invariant: a value exists only where the CPU has SVE and what its fields say. [`sve`] and [`sve2`] make the only ones.
 #[derive(Debug)]
 struct Sve {
     sve2: bool,
-    i8mm: bool,
 }
 
-static SVE: [Sve; 2] = [Sve { sve2: false, i8mm: false }, Sve { sve2: false, i8mm: true }];
-static SVE2: [Sve; 2] = [Sve { sve2: true, i8mm: false }, Sve { sve2: true, i8mm: true }];
+static SVE: Sve = Sve { sve2: false };
+static SVE2: Sve = Sve { sve2: true };
 
 /// Whether the CPU has a feature, asked at run time where that can be.
 macro_rules! has {
@@ -28,12 +27,12 @@ macro_rules! has {
 
 /// See [`crate::sve`].
 pub(crate) fn sve() -> Option<&'static dyn Kernels> {
-    has!("sve", sve).then(|| &SVE[usize::from(has!("i8mm", i8mm))] as &dyn Kernels)
+    has!("sve", sve).then_some(&SVE as &dyn Kernels)
 }
 
 /// See [`crate::sve2`].
 pub(crate) fn sve2() -> Option<&'static dyn Kernels> {
-    has!("sve2", sve2).then(|| &SVE2[usize::from(has!("i8mm", i8mm))] as &dyn Kernels)
+    has!("sve2", sve2).then_some(&SVE2 as &dyn Kernels)
 }
 
 impl Kernels for Sve {
@@ -56,11 +55,9 @@ impl Kernels for Sve {
     fn matmat(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [i32]) {
         assert_eq!(y.len(), w.rows() * x.tokens().len());
         x.assert_fit(&w);
-        if self.i8mm && x.tokens().len() >= batch::tokens_min(w.format()) {
-            // SAFETY: `self` says that the CPU has these features.
-            unsafe { batch::products(w, x.tokens(), y) }
-        } else {
-            self.products(w, x.tokens(), y);
+        match neon_of_batches(w.format(), x) {
+            Some(neon) => neon.matmat(w, x, y),
+            None => self.products(w, x.tokens(), y),
         }
     }
     fn matvec_grouped(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [f32]) {
@@ -72,6 +69,14 @@ impl Kernels for Sve {
             // SAFETY: as above.
             (Format::B1G | Format::TLG, true) => unsafe { grouped::products_sve2(w, x, y) },
             _ => self.matmat_grouped(w, Batch::new(&[x]), y),
+        }
+    }
+    fn matmat_grouped(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
+        match neon_of_batches(w.format(), x) {
+            // Tables of one bit are the fastest way for several tokens too.
+            _ if w.format() == Format::B1G => self.one_by_one_grouped(w, x, y),
+            Some(neon) => neon.matmat_grouped(w, x, y),
+            None => kernels::matmat_grouped(self, w, x, y),
         }
     }
     fn dot_rows(&self, w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
@@ -118,7 +123,24 @@ fn neon_of_short_vectors(format: Format) -> Option<&'static dyn Kernels> {
     if bytes <= longest { bitnet_kernels_neon::dotprod() } else { None }
 }
 
+/// NEON's `smmla` for so many tokens that it reads no tables, of which these activations have others.
+fn neon_of_batches(format: Format, x: Batch<'_>) -> Option<&'static dyn Kernels> {
+    bitnet_kernels_neon::i8mm().filter(|_| x.tokens().len() >= bitnet_kernels_neon::i8mm_tokens_min(format))
+}
+
 impl Sve {
+    /// Every token by itself, 64 rows at a time, so that their weights are in the first-level cache for all tokens but the first.
+    fn one_by_one_grouped(&self, w: Matrix<'_>, x: Batch<'_>, y: &mut [f32]) {
+        let rows = w.rows();
+        assert_eq!(y.len(), rows * x.tokens().len());
+        x.assert_fit(&w);
+        for first in (0..rows).step_by(64) {
+            let here = first..rows.min(first + 64);
+            for (x, y) in x.tokens().iter().zip(y.chunks_exact_mut(rows)) {
+                self.matvec_grouped(w.slice(here.clone()), *x, &mut y[here.clone()]);
+            }
+        }
+    }
     /// `w` times every token, one by one. The entrance checks were made.
     fn products(&self, w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
         // SAFETY: `self` says that the CPU has these features.

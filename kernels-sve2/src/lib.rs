@@ -18,8 +18,6 @@ mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod backend;
 #[cfg(target_arch = "aarch64")]
-mod batch;
-#[cfg(target_arch = "aarch64")]
 mod grouped;
 #[cfg(target_arch = "aarch64")]
 mod planes;
@@ -27,8 +25,6 @@ mod planes;
 mod registers;
 #[cfg(target_arch = "aarch64")]
 mod sparse;
-#[cfg(target_arch = "aarch64")]
-mod unpack;
 
 use bitnet_kernel::Kernels;
 

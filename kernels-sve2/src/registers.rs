@@ -23,11 +23,3 @@ pub(crate) fn sve2() -> bool {
     unsafe { asm!("mrs {}, s3_0_c0_c4_4", out(reg) zfr0, options(nomem, nostack, preserves_flags)) };
     zfr0 & 15 != 0
 }
-
-/// ID_AA64ISAR1_EL1, I8MM: matrix products of bytes.
-pub(crate) fn i8mm() -> bool {
-    let isar1: u64;
-    // SAFETY: as above.
-    unsafe { asm!("mrs {}, id_aa64isar1_el1", out(reg) isar1, options(nomem, nostack, preserves_flags)) };
-    isar1 >> 52 & 15 != 0
-}

@@ -52,7 +52,8 @@ fn the_widest_rows_are_exact() {
     }
 }
 
-/// Three panels of rows, several of columns, and tokens for two panels of activations and a part of a third.
+/// Three panels of rows, several of columns, and tokens for two panels of activations and a part of a third; NEON's loops, which
+/// these backends use, by themselves as well.
 #[test]
 fn every_panel_of_a_batch_is_right() {
     let (rows, cols, tokens) = (150, 700, 35);
@@ -72,7 +73,8 @@ fn every_panel_of_a_batch_is_right() {
         let mut tables = vec![Block::ZERO; tokens * f.table_blocks(cols)];
         let mut want = vec![0; rows * tokens];
         Portable.matmat(w, Batch::new(&prepare(&Portable, f, cols, &values, &mut tables)), &mut want);
-        for k in backends() {
+        let neon = [bitnet_kernels_neon::dotprod(), bitnet_kernels_neon::i8mm()];
+        for k in backends().chain(neon.into_iter().flatten()) {
             let x = prepare(k, f, cols, &values, &mut tables);
             let mut got = vec![-1; rows * tokens];
             k.matmat(w, Batch::new(&x), &mut got);

@@ -2,8 +2,8 @@
 //!
 //! The sums of 16 tokens and 4 rows, or of up to 8 tokens and 8 rows, stay in registers over some thousand columns, whose
 //! activations were brought into the order in which the loop takes them. T2, I4 and I8 are unpacked in registers; B1 and TL, whose
-//! rows lie in lanes, are unpacked to bytes by [`crate::unpack`] first, 16 rows at a time. All of it is NEON: `smmla` of longer
-//! vectors is no faster on the Neoverse V1, which has half as many of them a cycle.
+//! rows lie in lanes, are unpacked to bytes by [`crate::unpack`] first, 16 rows at a time. `smmla` of longer vectors, in SVE, is
+//! no faster on the Neoverse V1, which has half as many of them a cycle.
 //!
 //! By `llvm-mca-22` the loops take 2.5 cycles for 256 products of T2 and 16 tokens, on the Neoverse V1 and V2, and 2.9 of 8 tokens;
 //! with gathering and the sums of each panel, 3.2 and 3.3.
@@ -31,9 +31,11 @@ type Sums = [int32x4_t; 16];
 /// A loop: two places of weights, 4 rows each, activations, and how often it goes round.
 type Dots = unsafe fn(w: [*const u8; 2], x: &[[u8; 16]], n: usize) -> Sums;
 
-/// The fewest tokens for which this pays: a format in lanes has to be unpacked first.
-pub(crate) const fn tokens_min(format: Format) -> usize {
+/// The fewest tokens that `neon-i8mm` multiplies together, for which no tables are read. From so many on it pays: a format in lanes
+/// has to be unpacked first.
+pub const fn tokens_min(format: Format) -> usize {
     match format.geometry() {
+        _ if format.is_grouped() => 3,
         Geometry::Lanes => 4,
         _ => 2,
     }
