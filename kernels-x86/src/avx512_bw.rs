@@ -95,6 +95,10 @@ impl Kernels for Bw {
         // SAFETY: as above.
         unsafe { float::convolve(past, taps, x) }
     }
+    fn convolve_silu(&self, past: &mut [f32], taps: &[f32], x: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { float::convolve_silu(past, taps, x) }
+    }
     fn delta_rule(&self, state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, beta: f32, value: f32) -> f32 {
         // SAFETY: as above.
         unsafe { float::delta_rule(state, key, query, alpha, beta, value) }

@@ -182,6 +182,12 @@ pub(crate) fn convolve(past: &mut [f32], taps: &[f32], x: &mut [f32]) {
     float::convolve(past, taps, x);
 }
 
+/// See [`bitnet_kernel::Kernels::convolve_silu`].
+#[target_feature(enable = "avx2,f16c")]
+pub(crate) fn convolve_silu(past: &mut [f32], taps: &[f32], x: &mut [f32]) {
+    float::convolve_silu(past, taps, x);
+}
+
 /// See [`bitnet_kernel::Kernels::delta_rule`].
 #[target_feature(enable = "avx2,f16c")]
 pub(crate) fn delta_rule(state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, beta: f32, value: f32) -> f32 {

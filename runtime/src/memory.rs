@@ -90,10 +90,7 @@ impl Plan {
                 + blocks::<f32>(scratch.units(batch))
                 + blocks::<f32>(scratch.rotations(batch) * c.head_dim as usize)
                 + blocks::<f32>(scratch.seen)
-                + match c.memory {
-                    Some(memory) => blocks::<f32>(memory.value as usize),
-                    None => 0,
-                }
+                + blocks::<f32>(recalled_len(c))
                 + blocks::<f32>(coarse_len(c))
                 + blocks::<f32>(padded_rows(c.vocab as usize)),
             sampler: sampler_blocks(c.vocab),
@@ -119,8 +116,8 @@ pub const fn read_bytes(c: &Config, limits: &Limits, positions: u64) -> u64 {
     };
     let scale = if matches!(limits.kv, KvFormat::I8) { size_of::<f32>() } else { 0 };
     let row = c.head_dim as usize * limits.kv.bytes() + scale;
-    let (matrices, past) = state_lens(c);
-    let layer = seen * 2 * (c.kv_heads as usize * row) as u64 + (size_of::<f32>() * (matrices + past)) as u64;
+    let (numbers, past) = state_lens(c);
+    let layer = seen * 2 * (c.kv_heads as usize * row) as u64 + (size_of::<f32>() * (numbers + past)) as u64;
     c.layers as u64 * layer
 }
 
@@ -168,13 +165,13 @@ impl Sizes {
         let starts = highest / crate::image::UNIT_ROWS;
         Self { quantized, tables, projected, starts, seen, span, rotates: !c.recurrence, memory: c.memory }
     }
-    /// Results in the order in which threads write them: those of linears of a batch, or the rows of a memory's state, each
+    /// Results in the order in which threads write them: those of linears of a batch, or the rows of a memory's matrices, each
     /// with a result a token.
     pub(crate) const fn units(&self, batch: usize) -> usize {
         let linears = batch * self.projected;
         match self.memory {
-            Some(memory) => max(linears, memory.values() as usize * (memory.key as usize + batch)),
-            None => linears,
+            Some(Memory::Matrices(m)) => max(linears, m.values() as usize * (m.key as usize + batch)),
+            Some(Memory::Vector(_)) | None => linears,
         }
     }
     /// Positions whose angles are kept.
@@ -203,17 +200,26 @@ pub(crate) const fn attention_width(c: &Config) -> usize {
 pub(crate) const fn memory_width(c: &Config) -> usize {
     match c.memory {
         Some(m) => {
-            let taken = padded_rows((m.channels() + m.values()) as usize) + padded_rows(2 * m.heads as usize);
+            let taken = padded_rows(m.inputs() as usize) + padded_rows(m.gates() as usize);
             max(taken, padded_rows(c.query_width() as usize))
         }
         None => 0,
     }
 }
 
-/// Floats of one layer that a memory keeps in its matrices, or a recurrence; and of the last inputs of a memory's convolution.
+/// Floats of one result of a matrix of a memory, if there are matrices.
+pub(crate) const fn recalled_len(c: &Config) -> usize {
+    match c.memory {
+        Some(Memory::Matrices(m)) => m.value as usize,
+        Some(Memory::Vector(_)) | None => 0,
+    }
+}
+
+/// Floats of one layer that a memory keeps in its matrices or its vector, or a recurrence; and of the last inputs of a memory's
+/// convolution.
 pub(crate) const fn state_lens(c: &Config) -> (usize, usize) {
     match c.memory {
-        Some(memory) => (memory.matrices_len(), memory.past_len()),
+        Some(memory) => (memory.state_len(), memory.past_len()),
         None if c.recurrence => (c.hidden as usize, 0),
         None => (0, 0),
     }
@@ -221,8 +227,8 @@ pub(crate) const fn state_lens(c: &Config) -> (usize, usize) {
 
 /// Blocks of one copy of that, of all layers.
 pub(crate) const fn state_blocks(c: &Config) -> usize {
-    let (matrices, past) = state_lens(c);
-    blocks::<f32>(c.layers as usize * (matrices + past))
+    let (numbers, past) = state_lens(c);
+    blocks::<f32>(c.layers as usize * (numbers + past))
 }
 
 /// Positions whose keys and values are kept. Those of a window lie in a ring after the sinks, which has a batch less one more than

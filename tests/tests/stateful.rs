@@ -4,7 +4,7 @@ use bitnet_kernel::{Block, Format};
 use bitnet_pack::{Options, Stateful};
 use bitnet_runtime::image::Kind;
 use bitnet_runtime::memory::KvFormat;
-use bitnet_runtime::model::{Memory, Window};
+use bitnet_runtime::model::{Matrices, Memory, Vector, Window};
 use bitnet_runtime::parallel::Serial;
 use bitnet_runtime::sampler::Sampling;
 use bitnet_runtime::source::Mapped;
@@ -14,9 +14,10 @@ use bitnet_tests::{golden, ids, json, max_difference, npy};
 
 /// Fingerprints of the logits of each model's tokens, with keys and values in f32, f16 and int8. Committed: they are the promise, on
 /// every CPU.
-const SETS: [(&str, [u64; 3]); 6] = [
+const SETS: [(&str, [u64; 3]); 7] = [
     ("bitrnn_m", [0xe9d288ebb0c3d57c, 0x94472e66b345edd7, 0xdb86a9412600b3f0]),
     ("bitrnn_m_a4", [0x20fd8fa8c75ac196, 0xf22306d49cadc018, 0x1003844a0548a969]),
+    ("bitrnn_v", [0x6b3be14df14c513e, 0xb6576f3acd661ce0, 0xfa2436baef6d5622]),
     ("a4_absmax", [0x7c13eb404646c9ab, 0xf9f3f01851bf3d7c, 0xb960a25e261dc548]),
     ("window", [0x8a03c06ea2f92c10, 0xcc68c542f3c65026, 0x3734ca9822453691]),
     ("tbha", [0xbc360fffdd0d65b7, 0x49dcac36c7a577c1, 0x286607d8b21ed362]),
@@ -66,21 +67,23 @@ fn every_way_of_running_gives_the_same_bits() {
 /// A state that went back and read again is the state that read once; where it cannot go back it says so.
 #[test]
 fn a_conversation_goes_back_as_far_as_it_can() {
-    let (packed, prompt) = (pack("bitrnn_m"), prompt("bitrnn_m"));
     let way = Way { batch: 4, ..Way::plain(backend::best()) };
-    let expected = way.logits(&packed, &prompt);
-    way.run(&packed, |model, state| {
-        model.prefill(state, &prompt[..21]).unwrap();
-        assert_eq!(state.position(), 21);
-        assert_eq!(state.rewind(21), 21);
-        // The last pass was that of token 20 alone: batches are 4, 4, 4, 4, 4, 1.
-        assert_eq!(state.rewind(20), 20);
-        assert_eq!(model.step(state, prompt[20]).unwrap(), expected[20]);
-        model.prefill(state, &prompt[21..25]).unwrap();
-        assert_eq!(state.rewind(21), 21, "where the last pass began");
-        assert_eq!(state.rewind(20), 0, "nothing older is kept");
-        assert_eq!(model.prefill(state, &prompt).unwrap(), expected[prompt.len() - 1]);
-    });
+    for set in ["bitrnn_m", "bitrnn_v"] {
+        let (packed, prompt) = (pack(set), prompt(set));
+        let expected = way.logits(&packed, &prompt);
+        way.run(&packed, |model, state| {
+            model.prefill(state, &prompt[..21]).unwrap();
+            assert_eq!(state.position(), 21);
+            assert_eq!(state.rewind(21), 21);
+            // The last pass was that of token 20 alone: batches are 4, 4, 4, 4, 4, 1.
+            assert_eq!(state.rewind(20), 20);
+            assert_eq!(model.step(state, prompt[20]).unwrap(), expected[20]);
+            model.prefill(state, &prompt[21..25]).unwrap();
+            assert_eq!(state.rewind(21), 21, "where the last pass began");
+            assert_eq!(state.rewind(20), 0, "nothing older is kept");
+            assert_eq!(model.prefill(state, &prompt).unwrap(), expected[prompt.len() - 1]);
+        });
+    }
     // Without a memory a window goes back by a batch, and anywhere before something has left it.
     let (packed, prompt) = (pack("window"), self::prompt("window"));
     let expected = way.logits(&packed, &prompt);
@@ -97,7 +100,7 @@ fn a_conversation_goes_back_as_far_as_it_can() {
 /// A pass that fails leaves a state as it was.
 #[test]
 fn a_failed_pass_leaves_the_state_as_it_was() {
-    for set in ["bitrnn_m", "matmul_free"] {
+    for set in ["bitrnn_m", "bitrnn_v", "matmul_free"] {
         let (packed, prompt) = (pack(set), prompt(set));
         let way = Way { batch: 4, ..Way::plain(backend::best()) };
         let expected = way.logits(&packed, &prompt);
@@ -143,10 +146,39 @@ fn a_recurrence_in_attentions_place_has_one_result() {
     });
 }
 
+/// A vector, as it is and before a pass: its numbers and three inputs of what it takes in and of what decides how much it keeps.
+#[test]
+fn a_vector_takes_seven_floats_a_number_twice() {
+    let packed = pack("bitrnn_v");
+    let config = packed.image().header().config;
+    assert_eq!(config.memory, Some(Memory::Vector(Vector { width: 44 })));
+    let limits = Limits { context: 16, batch: 4, kv: KvFormat::F16 };
+    let [with, without] =
+        [config, bitnet_runtime::model::Config { memory: None, ..config }].map(|c| Plan::new(&c, &limits).state);
+    assert_eq!(with - without, 2 * (2_usize * 7 * 44 * 4).div_ceil(Block::BYTES));
+}
+
+/// A share of one would never let anything in, and more would let the state grow.
+#[test]
+fn a_vector_that_keeps_everything_is_refused() {
+    let (place, source) = (tempfile::tempdir().unwrap(), golden("bitrnn_v"));
+    let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let ones = [1.0_f32; 44].map(f32::to_le_bytes).concat();
+    let views = tensors.tensors().into_iter().map(|(name, view)| {
+        let data = if name.ends_with("layers.1.self_attn.memory.bound") { &ones[..] } else { view.data() };
+        (name, safetensors::tensor::TensorView::new(view.dtype(), view.shape().to_vec(), data).unwrap())
+    });
+    std::fs::write(place.path().join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    std::fs::copy(source.join("config.json"), place.path().join("config.json")).unwrap();
+    let error = bitnet_pack::pack(place.path(), &place.path().join("image"), &Options::default(), &mut ()).unwrap_err();
+    assert!(error.to_string().contains("layers.1.self_attn.memory.bound: 1 is"), "{error}");
+}
+
 /// Memory does not depend on the length of a conversation, and a conversation has no end.
 #[test]
 fn a_conversation_of_any_length_has_one_size() {
-    for set in ["bitrnn_m", "matmul_free"] {
+    for set in ["bitrnn_m", "bitrnn_v", "matmul_free"] {
         has_one_size(&pack(set));
     }
 }
@@ -238,9 +270,14 @@ fn a_window_and_an_idle_memory_change_nothing_within_the_window() {
 /// linears are stored, and beyond it a conversation goes on.
 #[test]
 fn a_converted_model_computes_what_it_did_within_the_window() {
+    convert_to(Memory::Matrices(Matrices { heads: 3, key: 8, value: 16 }));
+    convert_to(Memory::Vector(Vector { width: 24 }));
+}
+
+fn convert_to(memory: Memory) {
     let place = tempfile::tempdir().unwrap();
     let window = Window { positions: 12, sinks: 2 };
-    let new = Stateful { window, memory: Memory { heads: 3, key: 8, value: 16 } };
+    let new = Stateful { window, memory };
     // Masters; packed by either rule; values that are ternary already, without a window and with that one.
     let plain = place.path().join("plain");
     std::fs::create_dir(&plain).unwrap();
@@ -299,7 +336,7 @@ fn binary_linears_take_one_bit_beside_ternary_ones() {
 /// A conversation that was saved goes on as if it had not been interrupted, in another state, with another batch, in a fork.
 #[test]
 fn a_snapshot_goes_on_where_it_was_taken() {
-    for set in ["bitrnn_m", "window", "matmul_free", "bitnet_online_bf16"] {
+    for set in ["bitrnn_m", "bitrnn_v", "window", "matmul_free", "bitnet_online_bf16"] {
         let packed = pack(set);
         let prompt = prompt(set);
         let image = packed.image();
@@ -333,7 +370,7 @@ fn a_snapshot_goes_on_where_it_was_taken() {
 /// What was read stays when a conversation skips ahead, and there is no skipping past an end.
 #[test]
 fn a_conversation_skips_ahead() {
-    for set in ["bitrnn_m", "matmul_free", "window", "tbha"] {
+    for set in ["bitrnn_m", "bitrnn_v", "matmul_free", "window", "tbha"] {
         Way::plain(backend::best()).run(&pack(set), |model, state| {
             model.prefill(state, &[1, 2, 3]).unwrap();
             let end = if model.config().is_bounded() { 511 } else { 1_000_000 };

@@ -4,7 +4,7 @@ use bitnet_kernel::{Block, Format};
 use bitnet_pack::{Options, Preset};
 use bitnet_runtime::error::SourceError;
 use bitnet_runtime::image::{self, Record};
-use bitnet_runtime::model::Memory;
+use bitnet_runtime::model::{Matrices, Memory};
 use bitnet_runtime::parallel::Serial;
 use bitnet_runtime::source::{BlockDevice, Extent, ImageFile, Mapped, Pieces, Ring, RingOptions, Watch, WeightSource};
 use bitnet_runtime::{Config, Error, Limits, Model, Plan, State, backend};
@@ -43,7 +43,7 @@ fn layouts() -> Vec<(&'static str, Packed)> {
     let half = Options { head: Format::F16, ..Options::default() };
     let mut all: Vec<_> =
         ["bitrnn_m", "bitrnn_m_a4", "window"].iter().map(|set| (*set, Packed::pack(&golden(set), &half))).collect();
-    let memory = Some(Memory { heads: 2, key: 32, value: 32 });
+    let memory = Some(Memory::Matrices(Matrices { heads: 2, key: 32, value: 32 }));
     all.push(("memory and norms of heads", random_weights(|config| Config { memory, qk_norms: true, ..config })));
     let dir = tempfile::tempdir().unwrap();
     Tiny::n()

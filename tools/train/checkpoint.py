@@ -49,8 +49,11 @@ def save(model: Model, directory: Path) -> None:
     )
     if c.window:
         config |= dict(sliding_window=c.window, sink_tokens=c.sinks)
-    if c.memory:
-        config["memory"] = dict(kind="bitrnn-m", heads=c.memory, key_dim=c.memory_width, value_dim=c.memory_width, write_delay=0)
+    match c.memory:
+        case {"heads": heads, "width": width}:
+            config["memory"] = dict(kind="bitrnn-m", heads=heads, key_dim=width, value_dim=width, write_delay=0)
+        case {"numbers": numbers}:
+            config["memory"] = dict(kind="bitrnn-v", width=numbers)
     if c.activations:
         config["activation_quantization"] = c.activations
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -71,11 +74,10 @@ def load(directory: Path) -> Model:
 def exported(directory: Path) -> Model:
     """The model as the packer sees it: what it computes is what the runtime must."""
     options = json.loads((directory / "train.json").read_text())
-    options |= dict(weights={name: "values" for name in LINEARS}, memory_kind="values")
-    model = Model(Config(**options))
-    for layer in model.layers:
-        if options["memory"]:
-            layer.self_attn.memory.gate_proj.kind = layer.self_attn.memory.o_proj.kind = "values"
+    model = Model(Config(**(options | dict(weights={name: "values" for name in LINEARS}))))
+    for name, linear in model.named_modules():
+        if isinstance(linear, BitLinear) and ".memory." in name:
+            linear.kind = "values"
     adopt(model, directory / "model.safetensors")
     return model
 
@@ -84,8 +86,15 @@ def converted(directory: Path) -> Model:
     """The model that `bitnet-pack convert --to-stateful` wrote, whose linears are floats."""
     config = json.loads((directory / "config.json").read_text())
     memory = config.get("memory")
-    if config["architectures"] != ["BitNetForCausalLM"] or memory is None or memory["key_dim"] != memory["value_dim"]:
-        raise SystemExit(f"{directory}: not a BitNetForCausalLM with square memories")
+    match memory:
+        case {"kind": "bitrnn-m", "heads": heads, "key_dim": width, "value_dim": height} if width == height:
+            memory = dict(heads=heads, width=width)
+        case {"kind": "bitrnn-v", "width": numbers}:
+            memory = dict(numbers=numbers)
+        case _:
+            memory = None
+    if config["architectures"] != ["BitNetForCausalLM"] or memory is None:
+        raise SystemExit(f"{directory}: not a BitNetForCausalLM with vectors or square matrices beside attention")
     if config["rms_norm_eps"] != EPS or not config.get("tie_word_embeddings"):
         raise SystemExit(f"{directory}: only models with rms_norm_eps = {EPS} and tied embeddings are trained here")
     are_values = config.get("quantization_config", {}).get("quantization_mode") == "values"
@@ -100,8 +109,7 @@ def converted(directory: Path) -> Model:
             theta=config["rope_theta"],
             window=config["sliding_window"],
             sinks=config["sink_tokens"],
-            memory=memory["heads"],
-            memory_width=memory["key_dim"],
+            memory=memory,
             activations=config.get("activation_quantization", {}),
             weights={name: "values" for name in LINEARS} if are_values else {},
         )

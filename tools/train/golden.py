@@ -15,9 +15,11 @@ from linear import BitLinear
 from model import Config, Model
 from variants import A4, A4_ABSMAX, TBHA
 
+MATRICES = dict(heads=2, width=16)
 SETS = {
-    "bitrnn_m": dict(memory=2, memory_width=16),
-    "bitrnn_m_a4": dict(memory=2, memory_width=16, activations=A4, weights={"v_proj": "binary"}, memory_kind="binary"),
+    "bitrnn_m": dict(memory=MATRICES),
+    "bitrnn_m_a4": dict(memory=MATRICES, activations=A4, weights={"v_proj": "binary"}, memory_weights="binary"),
+    "bitrnn_v": dict(memory=dict(numbers=44)),
     "window": dict(),
     "a4_absmax": dict(activations=A4_ABSMAX),
     "tbha": dict(window=0, weights=TBHA),
@@ -36,6 +38,8 @@ def main() -> None:
             for key, p in model.named_parameters():
                 if p.dim() == 2:
                     p.copy_(torch.randn(p.shape) * (0.3 if "taps" in key else 0.1))
+                elif key.endswith(".bound"):
+                    p.uniform_(0, 0.8)
                 elif key.endswith(("rho", "norm", "norm.weight", "layernorm.weight")):
                     p.copy_(1 + 0.2 * torch.randn(p.shape))
                 else:

@@ -1,8 +1,10 @@
-"""BitRNN-M: the past in a matrix of fixed size, by a gated delta rule (Gated DeltaNet, arXiv 2412.06464) with 1-bit projections.
+"""What remembers beside attention, in a state of fixed size, with 1-bit projections.
 
-Per head `S = alpha (I - beta k kᵀ) S + beta k vᵀ`, read by `o = Sᵀ q`; `|k| = |q| = 1`, `0 < alpha, beta < 1`. Projections read the
-int8 vector that attention's queries, keys and values read; gates, taps, norm and state are f32. :func:`by_token` is the
-definition, which the runtime computes; :func:`by_chunk` is equal but for rounding, and what is trained with.
+BitRNN-M, matrices by a gated delta rule (Gated DeltaNet, arXiv 2412.06464): per head `S = alpha (I - beta k kᵀ) S + beta k vᵀ`, read
+by `o = Sᵀ q`; `|k| = |q| = 1`, `0 < alpha, beta < 1`. BitRNN-V, a vector by a gated recurrence (HGRN, arXiv 2311.04823):
+`h = f h + (1 - f) c`, number by number; it holds far less. Projections read the int8 vector that attention's queries, keys and
+values read; gates, taps, norm and state are f32. What goes token by token is the definition, which the runtime computes;
+:func:`by_chunk` and :func:`by_scan` are equal but for rounding, and what is trained with.
 """
 import math
 
@@ -16,6 +18,8 @@ from quantize import int8
 
 HALF_LIVES = (64, 512, 4096, 32768)
 """Tokens after which a head has forgotten half, before training; heads take them in turn."""
+FORGET_BIAS = (1, 6)
+"""Of a vector's first and last number, before training; those between are in equal steps."""
 CHUNK = 64
 
 
@@ -59,18 +63,42 @@ def by_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor
     return torch.stack(out, 2).flatten(2, 3)[:, :, :time]
 
 
-class Memory(nn.Module):
+def number_by_token(f: Tensor, c: Tensor) -> Tensor:
+    """`h = f h + (1 - f) c` along the second to last dimension, from zero on."""
+    state, out = torch.zeros_like(c[..., 0, :]), []
+    for t in range(c.shape[-2]):
+        state = f[..., t, :] * state + (1 - f[..., t, :]) * c[..., t, :]
+        out.append(state)
+    return torch.stack(out, -2)
+
+
+def by_scan(f: Tensor, c: Tensor) -> Tensor:
+    """:func:`number_by_token`, in as many steps as the logarithm of the time."""
+    time, x, far = c.shape[-2], (1 - f) * c, 1
+    while far < time:
+        before = lambda y, start: F.pad(y, (0, 0, far, 0), value=start)[..., :time, :]
+        x, f = f * before(x, 0.0) + x, f * before(f, 1.0)
+        far *= 2
+    return x
+
+
+def mix(x: Tensor, taps: Tensor) -> Tensor:
+    """A convolution of each channel of `x`, [batch, time, channels], over its last four tokens; `taps` are [channels, 4]."""
+    return F.conv1d(F.pad(x.mT, (3, 0)), taps[:, None], groups=len(taps)).mT
+
+
+class Matrices(nn.Module):
     """A cell of `heads` states of [value, key] that adds `rho · o_proj(m)` to the results of attention.
 
     `in_proj` has the rows of all queries, keys, values and output gates, in this order; `gate_proj` those of alpha, then beta.
     `rho` is 0 where a trained model gets a cell, so that it computes what it did, and 1 in a model trained with it.
     """
 
-    def __init__(self, hidden: int, width: int, heads: int, key: int, value: int, kind: str, rho: float):
+    def __init__(self, hidden: int, width: int, heads: int, key: int, value: int, weights: str, rho: float):
         super().__init__()
         self.heads, self.key, self.value = heads, key, value
         keys, values = heads * key, heads * value
-        self.in_proj = BitLinear(hidden, 2 * keys + 2 * values, kind)
+        self.in_proj = BitLinear(hidden, 2 * keys + 2 * values, weights)
         self.gate_proj = BitLinear(hidden, 2 * heads, "ternary")
         self.o_proj = BitLinear(values, width, "ternary")
         # A key is what its predecessor was, its value what comes now: "key value" binds without help from attention.
@@ -88,8 +116,7 @@ class Memory(nn.Module):
         """What is added to attention's results, of which `x`, [batch, time, hidden], is the quantized input."""
         keys, values = self.heads * self.key, self.heads * self.value
         taken, gate = self.in_proj(x).split((2 * keys + values, values), -1)
-        past = F.pad(taken.mT, (3, 0))
-        taken = F.silu(F.conv1d(past, self.taps[:, None], groups=len(self.taps)).mT)
+        taken = F.silu(mix(taken, self.taps))
         heads = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q, k, v = map(heads, taken.split((keys, keys, values), -1))
         unit = lambda y: y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)
@@ -99,3 +126,35 @@ class Memory(nn.Module):
         o = by_chunk(unit(q), unit(k), v, g, beta).transpose(1, 2)
         m = F.rms_norm(o, (self.value,), self.norm, 1e-5) * F.silu(gate.unflatten(-1, (self.heads, -1)))
         return self.rho * self.o_proj(int8(m.flatten(-2)))
+
+
+class Vector(nn.Module):
+    """A cell of one state of `numbers` that adds `rho · o_proj(m)` to the results of attention.
+
+    `in_proj` has the rows of what is taken in, of what decides how much is kept, and of the output gates, in this order. `bound` is
+    the least that is kept.
+    """
+
+    def __init__(self, hidden: int, width: int, numbers: int, weights: str, rho: float):
+        super().__init__()
+        self.numbers = numbers
+        self.in_proj = BitLinear(hidden, 3 * numbers, weights)
+        self.o_proj = BitLinear(numbers, width, "ternary")
+        taps = torch.zeros(2 * numbers, 4)
+        taps[:, 3] = 1.0
+        self.taps = nn.Parameter(taps + 0.05 * torch.randn(taps.shape))
+        self.bound = nn.Parameter(torch.zeros(numbers))
+        self.forget_bias = nn.Parameter(torch.linspace(*FORGET_BIAS, numbers))
+        self.norm = nn.Parameter(torch.ones(numbers))
+        self.rho = nn.Parameter(torch.full((width,), rho))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to attention's results, of which `x`, [batch, time, hidden], is the quantized input."""
+        with torch.no_grad():
+            self.bound.clamp_(0, 0.999)
+        taken, gate = self.in_proj(x).split((2 * self.numbers, self.numbers), -1)
+        c, f = mix(taken, self.taps).chunk(2, -1)
+        f = self.bound + (1 - self.bound) * torch.sigmoid(f + self.forget_bias)
+        h = by_scan(f, F.silu(c))
+        m = F.rms_norm(h, (self.numbers,), self.norm, 1e-5) * F.silu(gate)
+        return self.rho * self.o_proj(int8(m))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear import BitLinear
-from memory import Memory
+from memory import Matrices, Vector
 from quantize import ACTIVATIONS, EPS
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -21,7 +21,7 @@ SITES = ("attention", "output", "ffn", "down")
 
 @dataclass
 class Config:
-    """A model. `window` is 0 for attention to everything; `memory` is 0, or the heads of a cell of `memory_width` squared each."""
+    """A model. `window` is 0 for attention to everything."""
 
     vocab: int = 512
     hidden: int = 256
@@ -32,9 +32,9 @@ class Config:
     theta: float = 10000.0
     window: int = 0
     sinks: int = 4
-    memory: int = 0
-    memory_width: int = 32
-    memory_kind: str = "ternary"
+    memory: dict[str, int] = field(default_factory=dict)
+    """Nothing; `heads`, and the `width` and height of each one's matrix; or the `numbers` of a vector."""
+    memory_weights: str = "ternary"
     rho: float = 1.0
     weights: dict[str, str] = field(default_factory=dict)
     """By the name of a linear, `layers.2.mlp.up_proj` or `up_proj` in all layers; others are ternary."""
@@ -105,8 +105,11 @@ class Attention(nn.Module):
         self.v_proj = make("v_proj", c.hidden, c.kv_heads * head_dim)
         self.o_proj = make("o_proj", c.hidden, c.hidden)
         self.attn_sub_norm = RMSNorm(c.hidden)
-        if c.memory:
-            self.memory = Memory(c.hidden, c.hidden, c.memory, c.memory_width, c.memory_width, c.memory_kind, c.rho)
+        match c.memory:
+            case {"heads": count, "width": width}:
+                self.memory = Matrices(c.hidden, c.hidden, count, width, width, c.memory_weights, c.rho)
+            case {"numbers": numbers}:
+                self.memory = Vector(c.hidden, c.hidden, numbers, c.memory_weights, c.rho)
 
     def forward(self, x: Tensor, frequencies: Tensor) -> Tensor:
         c = self.c

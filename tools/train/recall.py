@@ -66,7 +66,7 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     torch.manual_seed(1)
     shape = dict(vocab=KEYS + VALUES + FILLER, hidden=128, layers=2, heads=4, kv_heads=4, ffn=256)
-    model = Model(Config(**shape, window=STAGES[0][1], memory=a.memory))
+    model = Model(Config(**shape, window=STAGES[0][1], memory=dict(heads=a.memory, width=32) if a.memory else {}))
     opt, rng, began = optimizer(model, a.lr), torch.Generator().manual_seed(2), time.time()
     for length, window, batch, fewest, most, share in STAGES:
         model.c.window = window

@@ -39,6 +39,10 @@ class Tests(unittest.TestCase):
         finally:
             torch.set_default_dtype(torch.float32)
 
+    def test_a_scan_equals_tokens(self):
+        f, c = torch.rand(2, 150, 8, dtype=torch.float64), torch.randn(2, 150, 8, dtype=torch.float64)
+        torch.testing.assert_close(memory.by_scan(f, c), memory.number_by_token(f, c))
+
     def test_window_attention_equals_one_query_at_a_time(self):
         q, k, v = (torch.randn(2, 2, 50, 8) for _ in range(3))
         frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03])
@@ -49,10 +53,11 @@ class Tests(unittest.TestCase):
     def test_a_memory_that_adds_nothing_leaves_the_model_what_it_was(self):
         small = dict(hidden=64, layers=2, heads=4, kv_heads=2, ffn=96)
         plain, ids = Model(Config(**small)), torch.randint(0, 512, (1, 30))
-        stateful = Model(Config(**small, window=32, memory=2, memory_width=16, rho=0.0))
-        missing = stateful.load_state_dict(plain.state_dict(), strict=False)
-        self.assertTrue(all(".memory." in name for name in missing.missing_keys))
-        self.assertTrue(torch.equal(plain(ids), stateful(ids)))
+        for kind in (dict(heads=2, width=16), dict(numbers=40)):
+            stateful = Model(Config(**small, window=32, memory=kind, rho=0.0))
+            missing = stateful.load_state_dict(plain.state_dict(), strict=False)
+            self.assertTrue(all(".memory." in name for name in missing.missing_keys))
+            self.assertTrue(torch.equal(plain(ids), stateful(ids)))
 
     def test_weights_have_one_magnitude(self):
         for kind in ("ternary", "binary", "threshold"):

@@ -17,7 +17,8 @@ WINDOW = 64
 A4 = {"attention": "int4", "ffn": "int4", "output": "int8_largest_half"}
 A4_ABSMAX = {"attention": "int4_absmax", "ffn": "int4_absmax", "output": "int4_absmax", "down": "int4_absmax"}
 TBHA = {"q_proj": "threshold", "k_proj": "threshold", "v_proj": "binary"}
-STATEFUL = dict(window=WINDOW, memory=4, memory_width=32)
+STATEFUL = dict(window=WINDOW, memory=dict(heads=4, width=32))
+VECTOR = dict(window=WINDOW, memory=dict(numbers=256))
 
 VARIANTS: dict[str, dict] = {
     "dense": {},
@@ -26,6 +27,7 @@ VARIANTS: dict[str, dict] = {
     "window": dict(window=WINDOW),
     "stateful": dict(**STATEFUL, rho=0.0),
     "stateful-scratch": dict(**STATEFUL, rho=1.0),
+    "vector": dict(**VECTOR, rho=0.0),
     "sparse65": {},
     "adaptive": {},
     "a4": dict(activations=A4),

@@ -517,6 +517,10 @@ fn check_recurrence(k: &dyn Kernels, n: usize, memory: &mut Workspace) -> Result
         k.convolve(past_got, taps, got);
         compare(k, "convolve", None, n, want, got)?;
         compare(k, "convolve", None, n, past_want, past_got)?;
+        float::convolve_silu(past_want, taps, want);
+        k.convolve_silu(past_got, taps, got);
+        compare(k, "convolve_silu", None, n, want, got)?;
+        compare(k, "convolve_silu", None, n, past_want, past_got)?;
         let [want, got] = &mut state;
         let recalled = [
             float::delta_rule(&mut want[..n], &x[..n], &x[n..], 0.9, 0.4, 0.7),

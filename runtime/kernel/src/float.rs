@@ -14,7 +14,7 @@ mod vectors;
 pub use attend::{Cache, attend};
 pub use elementwise::{rmsnorm, silu, squared_relu};
 pub use exp::exp;
-pub use recurrence::{TAPS, convolve, delta_rule, recur};
+pub use recurrence::{TAPS, convolve, convolve_silu, delta_rule, recur};
 pub use vectors::{Arrays, Vectors};
 
 use crate::{Block, Format, Matrix};

@@ -161,6 +161,11 @@ pub trait Kernels: Sync + core::fmt::Debug {
         float::convolve(past, taps, x);
     }
 
+    /// That with an activation. See [`float::convolve_silu`].
+    fn convolve_silu(&self, past: &mut [f32], taps: &[f32], x: &mut [f32]) {
+        float::convolve_silu(past, taps, x);
+    }
+
     /// One row of a memory's state. See [`float::delta_rule`].
     fn delta_rule(&self, state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, beta: f32, value: f32) -> f32 {
         float::delta_rule(state, key, query, alpha, beta, value)

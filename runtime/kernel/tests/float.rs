@@ -439,12 +439,14 @@ fn a_convolution_remembers_three_inputs() {
         let inputs: Vec<Vec<f32>> = (0..6).map(|_| vector(n, &mut lcg)).collect();
         let mut past = vec![0.0; 3 * n];
         for t in 0..inputs.len() {
-            let mut x = inputs[t].clone();
-            float::convolve(&mut past, &taps, &mut x);
-            for (i, got) in x.iter().enumerate() {
+            let (mut x, mut linear) = (inputs[t].clone(), inputs[t].clone());
+            float::convolve(&mut past.clone(), &taps, &mut linear);
+            float::convolve_silu(&mut past, &taps, &mut x);
+            for (i, (got, linear)) in x.iter().zip(linear).enumerate() {
                 let y: f64 =
                     (0..4.min(t + 1)).map(|j| f64::from(taps[(3 - j) * n + i]) * f64::from(inputs[t - j][i])).sum();
                 let want = y / (1.0 + (-y).exp());
+                assert!((f64::from(linear) - y).abs() <= 1e-6, "{linear} is not {y}");
                 assert!((f64::from(*got) - want).abs() <= 1e-6, "{got} is not {want}");
             }
         }

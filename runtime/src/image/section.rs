@@ -75,19 +75,22 @@ pub enum Kind {
     QueryNorm = 48,
     /// `[head_dim]`, one for all key heads.
     KeyNorm = 49,
-    /// The rows of all queries, keys, values and output gates of [`Config::memory`].
+    /// The rows of all queries, keys and values of [`Config::memory`], or of what its vector takes in and of what decides how much
+    /// is kept; then of output gates.
     MemoryInput = 56,
-    /// Its rows of what decides how much is kept, one a head, then of what decides how much is written.
+    /// For matrices, rows of what decides how much is kept, one a head, then of what decides how much is written.
     MemoryGates = 57,
-    /// `[4][channels]`: the short convolution of queries, keys and values.
+    /// `[4][channels]`: the short convolution of all that but the gates.
     MemoryTaps = 58,
-    /// For each head: the logarithm of a rate, what is added to the first gate, what is added to the second; `[3][heads]`.
+    /// For each matrix: the logarithm of a rate, what is added to the first gate, what is added to the second; `[3][heads]`.
     MemoryDecay = 59,
-    /// `[value]`, one for all heads.
+    /// `[value]`, one for all matrices; of a vector `[width]`.
     MemoryNorm = 60,
     MemoryOutput = 61,
     /// `[query width]`: how much of it is added to each of attention's results.
     MemoryShare = 62,
+    /// For each number of a vector: the least that is kept of it, what is added to what decides how much is kept; `[2][width]`.
+    MemoryForget = 63,
     FinalNorm = 64,
     /// `[vocab, hidden]`; the high plane if [`Config::split_head`].
     Head = 65,
@@ -161,6 +164,7 @@ impl Kind {
             Self::MemoryNorm => "memory_norm",
             Self::MemoryOutput => "memory_output",
             Self::MemoryShare => "memory_share",
+            Self::MemoryForget => "memory_forget",
             Self::FinalNorm => "final_norm",
             Self::Head => "head",
             Self::HeadColumns => "head_columns",
@@ -413,8 +417,11 @@ fn layer_sections(c: &Config, layer: u32) -> impl Iterator<Item = Section> + use
     let ffn_index = |linear: Kind, rows, cols| (c.sparse && !c.live_ffn, linear.index(), rows, cols);
     let attends = |section: (bool, Kind, u32, u32)| (section.0 && !c.recurrence, section.1, section.2, section.3);
     let recurs = |section: (bool, Kind, u32, u32)| (section.0 && c.recurrence, section.1, section.2, section.3);
-    let m = c.memory.unwrap_or(Memory { heads: 0, key: 0, value: 0 });
+    let sizes = |m: Memory| [m.inputs(), m.gates(), m.channels(), m.norm(), m.results()];
+    let [inputs, gates, channels, recalled, results] = c.memory.map_or([0; 5], sizes);
     let memory = |kind, rows, cols| (c.memory.is_some(), kind, rows, cols);
+    let matrices = |kind, rows, cols| (matches!(c.memory, Some(Memory::Matrices(_))), kind, rows, cols);
+    let vector = |kind, rows, cols| (matches!(c.memory, Some(Memory::Vector(_))), kind, rows, cols);
     [
         norm(Kind::AttentionNorm, hidden),
         attends(input_norm(Kind::Query, hidden)),
@@ -434,14 +441,15 @@ fn layer_sections(c: &Config, layer: u32) -> impl Iterator<Item = Section> + use
         recurs(linear(Kind::RecurrenceGate, hidden, hidden)),
         recurs(norm(Kind::RecurrenceBound, hidden)),
         recurs(norm(Kind::RecurrenceNorm, hidden)),
-        memory(Kind::MemoryInput, m.channels() + m.values(), hidden),
-        memory(Kind::MemoryGates, 2 * m.heads, hidden),
+        memory(Kind::MemoryInput, inputs, hidden),
+        matrices(Kind::MemoryGates, gates, hidden),
         head_norm(Kind::QueryNorm),
         head_norm(Kind::KeyNorm),
-        memory(Kind::MemoryTaps, 1, bitnet_kernel::float::TAPS as u32 * m.channels()),
-        memory(Kind::MemoryDecay, 1, 3 * m.heads),
-        memory(Kind::MemoryNorm, 1, m.value),
-        memory(Kind::MemoryOutput, query, m.values()),
+        memory(Kind::MemoryTaps, 1, bitnet_kernel::float::TAPS as u32 * channels),
+        matrices(Kind::MemoryDecay, 1, gates / 2 * 3),
+        vector(Kind::MemoryForget, 1, 2 * results),
+        memory(Kind::MemoryNorm, 1, recalled),
+        memory(Kind::MemoryOutput, query, results),
         memory(Kind::MemoryShare, 1, query),
         sub_norm(Kind::AttentionSubNorm, query),
         input_norm(Kind::Output, query),

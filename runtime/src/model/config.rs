@@ -95,11 +95,20 @@ impl Window {
     }
 }
 
-/// A state of fixed size that takes part in every token (BitRNN-M: the gated delta rule, arXiv:2412.06464).
+/// A state of fixed size that takes part in every token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Memory {
+    /// What can be asked for by its key.
+    Matrices(Matrices),
+    /// Far less, for far less.
+    Vector(Vector),
+}
+
+/// BitRNN-M: the gated delta rule, arXiv:2412.06464.
 ///
 /// `heads` matrices of `value` rows and `key` columns. See [`bitnet_kernel::float::delta_rule`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Memory {
+pub struct Matrices {
     /// Matrices a layer.
     pub heads: u32,
     /// Width of a key and of a query.
@@ -108,7 +117,67 @@ pub struct Memory {
     pub value: u32,
 }
 
+/// BitRNN-V: the gated recurrence of HGRN, arXiv:2311.04823. See [`bitnet_kernel::float::recur`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vector {
+    /// Numbers a layer.
+    pub width: u32,
+}
+
 impl Memory {
+    /// What the short convolution runs over.
+    pub const fn channels(&self) -> u32 {
+        match self {
+            Self::Matrices(matrices) => matrices.channels(),
+            Self::Vector(vector) => vector.channels(),
+        }
+    }
+    /// What is read from it for a token, and as many gates of that.
+    pub const fn results(&self) -> u32 {
+        match self {
+            Self::Matrices(matrices) => matrices.values(),
+            Self::Vector(vector) => vector.width,
+        }
+    }
+    /// What its first linear makes of a token.
+    pub(crate) const fn inputs(&self) -> u32 {
+        self.channels() + self.results()
+    }
+    /// What its second linear does, if it has one.
+    pub(crate) const fn gates(&self) -> u32 {
+        match self {
+            Self::Matrices(matrices) => 2 * matrices.heads,
+            Self::Vector(_) => 0,
+        }
+    }
+    /// What is normalized at a time.
+    pub(crate) const fn norm(&self) -> u32 {
+        match self {
+            Self::Matrices(matrices) => matrices.value,
+            Self::Vector(vector) => vector.width,
+        }
+    }
+    /// Floats of one layer's state, but for the last inputs of the convolution.
+    pub(crate) const fn state_len(&self) -> usize {
+        match self {
+            Self::Matrices(matrices) => matrices.values() as usize * matrices.key as usize,
+            Self::Vector(vector) => vector.width as usize,
+        }
+    }
+    /// Floats of one layer's last inputs of the convolution.
+    pub(crate) const fn past_len(&self) -> usize {
+        (bitnet_kernel::float::TAPS - 1) * self.channels() as usize
+    }
+}
+
+impl Vector {
+    /// What the short convolution runs over: what is taken in, and what decides how much is kept.
+    pub const fn channels(&self) -> u32 {
+        2 * self.width
+    }
+}
+
+impl Matrices {
     /// Width of all keys (and of all queries).
     pub const fn keys(&self) -> u32 {
         self.heads * self.key
@@ -120,14 +189,6 @@ impl Memory {
     /// What the short convolution runs over: queries, keys and values.
     pub const fn channels(&self) -> u32 {
         2 * self.keys() + self.values()
-    }
-    /// Floats of one layer's matrices.
-    pub(crate) const fn matrices_len(&self) -> usize {
-        self.values() as usize * self.key as usize
-    }
-    /// Floats of one layer's last inputs of the convolution.
-    pub(crate) const fn past_len(&self) -> usize {
-        (bitnet_kernel::float::TAPS - 1) * self.channels() as usize
     }
 }
 
@@ -174,7 +235,7 @@ impl Config {
     pub const CONTEXT_MAX: u32 = 1 << 20;
     /// Widest head.
     pub const HEAD_DIM_MAX: u32 = 512;
-    /// Most heads of a memory, and the widest key and value.
+    /// Most matrices of a memory, and the widest key and value.
     pub const MEMORY_MAX: u32 = 512;
     /// Widest vector: what every kernel multiplies exactly.
     pub const WIDTH_MAX: u32 = Format::COLS_MAX as u32;
@@ -192,7 +253,7 @@ impl Config {
         let w = if self.hidden > self.ffn { self.hidden } else { self.ffn };
         let w = if w > self.query_width() { w } else { self.query_width() };
         match self.memory {
-            Some(memory) if memory.values() > w => memory.values(),
+            Some(memory) if memory.results() > w => memory.results(),
             _ => w,
         }
     }
@@ -238,12 +299,16 @@ impl Config {
             field("window", window.positions, (1..=Self::CONTEXT_MAX).contains(&window.positions))?;
             field("sinks", window.sinks, window.sinks <= Self::CONTEXT_MAX - window.positions)?;
         }
-        if let Some(memory) = self.memory {
-            field("memory heads", memory.heads, (1..=Self::MEMORY_MAX).contains(&memory.heads))?;
-            field("memory key", memory.key, (1..=Self::MEMORY_MAX).contains(&memory.key))?;
-            field("memory value", memory.value, (1..=Self::MEMORY_MAX).contains(&memory.value))?;
-            width("memory heads * key", memory.keys())?;
-            width("memory heads * value", memory.values())?;
+        match self.memory {
+            Some(Memory::Matrices(m)) => {
+                field("memory heads", m.heads, (1..=Self::MEMORY_MAX).contains(&m.heads))?;
+                field("memory key", m.key, (1..=Self::MEMORY_MAX).contains(&m.key))?;
+                field("memory value", m.value, (1..=Self::MEMORY_MAX).contains(&m.value))?;
+                width("memory heads * key", m.keys())?;
+                width("memory heads * value", m.values())?;
+            }
+            Some(Memory::Vector(v)) => width("memory width", v.width)?,
+            None => {}
         }
         let eps = |name, v: f32| field(name, v as u32, (0.0..1.0).contains(&v));
         eps("norm_eps", self.norm_eps)?;

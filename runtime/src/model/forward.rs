@@ -3,7 +3,7 @@ use super::head::{HeadInput, Need};
 use super::linear::{Input, Output, Quantized};
 use super::sparse::Room;
 use super::weights::Linear;
-use super::{Activation, BATCH_MAX, Model, Quantizer, State, Window, ops};
+use super::{Activation, BATCH_MAX, Memory, Model, Quantizer, State, Window, ops};
 use crate::error::Error;
 use crate::image::Kind;
 use crate::memory::{Limits, attention_width, memory_width, padded_rows, seen_len};
@@ -262,7 +262,11 @@ impl Model<'_> {
 
         self.norm(weights.norm(Kind::AttentionNorm), n)?;
         let linears = [Kind::Query, Kind::Key, Kind::Value, Kind::MemoryInput, Kind::MemoryGates];
-        let linears = if c.memory.is_some() { &linears[..] } else { &linears[..3] };
+        let linears = match c.memory {
+            Some(Memory::Matrices(_)) => &linears[..],
+            Some(Memory::Vector(_)) => &linears[..4],
+            None => &linears[..3],
+        };
         let mut found = [weights.linear(Kind::Query); 5];
         found.iter_mut().zip(linears).for_each(|(found, kind)| *found = weights.linear(*kind));
         self.linears(layer, &found[..linears.len()], c.quantizers.attention, hidden, n, width, 0)?;

@@ -16,13 +16,13 @@ mod sparse;
 mod state;
 mod weights;
 
-pub use config::{Activation, Config, Memory, Quantizer, Quantizers, Rope, Window};
+pub use config::{Activation, Config, Matrices, Memory, Quantizer, Quantizers, Rope, Vector, Window};
 pub use head::{HeadStats, Need};
 pub use state::State;
 
 use crate::error::Error;
 use crate::image::Image;
-use crate::memory::{Arena, Limits, Plan, Sizes, coarse_len, padded_rows};
+use crate::memory::{Arena, Limits, Plan, Sizes, coarse_len, padded_rows, recalled_len};
 use crate::parallel::Parallel;
 use crate::source::WeightSource;
 use bitnet_kernel::{Block, Kernels};
@@ -78,7 +78,7 @@ struct Scratch<'m> {
     rotation_is_set: bool,
     /// What one query sees through a window: for each key head rotated keys, values, and the results of its queries.
     seen: &'m mut [f32],
-    /// What one head of a memory recalls, `[value]`; empty without a memory.
+    /// What one matrix of a memory recalls, `[value]`; empty in models without matrices.
     recalled: &'m mut [f32],
     /// What the first stage of a head in two planes says of every row; empty for other heads.
     coarse: &'m mut [f32],
@@ -117,7 +117,7 @@ impl<'m> Model<'m> {
             rotation: arena.take(sizes.rotations(batch) * config.head_dim as usize),
             rotation_is_set: false,
             seen: arena.take(sizes.seen),
-            recalled: arena.take(config.memory.map_or(0, |memory| memory.value as usize)),
+            recalled: arena.take(recalled_len(&config)),
             coarse: arena.take(coarse_len(&config)),
             logits: arena.take(padded_rows(config.vocab as usize)),
         };

@@ -45,11 +45,11 @@ impl<'m> State<'m> {
         };
         let (keys, values) = (store(), store());
         let mut recurrent = || {
-            let (matrices, past) = state_lens(config);
-            let all: &mut [f32] = arena.take(config.layers as usize * (matrices + past));
+            let (numbers, past) = state_lens(config);
+            let all: &mut [f32] = arena.take(config.layers as usize * (numbers + past));
             all.fill(0.0);
-            let (all_matrices, all_past) = all.split_at_mut(config.layers as usize * matrices);
-            Recurrent { matrices: all_matrices, past: all_past }
+            let (all_numbers, all_past) = all.split_at_mut(config.layers as usize * numbers);
+            Recurrent { numbers: all_numbers, past: all_past }
         };
         let memory = [recurrent(), recurrent()];
         arena.finish();
@@ -98,7 +98,7 @@ impl<'m> State<'m> {
             self.position = position;
         } else {
             let now = &mut self.memory[self.now];
-            now.matrices.fill(0.0);
+            now.numbers.fill(0.0);
             now.past.fill(0.0);
             self.before = None;
             self.oldest = self.oldest_after(0);
@@ -162,15 +162,16 @@ impl<'m> State<'m> {
             None => 0,
         }
     }
-    /// One layer's matrices (or what a recurrence keeps) and last inputs: as they are, and where those after this pass go.
+    /// What one layer keeps in its matrices, its vector or its recurrence, and its last inputs: as they are, and where those after
+    /// this pass go.
     pub(super) fn recurrent(&mut self, layer: usize) -> (&[f32], &[f32], &mut [f32], &mut [f32]) {
-        let (matrices, past) = state_lens(&self.config);
+        let (numbers, past) = state_lens(&self.config);
         let [first, second] = &mut self.memory;
         let (now, next) = if self.now == 0 { (first, second) } else { (second, first) };
         (
-            &now.matrices[layer * matrices..][..matrices],
+            &now.numbers[layer * numbers..][..numbers],
             &now.past[layer * past..][..past],
-            &mut next.matrices[layer * matrices..][..matrices],
+            &mut next.numbers[layer * numbers..][..numbers],
             &mut next.past[layer * past..][..past],
         )
     }
@@ -202,8 +203,8 @@ impl<'m> State<'m> {
 /// What a memory or a recurrence keeps of all layers.
 #[derive(Debug)]
 struct Recurrent<'m> {
-    /// `[layer][head][value][key]`; of a recurrence `[layer][hidden]`.
-    matrices: &'m mut [f32],
+    /// `[layer][head][value][key]`; of a vector `[layer][width]`, of a recurrence `[layer][hidden]`.
+    numbers: &'m mut [f32],
     /// `[layer][3][channels]`.
     past: &'m mut [f32],
 }

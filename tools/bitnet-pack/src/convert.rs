@@ -8,7 +8,7 @@ use crate::dummy::Random;
 use crate::report::{Progress, size};
 use crate::{Error, Options};
 use bitnet_kernel::float::TAPS;
-use bitnet_runtime::model::{Config, Memory, Window};
+use bitnet_runtime::model::{Config, Matrices, Memory, Vector, Window};
 use core::fmt;
 use serde_json::{Map, Value, json};
 use std::fs::File;
@@ -20,7 +20,7 @@ use std::path::Path;
 pub struct Stateful {
     /// What attention sees. A model that has a window already must have this one.
     pub window: Window,
-    /// Matrices of each layer's memory, and their width and height.
+    /// Each layer's memory.
     pub memory: Memory,
 }
 
@@ -37,6 +37,9 @@ pub struct Converted {
 
 /// Tokens after which a head has forgotten half, before training; heads take them in turn.
 const HALF_LIVES: [f64; 4] = [64.0, 512.0, 4096.0, 32768.0];
+/// What is added to what decides how much is kept of a vector's first and last number, before training; those between are in equal
+/// steps.
+const FORGET_BIAS: [f32; 2] = [1.0, 6.0];
 /// Standard deviation of the memories' masters, and the magnitude of those that are ternary from the start.
 const DEVIATION: f32 = 0.02;
 /// Standard deviation of what is added to the taps.
@@ -181,14 +184,16 @@ fn memory(
     linears: Linears,
     random: &mut Random,
 ) -> Vec<(String, Vec<u64>, New)> {
-    let m = config.memory.expect("it gets one");
+    let memory = config.memory.expect("it gets one");
     let name = |part: &str| format!("{prefix}layers.{layer}.self_attn.memory.{part}");
     let (hidden, query) = (u64::from(config.hidden), u64::from(config.query_width()));
-    let [heads, keys, values, channels] = [m.heads, m.keys(), m.values(), m.channels()].map(u64::from);
+    let [channels, results] = [memory.channels(), memory.results()].map(u64::from);
     let mut tensors = Vec::new();
-    for (part, rows, cols) in
-        [("in_proj", channels + values, hidden), ("gate_proj", 2 * heads, hidden), ("o_proj", query, values)]
-    {
+    let mut linears_of = vec![("in_proj", channels + results, hidden), ("o_proj", query, results)];
+    if let Memory::Matrices(m) = memory {
+        linears_of.insert(1, ("gate_proj", 2 * u64::from(m.heads), hidden));
+    }
+    for (part, rows, cols) in linears_of {
         let weight = name(&format!("{part}.weight"));
         match linears {
             Linears::Masters => tensors.push((weight, vec![rows, cols], New::Masters(rows * cols))),
@@ -202,18 +207,31 @@ fn memory(
     }
     // A key is what its predecessor was, its value what comes now: "key value" binds without help from attention.
     let tap = |channel: u64, tap: usize| {
-        let is_key = (keys..2 * keys).contains(&channel);
+        let is_key = matches!(memory, Memory::Matrices(m) if (m.keys()..2 * m.keys()).contains(&(channel as u32)));
         if tap == TAPS - 1 - usize::from(is_key) { 1.0 } else { 0.0 }
     };
     let taps = (0..channels).flat_map(|channel| (0..TAPS).map(move |i| tap(channel, i)));
     let taps = taps.map(|tap: f32| tap + TAP_NOISE * random.normal()).collect();
-    let bias = |h| libm::log(libm::expm1(core::f64::consts::LN_2 / HALF_LIVES[h as usize % HALF_LIVES.len()])) as f32;
     tensors.push((name("taps"), vec![channels, TAPS as u64], New::Floats(taps)));
-    tensors.push((name("log_rate"), vec![heads], New::Floats(vec![0.0; heads as usize])));
-    tensors.push((name("decay_bias"), vec![heads], New::Floats((0..heads).map(bias).collect())));
-    tensors.push((name("write_bias"), vec![heads], New::Floats(vec![0.0; heads as usize])));
-    tensors.push((name("norm"), vec![m.value.into()], New::Floats(vec![1.0; m.value as usize])));
-    tensors.push((name("rho"), vec![query], New::Floats(vec![0.0; query as usize])));
+    let vector = |part: &str, values: Vec<f32>| (name(part), vec![values.len() as u64], New::Floats(values));
+    match memory {
+        Memory::Matrices(Matrices { heads, value, .. }) => {
+            let half_life = |h: u32| HALF_LIVES[h as usize % HALF_LIVES.len()];
+            let bias = |h| libm::log(libm::expm1(core::f64::consts::LN_2 / half_life(h))) as f32;
+            tensors.push(vector("log_rate", vec![0.0; heads as usize]));
+            tensors.push(vector("decay_bias", (0..heads).map(bias).collect()));
+            tensors.push(vector("write_bias", vec![0.0; heads as usize]));
+            tensors.push(vector("norm", vec![1.0; value as usize]));
+        }
+        Memory::Vector(Vector { width }) => {
+            let [first, last] = FORGET_BIAS;
+            let step = (last - first) / (width - 1).max(1) as f32;
+            tensors.push(vector("bound", vec![0.0; width as usize]));
+            tensors.push(vector("forget_bias", (0..width).map(|i| first + step * i as f32).collect()));
+            tensors.push(vector("norm", vec![1.0; width as usize]));
+        }
+    }
+    tensors.push(vector("rho", vec![0.0; query as usize]));
     tensors
 }
 
@@ -222,9 +240,12 @@ fn configuration(checkpoint: &Checkpoint, new: &Stateful) -> Result<Value, Error
     let mut config = checkpoint.json("config.json")?.unwrap_or_default();
     config["sliding_window"] = new.window.positions.into();
     config["sink_tokens"] = new.window.sinks.into();
-    let Memory { heads, key, value } = new.memory;
-    config["memory"] =
-        json!({"kind": "bitrnn-m", "heads": heads, "key_dim": key, "value_dim": value, "write_delay": 0});
+    config["memory"] = match new.memory {
+        Memory::Matrices(Matrices { heads, key, value }) => {
+            json!({"kind": "bitrnn-m", "heads": heads, "key_dim": key, "value_dim": value, "write_delay": 0})
+        }
+        Memory::Vector(Vector { width }) => json!({"kind": "bitrnn-v", "width": width}),
+    };
     Ok(config)
 }
 
@@ -299,10 +320,15 @@ fn tensors(
 
 impl fmt::Display for Converted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Some(window), Some(m)) = (self.config.window, self.config.memory) else { return Ok(()) };
+        let (Some(window), Some(memory)) = (self.config.window, self.config.memory) else { return Ok(()) };
         writeln!(f, "attention sees {} positions and the first {}", window.positions, window.sinks)?;
-        let Memory { heads, key, value } = m;
-        writeln!(f, "memory: {heads} states of {value} x {key} in each of {} layers", self.config.layers)?;
+        let layers = self.config.layers;
+        match memory {
+            Memory::Matrices(Matrices { heads, key, value }) => {
+                writeln!(f, "memory: {heads} states of {value} x {key} in each of {layers} layers")?;
+            }
+            Memory::Vector(Vector { width }) => writeln!(f, "memory: {width} numbers in each of {layers} layers")?,
+        }
         writeln!(f, "{} weights added, {} of tensors", self.weights, size(self.bytes))
     }
 }

@@ -5,7 +5,7 @@ use crate::verify::Opened;
 use bitnet_kernel::Block;
 use bitnet_runtime::image::{Encoding, Header, Kind, VERSION};
 use bitnet_runtime::memory::KvFormat;
-use bitnet_runtime::model::{Activation, Quantizer, Quantizers, Rope};
+use bitnet_runtime::model::{Activation, Memory, Quantizer, Quantizers, Rope};
 use bitnet_runtime::{Config, Limits, Plan};
 use core::fmt;
 use serde_json::{Value, json};
@@ -150,7 +150,10 @@ impl Summary {
                 "live_ffn": c.live_ffn,
                 "sparse": c.sparse,
                 "window": c.window.map(|w| json!({ "positions": w.positions, "sinks": w.sinks })),
-                "memory": c.memory.map(|m| json!({ "heads": m.heads, "key": m.key, "value": m.value })),
+                "memory": c.memory.map(|memory| match memory {
+                    Memory::Matrices(m) => json!({ "heads": m.heads, "key": m.key, "value": m.value }),
+                    Memory::Vector(v) => json!({ "width": v.width }),
+                }),
                 "recurrence": c.recurrence,
                 "quantizers": {
                     "attention": quantizer(c.quantizers.attention),
@@ -239,8 +242,12 @@ impl fmt::Display for Summary {
         if let Some(window) = c.window {
             writeln!(f, "window        the last {} positions and the first {}", window.positions, window.sinks)?;
         }
-        if let Some(memory) = c.memory {
-            writeln!(f, "memory        {} heads of {} values by {} keys", memory.heads, memory.value, memory.key)?;
+        match c.memory {
+            Some(Memory::Matrices(m)) => {
+                writeln!(f, "memory        {} heads of {} values by {} keys", m.heads, m.value, m.key)?;
+            }
+            Some(Memory::Vector(v)) => writeln!(f, "memory        a vector of {}", v.width)?,
+            None => {}
         }
         let quantizers =
             [c.quantizers.attention, c.quantizers.output, c.quantizers.ffn, c.quantizers.down].map(quantizer);

@@ -6,9 +6,9 @@ use bitnet_pack::checkpoint::Dtype;
 use bitnet_pack::export::Ternary;
 use bitnet_pack::{Error, Layouts, Options, Pattern, Preset, Progress, Report, Sparsity, Stateful, Target};
 use bitnet_runtime::memory::KvFormat;
-use bitnet_runtime::model::{Memory, Window};
+use bitnet_runtime::model::{Matrices, Memory, Vector, Window};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use core::sync::atomic::{AtomicBool, Ordering};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{self, IsTerminal, Write};
@@ -427,7 +427,7 @@ struct Export {
 /// Give a checkpoint states of fixed size, to be trained: attention to a window with sinks, and a memory beside it.
 ///
 /// Reads a checkpoint in Hugging Face's layout and writes another: the same tensors, and in every layer those of a memory
-/// (a gated delta rule) of which nothing is added yet. Within the window the new model computes what the old one does, bit for
+/// of which nothing is added yet. Within the window the new model computes what the old one does, bit for
 /// bit; beyond it conversations have no end and one size. tools/train trains the memories (train.py --memory-only), for which
 /// the linears must be floats. Written under a temporary name and checked before it is renamed.
 #[derive(Args, Debug)]
@@ -449,12 +449,24 @@ struct Convert {
     /// The first positions that attention sees for ever.
     #[arg(long, value_name = "POSITIONS", default_value_t = 4)]
     sinks: u32,
-    /// States of a layer's memory.
-    #[arg(long, default_value_t = 4)]
-    heads: u32,
-    /// Numbers of a key and of a value: a state has their product.
-    #[arg(long, value_name = "NUMBERS", default_value_t = 32)]
-    width: u32,
+    /// A layer's memory.
+    #[arg(long, value_enum, default_value = "matrices")]
+    memory: MemoryKind,
+    /// Matrices of a layer's memory [default: 4].
+    #[arg(long)]
+    heads: Option<u32>,
+    /// Numbers of a key and of a value, whose product a matrix has; of a vector [default: 32; of a vector 256].
+    #[arg(long, value_name = "NUMBERS")]
+    width: Option<u32>,
+}
+
+/// What remembers what has left the window.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum MemoryKind {
+    /// By a gated delta rule: what follows a key is recalled by it.
+    Matrices,
+    /// By a gated recurrence, number by number: far smaller, and it recalls that something was there, not what it belonged to.
+    Vector,
 }
 
 /// Make an image of a known shape with random weights, to measure speed without a download.
@@ -677,9 +689,19 @@ fn run(command: Command) -> Result<String, Error> {
             let exported = bitnet_pack::export(&image, &output, ternary, &mut Bar::new().listen())?;
             Ok(format!("{exported}written: {}\n", output.display()))
         }
-        Command::Convert(Convert { source, output, to_stateful: _, window, sinks, heads, width }) => {
+        Command::Convert(Convert { source, output, to_stateful: _, window, sinks, memory, heads, width }) => {
             let window = Window { positions: window, sinks };
-            let new = Stateful { window, memory: Memory { heads, key: width, value: width } };
+            let memory = match memory {
+                MemoryKind::Matrices => {
+                    let (heads, width) = (heads.unwrap_or(4), width.unwrap_or(32));
+                    Memory::Matrices(Matrices { heads, key: width, value: width })
+                }
+                MemoryKind::Vector if heads.is_some() => {
+                    return Err(Error::Options("--heads are those of matrices; a vector has none".into()));
+                }
+                MemoryKind::Vector => Memory::Vector(Vector { width: width.unwrap_or(256) }),
+            };
+            let new = Stateful { window, memory };
             let converted = bitnet_pack::convert(&source, &output, &new, &mut Bar::new().listen())?;
             Ok(format!("{converted}written: {}\n", output.display()))
         }

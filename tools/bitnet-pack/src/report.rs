@@ -103,7 +103,7 @@ impl SectionReport {
 
 /// The kind with this tag.
 pub(crate) fn kind(tag: u8) -> Option<Kind> {
-    const ALL: [Kind; 54] = [
+    const ALL: [Kind; 55] = [
         Kind::Tokenizer,
         Kind::RopeFrequencies,
         Kind::Embedding,
@@ -134,6 +134,7 @@ pub(crate) fn kind(tag: u8) -> Option<Kind> {
         Kind::MemoryNorm,
         Kind::MemoryOutput,
         Kind::MemoryShare,
+        Kind::MemoryForget,
         Kind::QueryNorm,
         Kind::KeyNorm,
         Kind::FinalNorm,

@@ -4,7 +4,16 @@ use super::{dot, exp};
 /// Taps of [`convolve`].
 pub const TAPS: usize = 4;
 
-/// `x = silu(((w₀ x₋₃ + w₁ x₋₂) + w₂ x₋₁) + w₃ x)`, channel by channel, in place; `past` then has the last three inputs.
+/// [`convolve`], then `x = silu(x)`, `silu(v) = v / (1 + exp(-v))`.
+///
+/// # Panics
+/// If the lengths disagree.
+#[inline(always)]
+pub fn convolve_silu(past: &mut [f32], taps: &[f32], x: &mut [f32]) {
+    convolve_then(past, taps, x, |y| y / (1.0 + exp(-y)));
+}
+
+/// `x = ((w₀ x₋₃ + w₁ x₋₂) + w₂ x₋₁) + w₃ x`, channel by channel, in place; `past` then has the last three inputs.
 ///
 /// `past` is `[3][channels]`, the oldest first, and zero before the first token; `taps` is `[4][channels]`.
 ///
@@ -12,6 +21,11 @@ pub const TAPS: usize = 4;
 /// If the lengths disagree.
 #[inline(always)]
 pub fn convolve(past: &mut [f32], taps: &[f32], x: &mut [f32]) {
+    convolve_then(past, taps, x, |y| y);
+}
+
+#[inline(always)]
+fn convolve_then(past: &mut [f32], taps: &[f32], x: &mut [f32], activation: impl Fn(f32) -> f32) {
     let n = x.len();
     assert!(past.len() == (TAPS - 1) * n && taps.len() == TAPS * n);
     let (oldest, rest) = past.split_at_mut(n);
@@ -20,7 +34,7 @@ pub fn convolve(past: &mut [f32], taps: &[f32], x: &mut [f32]) {
     for i in 0..n {
         let u = x[i];
         let y = ((w0[i] * oldest[i] + w1[i] * older[i]) + w2[i] * last[i]) + w3[i] * u;
-        x[i] = y / (1.0 + exp(-y));
+        x[i] = activation(y);
         (oldest[i], older[i], last[i]) = (older[i], last[i], u);
     }
 }

@@ -13,7 +13,7 @@
 //! | 56-63 | zeros |
 //!
 //! Then, little-endian, for every layer and head the key of each position that is kept, with int8 followed by its scale; the values
-//! in the same way; and of a memory the matrices of every layer, then its last inputs. Where a ring begins is left out, so that a
+//! in the same way; and of a memory the matrices or the vector of every layer, then its last inputs. Where a ring begins is left out, so that a
 //! state with a shorter or longer one reads it too.
 use super::State;
 use crate::error::Error;
@@ -52,7 +52,7 @@ impl State<'_> {
                 }
             }
         }
-        put(self.memory[self.now].matrices.as_bytes());
+        put(self.memory[self.now].numbers.as_bytes());
         put(self.memory[self.now].past.as_bytes());
         debug_assert!(left.is_empty(), "the length is that of what is written");
 
@@ -120,7 +120,7 @@ impl State<'_> {
             }
         }
         let now = &mut self.memory[self.now];
-        take(now.matrices.as_mut_bytes());
+        take(now.numbers.as_mut_bytes());
         take(now.past.as_mut_bytes());
         self.oldest = oldest.max(self.oldest_after(position));
         (self.position, self.before) = (position, None);
@@ -146,7 +146,7 @@ impl State<'_> {
             }
         }
         let (to, from) = (&mut self.memory[self.now], &other.memory[other.now]);
-        to.matrices.copy_from_slice(from.matrices);
+        to.numbers.copy_from_slice(from.numbers);
         to.past.copy_from_slice(from.past);
         (self.position, self.oldest, self.before) = (other.position, other.oldest, None);
         Ok(())
@@ -164,6 +164,6 @@ impl State<'_> {
         let row = self.config.head_dim as usize * self.limits.kv.bytes() + scale;
         let memory = &self.memory[self.now];
         let rows = self.kept(position, oldest).count();
-        2 * self.keys.heads() * rows * row + size_of::<f32>() * (memory.matrices.len() + memory.past.len())
+        2 * self.keys.heads() * rows * row + size_of::<f32>() * (memory.numbers.len() + memory.past.len())
     }
 }

@@ -374,6 +374,16 @@ impl<'a> Binder<'a> {
                 let parts = parts.map(|part| self.memory_floats(section, part, &[cols / 3]));
                 Ok(Source::Values(parts.into_iter().collect::<Result<Vec<_>, _>>()?.concat()))
             }
+            Kind::MemoryForget => {
+                let bound = self.memory_floats(section, "bound", &[cols / 2])?;
+                if let Some(least) = bound.iter().find(|&least| !(0.0..1.0).contains(least)) {
+                    let name = format!("layers.{}.self_attn.memory.bound", section.layer.unwrap_or_default());
+                    let what = format!("{name}: {least} is the least that is kept, which is 0 or more and less than 1");
+                    return Err(Error::not_readable(self.checkpoint.directory(), &what));
+                }
+                let bias = self.memory_floats(section, "forget_bias", &[cols / 2])?;
+                Ok(Source::Values([bound, bias].concat()))
+            }
             Kind::MemoryNorm => Ok(Source::Values(self.memory_floats(section, "norm", &[cols])?)),
             Kind::MemoryShare => Ok(Source::Values(self.memory_floats(section, "rho", &[cols])?)),
             kind if kind.is_linear() => self.linear(&names, rows, cols),

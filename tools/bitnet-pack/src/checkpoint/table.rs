@@ -3,7 +3,7 @@
 //! A value that is not listed here is an error that names it. A wrong guess would pack a model that talks fluent nonsense.
 use super::rope::{self, Scaling};
 use crate::Error;
-use bitnet_runtime::model::{Activation, Config, Memory, Quantizer, Quantizers, Rope, Window};
+use bitnet_runtime::model::{Activation, Config, Matrices, Memory, Quantizer, Quantizers, Rope, Vector, Window};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
@@ -450,14 +450,21 @@ fn window(reader: &Reader<'_>) -> Result<Option<Window>, Error> {
 
 fn memory(reader: &Reader<'_>) -> Result<Option<Memory>, Error> {
     let Some(section) = reader.object_or_null("memory", "memory.")? else { return Ok(None) };
-    section.only(&["kind", "heads", "key_dim", "value_dim", "write_delay"])?;
-    if section.str_or_null("kind")? != Some("bitrnn-m") {
-        return section.refuse("kind", "only \"bitrnn-m\" is supported");
-    }
-    if section.u32_or_null("write_delay")?.unwrap_or(0) != 0 {
-        return section.refuse("write_delay", "only 0 is supported");
-    }
-    Ok(Some(Memory { heads: section.u32("heads")?, key: section.u32("key_dim")?, value: section.u32("value_dim")? }))
+    Ok(Some(match section.str_or_null("kind")? {
+        Some("bitrnn-m") => {
+            section.only(&["kind", "heads", "key_dim", "value_dim", "write_delay"])?;
+            if section.u32_or_null("write_delay")?.unwrap_or(0) != 0 {
+                return section.refuse("write_delay", "only 0 is supported");
+            }
+            let (heads, key, value) = (section.u32("heads")?, section.u32("key_dim")?, section.u32("value_dim")?);
+            Memory::Matrices(Matrices { heads, key, value })
+        }
+        Some("bitrnn-v") => {
+            section.only(&["kind", "width"])?;
+            Memory::Vector(Vector { width: section.u32("width")? })
+        }
+        _ => return section.refuse("kind", "\"bitrnn-m\" or \"bitrnn-v\" is expected"),
+    }))
 }
 
 fn quantizers(reader: &Reader<'_>) -> Result<Quantizers, Error> {
@@ -491,6 +498,7 @@ fn config_key(field: &str) -> &str {
         "memory heads" => "memory.heads",
         "memory key" => "memory.key_dim",
         "memory value" => "memory.value_dim",
+        "memory width" => "memory.width",
         "linear_norm_eps" => "quantization_config.rms_norm_eps",
         other => other,
     }

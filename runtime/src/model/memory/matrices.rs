@@ -1,6 +1,7 @@
-//! The memory beside attention: queries, keys and values of its own, a state of fixed size, and what is read from it.
+//! Matrices beside attention, with queries, keys and values of their own (BitRNN-M; the gated delta rule of arXiv:2412.06464 with
+//! 1-bit projections).
 //!
-//! For a block's input `x`, as int8 (BitRNN-M; the gated delta rule of arXiv:2412.06464 with 1-bit projections):
+//! For a block's input `x`, as int8:
 //!
 //! ```text
 //! u, z = input(x)              a, b = gates(x)
@@ -10,25 +11,31 @@
 //! m = rmsnorm(o, 1e-5) · silu(z)                    of each head
 //! attention's results += share · output(m)
 //! ```
-use super::forward::PARALLEL_WORK_MIN;
-use super::{Model, Quantizer, State, ops};
+use super::NORM_EPS;
 use crate::error::Error;
 use crate::image::Kind;
 use crate::memory::{attention_width, padded_rows};
+use crate::model::forward::PARALLEL_WORK_MIN;
+use crate::model::{Matrices, Model, State, ops};
 use crate::parallel::{Parallel, Serial};
-use bitnet_kernel::float::sum_of_squares;
+use bitnet_kernel::float::{TAPS, sum_of_squares};
 
 const UNIT_EPS: f32 = 1e-6;
-const NORM_EPS: f32 = 1e-5;
 /// Rows of a state that one thread does at a time.
 const ROWS: usize = 16;
 
 impl Model<'_> {
-    /// The results of the memory for `n` tokens, of which `projected` has what [`Kind::MemoryInput`] and [`Kind::MemoryGates`]
-    /// made, go to the same place: `width` a token, after those of query, key and value.
-    pub(super) fn remember(&mut self, state: &mut State<'_>, layer: u32, n: usize, width: usize) -> Result<(), Error> {
+    /// `norm = m` for `n` tokens, of which `projected` has what [`Kind::MemoryInput`] and [`Kind::MemoryGates`] made: `width` a token,
+    /// after what query, key and value made.
+    pub(super) fn recall_by_key(
+        &mut self,
+        state: &mut State<'_>,
+        m: Matrices,
+        layer: u32,
+        n: usize,
+        width: usize,
+    ) -> Result<(), Error> {
         let (c, weights) = (self.config, self.weights.layer(layer));
-        let Some(m) = c.memory else { return Ok(()) };
         let [heads, key, value, keys, values] = [m.heads, m.key, m.value, m.keys(), m.values()].map(|n| n as usize);
         let channels = m.channels() as usize;
         let at = attention_width(&c);
@@ -40,11 +47,11 @@ impl Model<'_> {
 
         let (matrices, past, next_matrices, next_past) = state.recurrent(layer as usize);
         let taps = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryTaps))?);
-        let taps = &taps[..bitnet_kernel::float::TAPS * channels];
+        let taps = &taps[..TAPS * channels];
         next_past.copy_from_slice(past);
         for row in rows.chunks_exact_mut(width) {
             let taken = &mut row[at..][..channels];
-            self.machine.kernels.convolve(next_past, taps, taken);
+            self.machine.kernels.convolve_silu(next_past, taps, taken);
             for head in taken[..2 * keys].chunks_exact_mut(key) {
                 let scale = 1.0 / libm::sqrtf(sum_of_squares(head) + UNIT_EPS);
                 head.iter_mut().for_each(|x| *x *= scale);
@@ -93,24 +100,6 @@ impl Model<'_> {
                 kernels.rmsnorm(recalled, &norm[..value], NORM_EPS);
                 let out = &mut self.scratch.norm[t * values + h * value..][..value];
                 kernels.silu(&gate[h * value..][..value], recalled, out);
-            }
-        }
-        self.linears(layer, &[weights.linear(Kind::MemoryOutput)], Quantizer::Int8, values, n, width, at)
-    }
-
-    /// `norm += share · what the memory gave`, for `n` tokens, if there is one.
-    pub(super) fn add_remembered(&mut self, layer: u32, n: usize, width: usize) -> Result<(), Error> {
-        let (c, weights) = (self.config, self.weights.layer(layer));
-        if c.memory.is_none() {
-            return Ok(());
-        }
-        let query_width = c.query_width() as usize;
-        let share = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryShare))?);
-        let s = &mut self.scratch;
-        let rows = s.projected.chunks_exact(width).map(|row| &row[attention_width(&c)..][..query_width]);
-        for (x, row) in s.norm.chunks_exact_mut(query_width).zip(rows).take(n) {
-            for ((x, y), share) in x.iter_mut().zip(row).zip(share) {
-                *x += share * y;
             }
         }
         Ok(())
