@@ -9,7 +9,7 @@ use std::io::{BufWriter, Write as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
 use crate::run;
@@ -43,9 +43,9 @@ enum Zeros {
 const ZEROS: [(&str, Zeros); 5] = [
     ("rows", Zeros::Rows),
     ("columns", Zeros::Columns),
-    ("rows and columns", Zeros::Both),
-    ("16x64 blocks", Zeros::Blocks(16, 64)),
-    ("16x16 blocks", Zeros::Blocks(16, 16)),
+    ("both", Zeros::Both),
+    ("16x64", Zeros::Blocks(16, 64)),
+    ("16x16", Zeros::Blocks(16, 16)),
 ];
 
 impl Zeros {
@@ -70,7 +70,12 @@ fn hash(i: u64) -> u64 {
     z ^ z >> 31
 }
 
-pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
+/// Those of [`ZEROS`] that are named, all if none is.
+pub(crate) fn run(workspace: &Workspace, names: &[String]) -> Result<bool> {
+    let names_of_all = ZEROS.map(|(name, _)| name);
+    if let Some(unknown) = names.iter().find(|name| !names_of_all.contains(&name.as_str())) {
+        bail!("nothing is left out by `{unknown}`; there are {}", names_of_all.join(", "));
+    }
     let [bitnet, packer] = &run::release_programs(workspace)?;
     let folder = workspace.target.join("layouts");
     let checkpoint = folder.join("checkpoint");
@@ -80,7 +85,8 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     say!("| left out | {} | tuned | best | tuned takes |", LAYOUTS.join(" | "));
     say!("|---|{}", "---|".repeat(LAYOUTS.len() + 3));
     let mut good = true;
-    for (what, zeros) in ZEROS {
+    let chosen = |name: &str| names.is_empty() || names.iter().any(|chosen| chosen == name);
+    for (what, zeros) in ZEROS.into_iter().filter(|(name, _)| chosen(name)) {
         eprintln!("{what}");
         write(&checkpoint, zeros)?;
         let source = checkpoint.display().to_string();

@@ -77,9 +77,10 @@ Usage: cargo xtask COMMAND
   soak            a thousand requests of eight clients to the daemon, a third cut off; it is killed in the end and starts again
   load            what the daemon gives one client and four at once, of a model in the shape of BitNet b1.58 2B4T, and how long eight wait
                   for a first token; fails below 2.5 times as many tokens/s (a minute or two, and nothing else may run)
-  layouts         whether `bitnet tune` chooses the fastest layout of a pruned model: models in the shape of BitNet b1.58 2B4T, pruned in
-                  five ways, decode in every layout and as tuned, by turns; fails where the choice takes 3 % longer than the best
-                  (about ten minutes, and nothing else may run)
+  layouts [ZEROS...]
+                  whether `bitnet tune` chooses the fastest layout of a pruned model: models in the shape of BitNet b1.58 2B4T without 65 % of
+                  every linear (by rows, columns, both, 16x64 or 16x16; all five if none is named) decode in every layout and as
+                  tuned, by turns; fails where the choice takes 3 % longer than the best (two minutes each, and nothing else may run)
   evaluate IDS IMAGE...
                   what each image costs and how well it predicts the token ids in IDS (u16): loss, bits, and RAM, bytes read and
                   time a token after 1 k, 32 k and 1 M tokens; the tables of docs/beyond-bitnet.md
@@ -138,7 +139,7 @@ fn command(arguments: &[String]) -> Result<bool> {
         "page" => page::run(&Workspace::load()?),
         "proxy" => proxy::run(&Workspace::load()?),
         "soak" => clients::soak(&Workspace::load()?),
-        "layouts" => layouts::run(&Workspace::load()?),
+        "layouts" => layouts::run(&Workspace::load()?, rest),
         "load" => load::run(&Workspace::load()?),
         "evaluate" => evaluate::run(&Workspace::load()?, rest),
         "deb" => deb::run(&Workspace::load()?, rest),
