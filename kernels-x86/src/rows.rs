@@ -8,7 +8,7 @@ use bitnet_kernel::{Activations, Block, Format, Matrix};
 use core::arch::x86_64::*;
 
 /// Columns of one block.
-const STEP: usize = Format::T2R.step_cols();
+pub(crate) const STEP: usize = Format::T2R.step_cols();
 /// Rows that [`sum_rows`] adds up in 16 bits.
 ///
 /// A lane of `vpmaddubsw` is two rows: at weight 4 at most 2048 in magnitude, 16 pairs give `-32768..=32512`.
@@ -17,36 +17,46 @@ const BATCH: usize = 32;
 /// See [`bitnet_kernel::Kernels::sum_rows`].
 ///
 /// Two rows' bytes are interleaved, so that `vpmaddubsw` with their two activations gives one 16-bit sum a column: 28
-/// operations for 256 weights, 8 sums in registers. Sums of 32 bits, `y` itself, are touched once a batch. The rows of the
-/// next batch are fetched meanwhile, spread over the columns.
+/// operations for 256 weights, 8 sums in registers.
 #[target_feature(enable = "avx2")]
 pub(crate) fn sum_rows(w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
+    in_batches::<2, BATCH>(w, rows, x, y, |rows, s, x, y| add_step(rows, s, x, y));
+}
+
+/// [`bitnet_kernel::Kernels::sum_rows`] by what adds the products of block `s` of groups of `N` rows, with their activations, to
+/// the sums of its columns: `BATCH` rows at most, whose sums of 32 bits, `y` itself, are then touched once.
+///
+/// The rows of the next batch are fetched meanwhile, spread over the columns.
+pub(crate) fn in_batches<const N: usize, const BATCH: usize>(
+    w: Matrix<'_>,
+    rows: &[u32],
+    x: &[i8],
+    y: &mut [i32],
+    add_step: impl Fn(&[[&[Block]; N]], usize, &[[i8; N]], &mut [i32; STEP]),
+) {
     assert!(w.format() == Format::T2R && y.len() == w.cols() && x.len() == rows.len());
     for (i, (batch, x)) in rows.chunks(BATCH).zip(x.chunks(BATCH)).enumerate() {
         let next = &rows[rows.len().min((i + 1) * BATCH)..rows.len().min((i + 2) * BATCH)];
+        // A row again, times zero, in place of those that the last group lacks.
         let mut blocks = [w.row(batch[0] as usize); BATCH];
         let mut values = [0; BATCH];
         for (block, &row) in blocks.iter_mut().zip(batch) {
             *block = w.row(row as usize);
         }
         values[..x.len()].copy_from_slice(x);
-        let mut activations = [_mm256_setzero_si256(); BATCH / 2];
-        for (pair, x) in activations.iter_mut().zip(values.as_chunks().0) {
-            *pair = _mm256_set1_epi16(i16::from_le_bytes(x.map(|x: i8| x as u8)));
-        }
-        let pairs = batch.len().div_ceil(2);
-        let rows = &blocks.as_chunks().0[..pairs];
+        let groups = batch.len().div_ceil(N);
+        let (rows, values) = (&blocks.as_chunks().0[..groups], &values.as_chunks().0[..groups]);
         for (s, y) in y.chunks_mut(STEP).enumerate() {
             let part = |s: usize| s * next.len() / w.steps();
             for &row in &next[part(s)..part(s + 1)] {
                 w.row(row as usize).iter().for_each(|block| prefetch(block, 0));
             }
             match y.as_mut_array() {
-                Some(y) => add_step(rows, s, &activations[..pairs], y),
+                Some(y) => add_step(rows, s, values, y),
                 None => {
                     let mut whole = [0; STEP];
                     whole[..y.len()].copy_from_slice(y);
-                    add_step(rows, s, &activations[..pairs], &mut whole);
+                    add_step(rows, s, values, &mut whole);
                     y.copy_from_slice(&whole[..y.len()]);
                 }
             }
@@ -60,12 +70,13 @@ pub(crate) fn sum_rows(w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
 /// Adds the products of block `s` of pairs of rows to the sums of its columns.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn add_step(rows: &[[&[Block]; 2]], s: usize, activations: &[__m256i], y: &mut [i32; STEP]) {
+fn add_step(rows: &[[&[Block]; 2]], s: usize, values: &[[i8; 2]], y: &mut [i32; STEP]) {
     let (m1, m4) = (_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c));
     for half in [0, 32] {
         // Four planes of the first 8 columns of each 16, and of the others.
         let mut acc = [[_mm256_setzero_si256(); 4]; 2];
-        for ([a, b], &x) in rows.iter().zip(activations) {
+        for ([a, b], x) in rows.iter().zip(values) {
+            let x = _mm256_set1_epi16(i16::from_le_bytes(x.map(|x| x as u8)));
             let (a, b) = (load(&a[s].0, half), load(&b[s].0, half));
             for (acc, v) in acc.iter_mut().zip([_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)]) {
                 let h = _mm256_srli_epi16::<4>(v);
@@ -99,18 +110,27 @@ fn add_to(y: &mut [i32; STEP], at: usize, v: __m256i) {
     }
 }
 
-/// See [`bitnet_kernel::Kernels::dot_rows`]. Four rows at a time, by the loop of T2; the four after the next are fetched
-/// meanwhile.
+/// See [`bitnet_kernel::Kernels::dot_rows`]. By the loop of T2.
 #[target_feature(enable = "avx2")]
 pub(crate) fn dot_rows(w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
+    in_fours(w, rows, x, y, |four, later| dots_of_rows(four, later, x));
+}
+
+/// [`bitnet_kernel::Kernels::dot_rows`] by the dot products of four rows, which fetch the four after the next meanwhile.
+pub(crate) fn in_fours(
+    w: Matrix<'_>,
+    rows: &[u32],
+    x: Activations<'_>,
+    y: &mut [i32],
+    dots: impl Fn([&[Block]; 4], [&[Block]; 4]) -> [i32; 4],
+) {
     assert!(w.format() == Format::T2R && y.len() == rows.len());
     x.assert_fit(&w);
     for (i, (four, y)) in rows.chunks(4).zip(y.chunks_mut(4)).enumerate() {
         let rows_of = |list: &[u32]| core::array::from_fn(|r| w.row(list[r.min(list.len() - 1)] as usize));
         let later = &rows[rows.len().min(4 * (i + 2))..];
         let later = rows_of(if later.is_empty() { four } else { &later[..later.len().min(4)] });
-        let dots = dots_of_rows(rows_of(four), later, x);
-        y.copy_from_slice(&dots[..y.len()]);
+        y.copy_from_slice(&dots(rows_of(four), later)[..y.len()]);
     }
 }
 

@@ -6,11 +6,10 @@
 #![allow(clippy::needless_range_loop, reason = "one index for several arrays of registers")]
 
 use crate::avx512::{load, prefetch, sums_less};
-use bitnet_kernel::{Activations, Block, Format, Matrix};
+use crate::rows::{self, STEP};
+use bitnet_kernel::{Activations, Block, Matrix};
 use core::arch::x86_64::*;
 
-/// Columns of one block.
-const STEP: usize = Format::T2R.step_cols();
 /// Rows that [`sum_rows`] adds up before it touches `y`: sums of 32 bits hold any number of them.
 const BATCH: usize = 64;
 /// Rows of one `vpdpbusd`.
@@ -20,41 +19,10 @@ const FOUR: usize = 4;
 ///
 /// Four rows' bytes are interleaved, so that `vpdpbusd` with their four activations gives one sum a column: 8 operations to
 /// interleave, 16 masks and 16 products for 1,024 weights, 16 sums in registers. Planes need no shift, as in
-/// [`crate::avx512_vnni`]. The rows of the next batch are fetched meanwhile, spread over the columns.
+/// [`crate::avx512_vnni`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 pub(crate) fn sum_rows(w: Matrix<'_>, rows: &[u32], x: &[i8], y: &mut [i32]) {
-    assert!(w.format() == Format::T2R && y.len() == w.cols() && x.len() == rows.len());
-    for (i, (batch, x)) in rows.chunks(BATCH).zip(x.chunks(BATCH)).enumerate() {
-        let next = &rows[rows.len().min((i + 1) * BATCH)..rows.len().min((i + 2) * BATCH)];
-        // A row again, times zero, in place of those that the last four lack.
-        let mut blocks = [w.row(batch[0] as usize); BATCH];
-        let mut values = [0; BATCH];
-        for (block, &row) in blocks.iter_mut().zip(batch) {
-            *block = w.row(row as usize);
-        }
-        values[..x.len()].copy_from_slice(x);
-        let fours = batch.len().div_ceil(FOUR);
-        let rows = &blocks.as_chunks::<FOUR>().0[..fours];
-        let values = &values.as_chunks::<FOUR>().0[..fours];
-        for (s, y) in y.chunks_mut(STEP).enumerate() {
-            let part = |s: usize| s * next.len() / w.steps();
-            for &row in &next[part(s)..part(s + 1)] {
-                w.row(row as usize).iter().for_each(|block| prefetch(block, 0));
-            }
-            match y.as_mut_array() {
-                Some(y) => add_step(rows, s, values, y),
-                None => {
-                    let mut whole = [0; STEP];
-                    whole[..y.len()].copy_from_slice(y);
-                    add_step(rows, s, values, &mut whole);
-                    y.copy_from_slice(&whole[..y.len()]);
-                }
-            }
-        }
-    }
-    // Σ(c - 1)x = Σcx - Σx.
-    let sum: i32 = x.iter().map(|&x| i32::from(x)).sum();
-    y.iter_mut().for_each(|y| *y = y.wrapping_sub(sum));
+    rows::in_batches::<FOUR, BATCH>(w, rows, x, y, |rows, s, x, y| add_step(rows, s, x, y));
 }
 
 /// Adds the products of block `s` of fours of rows to the sums of its columns.
@@ -108,19 +76,10 @@ fn add_to(y: &mut [i32; 16], v: __m512i) {
     unsafe { _mm512_storeu_si512(p.cast(), _mm512_add_epi32(_mm512_loadu_si512(p.cast()), v)) };
 }
 
-/// See [`bitnet_kernel::Kernels::dot_rows`]. Four rows at a time, by the loop of T2; the four after the next are fetched
-/// meanwhile.
+/// See [`bitnet_kernel::Kernels::dot_rows`]. By the loop of T2.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 pub(crate) fn dot_rows(w: Matrix<'_>, rows: &[u32], x: Activations<'_>, y: &mut [i32]) {
-    assert!(w.format() == Format::T2R && y.len() == rows.len());
-    x.assert_fit(&w);
-    for (i, (four, y)) in rows.chunks(FOUR).zip(y.chunks_mut(FOUR)).enumerate() {
-        let rows_of = |list: &[u32]| core::array::from_fn(|r| w.row(list[r.min(list.len() - 1)] as usize));
-        let later = &rows[rows.len().min(FOUR * (i + 2))..];
-        let later = rows_of(if later.is_empty() { four } else { &later[..later.len().min(FOUR)] });
-        let dots = dots_of_rows(rows_of(four), later, x);
-        y.copy_from_slice(&dots[..y.len()]);
-    }
+    rows::in_fours(w, rows, x, y, |four, later| dots_of_rows(four, later, x));
 }
 
 /// The dot products of 4 rows: as T2's, but for where the blocks are.

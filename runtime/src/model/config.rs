@@ -1,6 +1,6 @@
 //! What kind of model an image holds: every choice the forward pass makes is one of these fields, never a model's name.
 use crate::error::ImageError;
-use bitnet_kernel::{BlockShape, Format};
+use bitnet_kernel::{BlockShape, Format, Kernels};
 use serde::{Deserialize, Serialize};
 
 /// The shape and the choices of one model, as the image's header records them (in this order).
@@ -65,6 +65,16 @@ pub enum Activation {
     SquaredRelu,
     /// `x · sigmoid(x)`.
     Silu,
+}
+
+impl Activation {
+    /// `out = activation(gate) · up`.
+    pub(super) fn apply(self, kernels: &dyn Kernels, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        match self {
+            Self::SquaredRelu => kernels.squared_relu(gate, up, out),
+            Self::Silu => kernels.silu(gate, up, out),
+        }
+    }
 }
 
 /// Which elements of a head rotary position embedding (arXiv:2104.09864) turns together.

@@ -3,7 +3,7 @@ use super::head::{HeadInput, Need};
 use super::linear::{Input, Output, Quantized};
 use super::sparse::Room;
 use super::weights::Linear;
-use super::{Activation, BATCH_MAX, Memory, Model, Quantizer, State, Window, ops};
+use super::{BATCH_MAX, Memory, Model, Quantizer, State, Window, ops};
 use crate::error::Error;
 use crate::image::Kind;
 use crate::memory::{Limits, attention_width, memory_width, padded_rows, seen_len};
@@ -411,10 +411,7 @@ impl Model<'_> {
             if !ops::finite(gate) {
                 finite.store(false, Relaxed);
             }
-            match c.activation {
-                Activation::SquaredRelu => kernels.squared_relu(gate, up, out),
-                Activation::Silu => kernels.silu(gate, up, out),
-            }
+            c.activation.apply(kernels, gate, up, out);
         });
         if !finite.into_inner() {
             return Err(Error::NotFinite { layer });

@@ -33,7 +33,7 @@ pub(super) struct Output<'a> {
 
 impl Output<'_> {
     /// Puts the results of several tokens, `width` each, from the order of threads into that of tokens, from `first` on.
-    fn spread(&mut self, parallel: &dyn Parallel, tokens: usize, first: usize, width: usize) {
+    pub(super) fn spread(&mut self, parallel: &dyn Parallel, tokens: usize, first: usize, width: usize) {
         let units = &self.units[..tokens * width];
         parallel.for_each_chunk(&mut self.rows[..tokens * self.stride], self.stride, &|t, row| {
             spread_token(units, tokens, t, &mut row[first..][..width]);

@@ -4,7 +4,7 @@
 //! down. Both are exact: the products left out are zeros. Up is stored with every row by itself, down by its columns, so
 //! that what is not needed is not read. Lists are made where they are used: from the gate's results, and from the int8
 //! input of down.
-use super::linear::Quantized;
+use super::linear::{Output, Quantized};
 use super::{Activation, Machine, Model, ops};
 use crate::error::{Error, SourceError};
 use crate::image::{Kind, Tensor, UNIT_ROWS};
@@ -62,17 +62,17 @@ impl Model<'_> {
             Activation::Silu => gate != 0.0,
         };
         self.machine.live_products(&up.whole(), x, &is_live, (s.projected, width), units)?;
-        for (i, y) in units.chunks_exact(UNIT_ROWS).enumerate() {
-            let (unit, t) = (i / n, i % n);
-            s.projected[t * width + padded_rows(ffn) + unit * UNIT_ROWS..][..UNIT_ROWS].copy_from_slice(y);
-        }
+        let among = self.machine.among_tokens(units.len());
+        Output { rows: s.projected, stride: width, first: 0, units }.spread(
+            among,
+            n,
+            padded_rows(ffn),
+            padded_rows(ffn),
+        );
         for (row, out) in s.projected.chunks_exact(width).zip(s.norm.chunks_exact_mut(ffn)).take(n) {
             let (gate, up) = (&row[..ffn], &row[padded_rows(ffn)..][..ffn]);
             self.live.up += gate.iter().filter(|&&gate| is_live(gate)).count() as u64;
-            match c.activation {
-                Activation::SquaredRelu => self.machine.kernels.squared_relu(gate, up, out),
-                Activation::Silu => self.machine.kernels.silu(gate, up, out),
-            }
+            c.activation.apply(self.machine.kernels, gate, up, out);
         }
 
         self.sub_norm(weights.norm(Kind::FfnSubNorm), ffn, n)?;

@@ -106,7 +106,7 @@ pub(crate) fn run(workspace: &Workspace, names: &[String]) -> Result<bool> {
         let (tuned_time, forced) = times.split_last().context("there are images")?;
         let (best, best_time) = LAYOUTS.iter().zip(forced).min_by(|a, b| a.1.total_cmp(b.1)).context("layouts")?;
         // What differs in nothing but the record of the choice takes as long, whatever a clock says.
-        let same = fs::metadata(&tuned)?.len().abs_diff(fs::metadata(name(best))?.len()) < 1 << 16;
+        let same = checksums(packer, &tuned)? == checksums(packer, &name(best))?;
         let more = if same { 0.0 } else { tuned_time / best_time - 1.0 };
         let cells: Vec<String> = times.iter().map(|time| format!("{:.2}", time * 1e3)).collect();
         let more_is = if same { "the same".to_owned() } else { format!("{:+.1} %", 100.0 * more) };
@@ -123,6 +123,14 @@ pub(crate) fn run(workspace: &Workspace, names: &[String]) -> Result<bool> {
 fn middle(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
+}
+
+/// Those of all sections.
+fn checksums(packer: &str, image: &str) -> Result<Vec<Value>> {
+    let summary: Value = serde_json::from_str(&quiet(packer, &["inspect", image, "--json"])?)?;
+    let sections = summary["sections"].as_array().context("sections")?;
+    ensure!(sections.iter().all(|section| section["checksum"].is_string()), "a section has no checksum");
+    Ok(sections.iter().map(|section| section["checksum"].clone()).collect())
 }
 
 /// Seconds of one token.

