@@ -106,7 +106,9 @@ fn main() -> ExitCode {
 /// Runs one command; the answer is whether what it checked was right.
 fn command(arguments: &[String]) -> Result<bool> {
     let (name, rest) = arguments.split_first().map_or(("help", &[][..]), |(name, rest)| (name.as_str(), rest));
-    if !["test", "bench", "arm", "boot", "fuzz", "evaluate", "deb", "deb-proof"].contains(&name) && !rest.is_empty() {
+    if !["test", "bench", "arm", "boot", "fuzz", "evaluate", "layouts", "deb", "deb-proof"].contains(&name)
+        && !rest.is_empty()
+    {
         bail!("`{name}` takes no arguments, but got `{}`\n\n{USAGE}", rest.join(" "));
     }
     match name {
