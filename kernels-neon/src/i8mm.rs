@@ -33,8 +33,8 @@ impl Kernels for I8mm {
     fn name(&self) -> &'static str {
         "neon-i8mm"
     }
-    fn prepare<'a>(&self, format: Format, cols: usize, values: &'a [i8], tables: &'a mut [Block]) -> Activations<'a> {
-        self.0.prepare(format, cols, values, tables)
+    fn fill(&self, format: Format, values: &[i8], int4: bool, tables: &mut [Block]) {
+        self.0.fill(format, values, int4, tables);
     }
     fn matvec(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [i32]) {
         self.0.matvec(w, x, y);

@@ -41,16 +41,15 @@ macro_rules! loop_b1 {
     };
 }
 
-/// [`bitnet_kernel::Kernels::prepare`]: the tables of [`bitnet_kernel::tables`], in the same places. A sum at the edge of two
-/// splits may take the other one.
+/// [`bitnet_kernel::Kernels::fill`]: the tables of [`bitnet_kernel::tables`], in the same places. A sum at the edge of two splits may
+/// take the other one. Of int4 activations a sum is its own low part.
 #[target_feature(enable = "neon")]
-pub(crate) fn prepare<'a>(format: Format, cols: usize, values: &'a [i8], tables: &'a mut [Block]) -> Activations<'a> {
+pub(crate) fn fill(format: Format, values: &[i8], int4: bool, tables: &mut [Block]) {
     match format {
-        Format::B1 => prepare_b1_neon(values, tables),
-        Format::TL => prepare_tl_neon(values, tables),
+        Format::B1 => prepare_b1_neon(values, int4, tables),
+        Format::TL => prepare_tl_neon(values, int4, tables),
         _ => {}
     }
-    Activations::new(format, cols, values, tables)
 }
 
 /// `y[t][r] = Σ w x` of every token, tile by tile, so that the weights of a tile are in the first-level cache for all tokens but
@@ -63,9 +62,11 @@ pub(crate) fn matmat(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
     for (first, tile) in (0..w.rows()).step_by(64).zip(w.tiles()) {
         let here = first..w.rows().min(first + 64);
         for (x, y) in tokens.iter().zip(y.chunks_exact_mut(w.rows())) {
-            let dots = match w.format() {
-                Format::B1 => matvec_b1_neon(tile.as_chunks().0, *x),
-                _ => matvec_tl_neon(tile.as_chunks().0, *x),
+            let dots = match (w.format(), x.int4()) {
+                (Format::B1, false) => matvec_b1_neon(tile.as_chunks().0, *x),
+                (Format::B1, true) => matvec_b1_int4_neon(tile.as_chunks().0, *x),
+                (_, false) => matvec_tl_neon(tile.as_chunks().0, *x),
+                (_, true) => matvec_tl_int4_neon(tile.as_chunks().0, *x),
             };
             y[here.clone()].copy_from_slice(&dots[..here.len()]);
         }
@@ -84,6 +85,20 @@ fn matvec_tl_neon(steps: Steps<'_, 5>, x: Activations<'_>) -> [i32; 64] {
 #[inline(never)]
 fn matvec_b1_neon(steps: Steps<'_, 4>, x: Activations<'_>) -> [i32; 64] {
     sums_of::<4, B1_BASE>(steps, x).map(|sum| 2 * (sum + constant(steps.len())) - x.sum())
+}
+
+/// [`matvec_tl_neon`] with int4 activations.
+#[target_feature(enable = "neon")]
+#[inline(never)]
+fn matvec_tl_int4_neon(steps: Steps<'_, 5>, x: Activations<'_>) -> [i32; 64] {
+    sums_of_int4(steps, x)
+}
+
+/// [`matvec_b1_neon`] with int4 activations.
+#[target_feature(enable = "neon")]
+#[inline(never)]
+fn matvec_b1_int4_neon(steps: Steps<'_, 4>, x: Activations<'_>) -> [i32; 64] {
+    sums_of_int4(steps, x).map(|sum| 2 * sum - x.sum())
 }
 
 /// What the tables leave out: 16 a group.
@@ -142,6 +157,82 @@ fn sums_of_half<const BLOCKS: usize>(steps: Steps<'_, BLOCKS>, tables: &[[Block;
         }
     }
     sums
+}
+
+/// The partial sums over the groups of 64 rows, 32 rows at a time, of int4 activations.
+#[target_feature(enable = "neon")]
+#[inline]
+fn sums_of_int4<const BLOCKS: usize>(steps: Steps<'_, BLOCKS>, x: Activations<'_>) -> [i32; 64] {
+    let (tables, _) = x.tables().as_chunks::<4>();
+    assert_eq!(tables.len(), steps.len());
+    let mut y = [0; 64];
+    for (steps, tables) in steps.chunks(FLUSH).zip(tables.chunks(FLUSH)) {
+        for (half, y) in y.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            let sums = sums_of_half_int4(steps, tables, half);
+            for (sums, y) in sums.as_chunks::<4>().0.iter().zip(y.as_chunks_mut::<16>().0) {
+                add_wide::<1>(sums, y);
+            }
+        }
+    }
+    y
+}
+
+/// [`sums_of_half`] of int4 activations: in place of low parts the first four groups of every step, in place of high parts the
+/// others. A byte lane holds four, at most 128 in magnitude, and [`FLUSH`] times as much is within 16 bits.
+///
+/// The sign costs nothing here, too, but bytes wrap: the complement of `t` is `-t - 1`. The ones are as many as the row has negative
+/// signs in the step, and come back by a count of bits. For 32 rows of TL 76 operations on vectors in place of 104, of B1 56 in
+/// place of 80.
+#[target_feature(enable = "neon")]
+#[inline]
+fn sums_of_half_int4<const BLOCKS: usize>(
+    steps: Steps<'_, BLOCKS>,
+    tables: &[[Block; 4]],
+    half: usize,
+) -> [int16x8_t; 8] {
+    let nibble = vdupq_n_u8(15);
+    let bits: [uint8x16_t; 8] = core::array::from_fn(|g| vdupq_n_u8(0x80 >> g));
+    let mut sums = [vdupq_n_s16(0); 8];
+    for (step, tables) in steps.iter().zip(tables) {
+        let two = |block: &Block| [load(block, 32 * half), load(block, 32 * half + 16)];
+        let sign = two(&step[0]);
+        let mut parts = [[vdupq_n_u8(0); 2]; 2];
+        for i in 0..4 {
+            let v = two(&step[i + BLOCKS - 4]);
+            for odd in 0..2 {
+                let table = load(&tables[i], 32 * odd);
+                for r in 0..2 {
+                    let n = if odd == 0 { vandq_u8(v[r], nibble) } else { vshrq_n_u8::<4>(v[r]) };
+                    let sum = vqtbl1q_u8(table, n);
+                    let part = &mut parts[r][i / 2];
+                    *part = match BLOCKS {
+                        5 => vabaq_u8(*part, sum, vtstq_u8(sign[r], bits[2 * i + odd])),
+                        _ => vaddq_u8(*part, sum),
+                    };
+                }
+            }
+        }
+        for r in 0..2 {
+            if BLOCKS == 5 {
+                parts[r][0] = vaddq_u8(parts[r][0], vcntq_u8(sign[r]));
+            }
+            for (i, part) in parts[r].into_iter().enumerate() {
+                let (part, at) = (vreinterpretq_s8_u8(part), 4 * r + 2 * i);
+                sums[at] = vaddw_s8(sums[at], vget_low_s8(part));
+                sums[at + 1] = vaddw_high_s8(sums[at + 1], part);
+            }
+        }
+    }
+    sums
+}
+
+/// 16 bytes of a block.
+#[target_feature(enable = "neon")]
+#[inline]
+fn load(block: &Block, at: usize) -> uint8x16_t {
+    assert!(at + 16 <= Block::BYTES);
+    // SAFETY: the assertion: the 16 bytes lie within the block.
+    unsafe { vld1q_u8(block.0.as_ptr().add(at)) }
 }
 
 /// [`bitnet_kernel::Kernels::matvec_grouped`] of formats with tables: sums of a group become floats in registers.
@@ -290,22 +381,26 @@ fn group_sums<const COLS: usize>(coefficients: &[[[i16; 8]; 2]; COLS], x: &[i8; 
 }
 
 #[target_feature(enable = "neon")]
-fn prepare_tl_neon(values: &[i8], tables: &mut [Block]) {
+fn prepare_tl_neon(values: &[i8], int4: bool, tables: &mut [Block]) {
     const COEFFICIENTS: [[[i16; 8]; 2]; 3] =
         [coefficients(Format::TL, 0), coefficients(Format::TL, 1), coefficients(Format::TL, 2)];
     for (x, out) in values.as_chunks::<24>().0.iter().zip(tables.as_chunks_mut::<4>().0) {
         for (g, x) in x.as_chunks::<3>().0.iter().enumerate() {
             let v = group_sums(&COEFFICIENTS, x);
+            if int4 {
+                store_table(&mut out[g / 2], g % 2, v, [vdupq_n_s16(0); 2]);
+                continue;
+            }
             // v / 31, rounded down or, where 31 divides v, perhaps one less: `lo` is 15 then, in range as well.
             let hi = [0, 1].map(|h| vshrq_n_s16::<1>(vqdmulhq_n_s16(v[h], 2115)));
-            let lo = [0, 1].map(|h| vmlsq_n_s16(v[h], hi[h], TL_BASE));
+            let lo = [0, 1].map(|h| vsubq_s16(vmlsq_n_s16(v[h], hi[h], TL_BASE), vdupq_n_s16(16)));
             store_table(&mut out[g / 2], g % 2, lo, hi);
         }
     }
 }
 
 #[target_feature(enable = "neon")]
-fn prepare_b1_neon(values: &[i8], tables: &mut [Block]) {
+fn prepare_b1_neon(values: &[i8], int4: bool, tables: &mut [Block]) {
     const COEFFICIENTS: [[[i16; 8]; 2]; 4] = [
         coefficients(Format::B1, 0),
         coefficients(Format::B1, 1),
@@ -315,23 +410,26 @@ fn prepare_b1_neon(values: &[i8], tables: &mut [Block]) {
     for (x, out) in values.as_chunks::<32>().0.iter().zip(tables.as_chunks_mut::<4>().0) {
         for (g, x) in x.as_chunks::<4>().0.iter().enumerate() {
             let v = group_sums(&COEFFICIENTS, x);
+            if int4 {
+                store_table(&mut out[g / 2], g % 2, v, [vdupq_n_s16(0); 2]);
+                continue;
+            }
             let hi = v.map(|v| vshrq_n_s16::<5>(v));
-            let lo = v.map(|v| vandq_s16(v, vdupq_n_s16(B1_BASE - 1)));
+            let lo = v.map(|v| vsubq_s16(vandq_s16(v, vdupq_n_s16(B1_BASE - 1)), vdupq_n_s16(16)));
             store_table(&mut out[g / 2], g % 2, lo, hi);
         }
     }
 }
 
-/// Writes table `i` of the two in `block`: the bytes of `lo - 16`, then those of `hi`.
+/// Writes table `i` of the two in `block`: the bytes of `lo`, then those of `hi`.
 #[target_feature(enable = "neon")]
 #[inline]
 fn store_table(block: &mut Block, i: usize, lo: [int16x8_t; 2], hi: [int16x8_t; 2]) {
     let bytes = |v: [int16x8_t; 2]| vmovn_high_s16(vmovn_s16(v[0]), v[1]);
-    let lo = vsubq_s8(bytes(lo), vdupq_n_s8(16));
     let out = &mut block.0.as_chunks_mut::<32>().0[i];
     // SAFETY: `out` is 32 bytes.
     unsafe {
-        vst1q_s8(out.as_mut_ptr().cast(), lo);
+        vst1q_s8(out.as_mut_ptr().cast(), bytes(lo));
         vst1q_s8(out.as_mut_ptr().add(16).cast(), bytes(hi));
     }
 }

@@ -26,9 +26,9 @@ impl Kernels for Neon {
     fn name(&self) -> &'static str {
         "neon"
     }
-    fn prepare<'a>(&self, format: Format, cols: usize, values: &'a [i8], tables: &'a mut [Block]) -> Activations<'a> {
+    fn fill(&self, format: Format, values: &[i8], int4: bool, tables: &mut [Block]) {
         // SAFETY: every build for this architecture has NEON.
-        unsafe { lanes::prepare(format, cols, values, tables) }
+        unsafe { lanes::fill(format, values, int4, tables) }
     }
     fn matvec(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [i32]) {
         self.matmat(w, Batch::new(&[x]), y);

@@ -39,10 +39,12 @@ impl Kernels for Sve {
     fn name(&self) -> &'static str {
         if self.sve2 { "sve2" } else { "sve" }
     }
-    /// Tables as [`lanes`] wants them, not those of [`bitnet_kernel::tables`].
-    fn prepare<'a>(&self, format: Format, cols: usize, values: &'a [i8], tables: &'a mut [Block]) -> Activations<'a> {
-        lanes::prepare(format, values, tables);
-        Activations::new(format, cols, values, tables)
+    /// Tables as [`lanes`] wants them, not those of [`bitnet_kernel::tables`]; of int4 activations NEON's, whose loop has them.
+    fn fill(&self, format: Format, values: &[i8], int4: bool, tables: &mut [Block]) {
+        match bitnet_kernels_neon::neon() {
+            Some(neon) if int4 => neon.fill(format, values, int4, tables),
+            _ => lanes::prepare(format, values, tables),
+        }
     }
     fn matvec(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [i32]) {
         assert_eq!(y.len(), w.rows());
@@ -143,6 +145,14 @@ impl Sve {
     }
     /// `w` times every token, one by one. The entrance checks were made.
     fn products(&self, w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
+        // These have NEON's tables.
+        let int4 = tokens.iter().filter(|x| x.int4()).count();
+        if let Some(neon) = bitnet_kernels_neon::neon().filter(|_| int4 > 0) {
+            if int4 == tokens.len() {
+                return neon.matmat(w, Batch::new(tokens), y);
+            }
+            return tokens.iter().zip(y.chunks_exact_mut(w.rows().max(1))).for_each(|(x, y)| self.matvec(w, *x, y));
+        }
         // SAFETY: `self` says that the CPU has these features.
         unsafe {
             match self.sve2 {

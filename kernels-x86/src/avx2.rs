@@ -44,16 +44,16 @@ impl Kernels for Avx2 {
     fn name(&self) -> &'static str {
         "avx2"
     }
-    /// The tables of [`bitnet_kernel::tables`], in the same places. A sum at the edge of two splits may take the other one.
-    fn prepare<'a>(&self, format: Format, cols: usize, values: &'a [i8], tables: &'a mut [Block]) -> Activations<'a> {
+    /// The tables of [`bitnet_kernel::tables`], in the same places. A sum at the edge of two splits may take the other one. Of int4
+    /// activations a sum is its own low part.
+    fn fill(&self, format: Format, values: &[i8], int4: bool, tables: &mut [Block]) {
         match format {
             // SAFETY: `self` exists, so the CPU has AVX2.
-            Format::B1 => unsafe { prepare_b1_avx2(values, tables) },
+            Format::B1 => unsafe { prepare_b1_avx2(values, int4, tables) },
             // SAFETY: as above.
-            Format::TL => unsafe { prepare_tl_avx2(values, tables) },
+            Format::TL => unsafe { prepare_tl_avx2(values, int4, tables) },
             _ => {}
         }
-        Activations::new(format, cols, values, tables)
     }
     fn matvec(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [i32]) {
         assert_eq!(y.len(), w.rows());
@@ -205,12 +205,8 @@ const TOKENS: usize = 4;
 #[target_feature(enable = "avx2")]
 fn products(w: Matrix<'_>, tokens: &[Activations<'_>], y: &mut [i32]) {
     match w.format() {
-        Format::B1 => {
-            tiles::lanes(w, tokens, y, |w, x, y| by_count(x, y, 1, |x| matvec_b1_avx2(w, x), |x| matmat_b1_avx2(w, x)))
-        }
-        Format::TL => {
-            tiles::lanes(w, tokens, y, |w, x, y| by_count(x, y, 1, |x| matvec_tl_avx2(w, x), |x| matmat_tl_avx2(w, x)))
-        }
+        Format::B1 => tiles::lanes(w, tokens, y, |w, x, y| b1(w, x, y)),
+        Format::TL => tiles::lanes(w, tokens, y, |w, x, y| tl(w, x, y)),
         Format::T2 => {
             tiles::planes(w, tokens, y, |w, x, y| by_count(x, y, 2, |x| matvec_t2_avx2(w, x), |x| matmat_t2_avx2(w, x)))
         }
@@ -442,9 +438,36 @@ fn dots_of_codes_avx2<const COLS: usize, const BITS: i32, const FLUSH: usize>(
 ///
 /// Within a step 8 groups add up in byte lanes to `-128..=120` for either part. Widened, that is at most `31·128 + 128 = 4096`
 /// a step in magnitude for TL, 7 steps 28672, and `32·128 + 128 = 4224` for B1, 7 steps 29568.
-const LANES_FLUSH: usize = 7;
+///
+/// Of int4 activations 8 groups are at most 256 in magnitude, 100 steps 25600.
+const fn lanes_flush(base: i16) -> usize {
+    if base == INT4_BASE { 100 } else { 7 }
+}
+/// The base of tables of int4 activations, which have no high parts: what is added up in their place are the other four groups
+/// of a step, so that a byte lane holds sums of 4, at most 128 in magnitude.
+pub(crate) const INT4_BASE: i16 = 1;
 const TL_PREFETCH: usize = 8192;
 pub(crate) const B1_PREFETCH: usize = 8192;
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn b1(steps: Lanes<'_, 4>, x: &[Activations<'_>], y: &mut [[i32; 64]; TOKENS]) {
+    match tiles::alike(x) {
+        Some(true) => by_count(x, y, 1, |x| matvec_b1_int4_avx2(steps, x), |x| matmat_b1_int4_avx2(steps, x)),
+        Some(false) => by_count(x, y, 1, |x| matvec_b1_avx2(steps, x), |x| matmat_b1_avx2(steps, x)),
+        None => tiles::one_by_one(x, y, |x, y| b1(steps, x, y)),
+    }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn tl(steps: Lanes<'_, 5>, x: &[Activations<'_>], y: &mut [[i32; 64]; TOKENS]) {
+    match tiles::alike(x) {
+        Some(true) => by_count(x, y, 1, |x| matvec_tl_int4_avx2(steps, x), |x| matmat_tl_int4_avx2(steps, x)),
+        Some(false) => by_count(x, y, 1, |x| matvec_tl_avx2(steps, x), |x| matmat_tl_avx2(steps, x)),
+        None => tiles::one_by_one(x, y, |x, y| tl(steps, x, y)),
+    }
+}
 
 #[target_feature(enable = "avx2")]
 #[inline(never)]
@@ -455,9 +478,21 @@ fn matvec_b1_avx2(steps: Lanes<'_, 4>, x: Activations<'_>) -> [i32; 64] {
 
 #[target_feature(enable = "avx2")]
 #[inline(never)]
+fn matvec_b1_int4_avx2(steps: Lanes<'_, 4>, x: Activations<'_>) -> [i32; 64] {
+    sums_of_lanes_avx2::<4, INT4_BASE, B1_PREFETCH>(steps, x).map(|sum| 2 * sum - x.sum())
+}
+
+#[target_feature(enable = "avx2")]
+#[inline(never)]
 fn matvec_tl_avx2(steps: Lanes<'_, 5>, x: Activations<'_>) -> [i32; 64] {
     let constant = 16 * 8 * steps.len() as i32;
     sums_of_lanes_avx2::<5, TL_BASE, TL_PREFETCH>(steps, x).map(|sum| sum + constant)
+}
+
+#[target_feature(enable = "avx2")]
+#[inline(never)]
+fn matvec_tl_int4_avx2(steps: Lanes<'_, 5>, x: Activations<'_>) -> [i32; 64] {
+    sums_of_lanes_avx2::<5, INT4_BASE, TL_PREFETCH>(steps, x)
 }
 
 #[target_feature(enable = "avx2")]
@@ -473,11 +508,27 @@ fn matmat_b1_avx2(steps: Lanes<'_, 4>, x: [Activations<'_>; TOKENS]) -> [[i32; 6
 
 #[target_feature(enable = "avx2")]
 #[inline(never)]
+fn matmat_b1_int4_avx2(steps: Lanes<'_, 4>, x: [Activations<'_>; TOKENS]) -> [[i32; 64]; TOKENS] {
+    let mut dots = tokens_of_lanes_avx2::<4, INT4_BASE, B1_PREFETCH>(steps, x);
+    for (dots, x) in dots.iter_mut().zip(x) {
+        dots.iter_mut().for_each(|sum| *sum = 2 * *sum - x.sum());
+    }
+    dots
+}
+
+#[target_feature(enable = "avx2")]
+#[inline(never)]
 fn matmat_tl_avx2(steps: Lanes<'_, 5>, x: [Activations<'_>; TOKENS]) -> [[i32; 64]; TOKENS] {
     let constant = 16 * 8 * steps.len() as i32;
     let mut dots = tokens_of_lanes_avx2::<5, TL_BASE, TL_PREFETCH>(steps, x);
     dots.iter_mut().flatten().for_each(|sum| *sum += constant);
     dots
+}
+
+#[target_feature(enable = "avx2")]
+#[inline(never)]
+fn matmat_tl_int4_avx2(steps: Lanes<'_, 5>, x: [Activations<'_>; TOKENS]) -> [[i32; 64]; TOKENS] {
+    tokens_of_lanes_avx2::<5, INT4_BASE, TL_PREFETCH>(steps, x)
 }
 
 /// `Σ base · hi + lo` over the groups of 64 rows.
@@ -489,7 +540,7 @@ fn sums_of_lanes_avx2<const BLOCKS: usize, const BASE: i16, const PREFETCH: usiz
 ) -> [i32; 64] {
     let (tables, _) = x.tables().as_chunks::<4>();
     let mut total = [[_mm256_setzero_si256(); 4]; 2];
-    for (steps, tables) in steps.chunks(LANES_FLUSH).zip(tables.chunks(LANES_FLUSH)) {
+    for (steps, tables) in steps.chunks(lanes_flush(BASE)).zip(tables.chunks(lanes_flush(BASE))) {
         let wide = narrow_sums_of_lanes::<BLOCKS, BASE, PREFETCH>(steps, tables);
         for half in 0..2 {
             total[half] = add_wide(total[half], wide[half]);
@@ -498,10 +549,11 @@ fn sums_of_lanes_avx2<const BLOCKS: usize, const BASE: i16, const PREFETCH: usiz
     in_order(total)
 }
 
-/// The same in 16 bits, of at most [`LANES_FLUSH`] steps: for each 32 rows, what [`add_wide`] adds up.
+/// The same in 16 bits, of at most [`lanes_flush`] steps: for each 32 rows, what [`add_wide`] adds up.
 ///
 /// For 32 rows and one group: 1.5 operations to part nibbles, 2 for the signs, 2 shuffles, 2 xors, 2 additions, 0.75 to
-/// widen: 10.25 for 96 weights (TL), 6.25 for 128 (B1). Groups are written out by macro: in a loop, the `asm!` of [`opaque`] keeps
+/// widen: 10.25 for 96 weights (TL), 6.25 for 128 (B1). Of int4 activations 7.25 and 4.25: one look-up, and a sign of a sum is
+/// one operation (`vpsignb`) and one more to have no zero among the signs. Groups are written out by macro: in a loop, the `asm!` of [`opaque`] keeps
 /// arrays of sums in memory.
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -509,7 +561,7 @@ pub(crate) fn narrow_sums_of_lanes<const BLOCKS: usize, const BASE: i16, const P
     steps: Lanes<'_, BLOCKS>,
     tables: &[[Block; 4]],
 ) -> [[__m256i; 2]; 2] {
-    let (nibble, zero) = (_mm256_set1_epi8(15), _mm256_setzero_si256());
+    let (nibble, zero, one) = (_mm256_set1_epi8(15), _mm256_setzero_si256(), _mm256_set1_epi8(1));
     let mut wide = [[zero; 2]; 2];
     for (step, tables) in steps.iter().zip(tables) {
         for block in step {
@@ -523,7 +575,17 @@ pub(crate) fn narrow_sums_of_lanes<const BLOCKS: usize, const BASE: i16, const P
                 let (t_lo, t_hi) = (load_twice(table, 32 * $odd), load_twice(table, 32 * $odd + 16));
                 for half in 0..2 {
                     let n = _mm256_and_si256($v[half], nibble);
-                    let (mut l, mut h) = (_mm256_shuffle_epi8(t_lo, n), _mm256_shuffle_epi8(t_hi, n));
+                    let mut l = _mm256_shuffle_epi8(t_lo, n);
+                    if BASE == INT4_BASE {
+                        if BLOCKS == 5 {
+                            l = _mm256_sign_epi8(l, _mm256_or_si256(sign[half], one));
+                            sign[half] = opaque(_mm256_add_epi8(sign[half], sign[half]));
+                        }
+                        let sum = if $i < 2 { &mut lo[half] } else { &mut hi[half] };
+                        *sum = _mm256_add_epi8(*sum, l);
+                        continue;
+                    }
+                    let mut h = _mm256_shuffle_epi8(t_hi, n);
                     if BLOCKS == 5 {
                         let negative = _mm256_cmpgt_epi8(zero, sign[half]);
                         sign[half] = opaque(_mm256_add_epi8(sign[half], sign[half]));
@@ -557,7 +619,7 @@ pub(crate) fn narrow_sums_of_lanes<const BLOCKS: usize, const BASE: i16, const P
 /// [`sums_of_lanes_avx2`] for 4 tokens: nibbles and signs are taken apart once.
 ///
 /// 27.5 operations for 4 times 96 weights in place of 42 (TL), 21.5 for 4 times 128 in place of 26 (B1). The 16-bit sums of a
-/// token live in memory: they are touched once a step. (Decoding TL to bytes of weights for `vpmaddubsw` with pairs of columns
+/// token live in memory: they are touched once a step. Of int4 activations 16.5 and 12.5. (Decoding TL to bytes of weights for `vpmaddubsw` with pairs of columns
 /// was counted, not written: 30 operations and more for the same work, since every pair of activations must be broadcast.)
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -568,9 +630,9 @@ fn tokens_of_lanes_avx2<const BLOCKS: usize, const BASE: i16, const PREFETCH: us
     let zero = _mm256_setzero_si256();
     let tables = x.map(|x| &x.tables().as_chunks::<4>().0[..steps.len()]);
     let mut total = [[[zero; 4]; 2]; TOKENS];
-    for first in (0..steps.len()).step_by(LANES_FLUSH) {
+    for first in (0..steps.len()).step_by(lanes_flush(BASE)) {
         let mut wide = [[[zero; 2]; TOKENS]; 2];
-        for s in first..steps.len().min(first + LANES_FLUSH) {
+        for s in first..steps.len().min(first + lanes_flush(BASE)) {
             for block in &steps[s] {
                 prefetch(block, PREFETCH);
             }
@@ -601,16 +663,25 @@ fn add_step_of_lanes_avx2<const BLOCKS: usize, const BASE: i16>(
     tables: [&[Block; 4]; TOKENS],
     wide: &mut [[__m256i; 2]; TOKENS],
 ) {
-    let (nibble, zero) = (_mm256_set1_epi8(15), _mm256_setzero_si256());
+    let (nibble, zero, one) = (_mm256_set1_epi8(15), _mm256_setzero_si256(), _mm256_set1_epi8(1));
     let (mut lo, mut hi) = ([zero; TOKENS], [zero; TOKENS]);
     let mut sign = load(&step[0].0, half);
     macro_rules! group {
         ($v:expr, $i:expr, $odd:expr) => {
             let n = _mm256_and_si256($v, nibble);
             let negative = _mm256_cmpgt_epi8(zero, sign);
+            let odd_sign = _mm256_or_si256(sign, one);
             for t in 0..TOKENS {
                 let table = &tables[t][$i].0;
                 let mut l = _mm256_shuffle_epi8(load_twice(table, 32 * $odd), n);
+                if BASE == INT4_BASE {
+                    if BLOCKS == 5 {
+                        l = _mm256_sign_epi8(l, odd_sign);
+                    }
+                    let sum = if $i < 2 { &mut lo[t] } else { &mut hi[t] };
+                    *sum = _mm256_add_epi8(*sum, l);
+                    continue;
+                }
                 let mut h = _mm256_shuffle_epi8(load_twice(table, 32 * $odd + 16), n);
                 if BLOCKS == 5 {
                     (l, h) = (_mm256_xor_si256(l, negative), _mm256_xor_si256(h, negative));
@@ -732,7 +803,7 @@ const fn coefficients_tl(first: usize, from: usize) -> [i8; 32] {
 /// general registers took 3 to 4.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn prepare_tl<const BALANCED: bool>(values: &[i8], tables: &mut [Block]) {
+fn prepare_tl<const BALANCED: bool, const INT4: bool>(values: &[i8], tables: &mut [Block]) {
     const PLACES: [[[u8; 32]; 8]; 2] = [places(Format::TL, 0), places(Format::TL, 1)];
     const COEFFICIENTS: [[i8; 32]; 2] = [coefficients_tl(0, 0), coefficients_tl(1, 2)];
     let (c01, c2) = (load(&COEFFICIENTS[0], 0), load(&COEFFICIENTS[1], 0));
@@ -746,6 +817,10 @@ fn prepare_tl<const BALANCED: bool>(values: &[i8], tables: &mut [Block]) {
             let x2 = _mm256_shuffle_epi8(x, load(&PLACES[1][g], 0));
             let v = _mm256_add_epi16(_mm256_maddubs_epi16(x01, c01), _mm256_maddubs_epi16(x2, c2));
             let v = _mm256_sub_epi16(v, constant);
+            if INT4 {
+                store_table(&mut out[g / 2], g % 2, v, _mm256_setzero_si256());
+                continue;
+            }
             let hi = if BALANCED {
                 // v / 31, rounded to the nearest: 2^15 / 31 is 1057 but for 3 in 100,000.
                 _mm256_mulhrs_epi16(v, _mm256_set1_epi16(1057))
@@ -762,21 +837,28 @@ fn prepare_tl<const BALANCED: bool>(values: &[i8], tables: &mut [Block]) {
 
 /// See [`prepare_tl`].
 #[target_feature(enable = "avx2")]
-pub(crate) fn prepare_tl_avx2(values: &[i8], tables: &mut [Block]) {
-    prepare_tl::<false>(values, tables);
+pub(crate) fn prepare_tl_avx2(values: &[i8], int4: bool, tables: &mut [Block]) {
+    if int4 { prepare_tl::<false, true>(values, tables) } else { prepare_tl::<false, false>(values, tables) }
 }
 
 /// Tables for those who negate both parts: `v = 31·hi + lo` with `hi = round(v / 31)`, within `-12..=12`, and `lo` within
 /// `-15..=15`, so that 8 of either add up in a byte lane, and no constant is left over.
 #[cfg(feature = "avx512")]
 #[target_feature(enable = "avx2")]
-pub(crate) fn prepare_tl_balanced_avx2(values: &[i8], tables: &mut [Block]) {
-    prepare_tl::<true>(values, tables);
+pub(crate) fn prepare_tl_balanced_avx2(values: &[i8], int4: bool, tables: &mut [Block]) {
+    if int4 { prepare_tl::<true, true>(values, tables) } else { prepare_tl::<true, false>(values, tables) }
+}
+
+/// See [`prepare_b1`].
+#[target_feature(enable = "avx2")]
+pub(crate) fn prepare_b1_avx2(values: &[i8], int4: bool, tables: &mut [Block]) {
+    if int4 { prepare_b1::<true>(values, tables) } else { prepare_b1::<false>(values, tables) }
 }
 
 /// The tables of B1: coefficients are 0 or 1, the unsigned ones of the product.
 #[target_feature(enable = "avx2")]
-pub(crate) fn prepare_b1_avx2(values: &[i8], tables: &mut [Block]) {
+#[inline]
+fn prepare_b1<const INT4: bool>(values: &[i8], tables: &mut [Block]) {
     const PLACES: [[[u8; 32]; 8]; 2] = [places(Format::B1, 0), places(Format::B1, 2)];
     const COEFFICIENTS: [[u8; 32]; 2] = {
         let mut out = [[0; 32]; 2];
@@ -795,6 +877,10 @@ pub(crate) fn prepare_b1_avx2(values: &[i8], tables: &mut [Block]) {
             let x01 = _mm256_shuffle_epi8(x, load(&PLACES[0][g], 0));
             let x23 = _mm256_shuffle_epi8(x, load(&PLACES[1][g], 0));
             let v = _mm256_add_epi16(_mm256_maddubs_epi16(c01, x01), _mm256_maddubs_epi16(c23, x23));
+            if INT4 {
+                store_table(&mut out[g / 2], g % 2, v, _mm256_setzero_si256());
+                continue;
+            }
             let lo = _mm256_and_si256(v, _mm256_set1_epi16(B1_BASE - 1));
             let lo = _mm256_sub_epi16(lo, _mm256_set1_epi16(16));
             store_table(&mut out[g / 2], g % 2, lo, _mm256_srai_epi16::<5>(v));

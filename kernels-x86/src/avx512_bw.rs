@@ -1,7 +1,7 @@
 //! AVX-512 without VNNI and VBMI (Skylake-X, Cascade Lake): the loops of AVX2 in 32 registers of 64 bytes, one block each.
 #![allow(clippy::needless_range_loop, reason = "one index for several arrays of registers")]
 
-use crate::avx2::{prepare_b1_avx2, prepare_tl_balanced_avx2};
+use crate::avx2::{INT4_BASE, prepare_b1_avx2, prepare_tl_balanced_avx2};
 use crate::avx512::{by_tokens, lanes, load, load_four_times, opaque, prefetch, sums_less};
 use crate::blocks;
 use crate::cpu::Features;
@@ -30,15 +30,14 @@ impl Kernels for Bw {
         "avx512-bw"
     }
     /// As AVX2: the tables of [`bitnet_kernel::tables`].
-    fn prepare<'a>(&self, format: Format, cols: usize, values: &'a [i8], tables: &'a mut [Block]) -> Activations<'a> {
+    fn fill(&self, format: Format, values: &[i8], int4: bool, tables: &mut [Block]) {
         match format {
             // SAFETY: `self` exists, so the CPU has AVX2.
-            Format::B1 => unsafe { prepare_b1_avx2(values, tables) },
+            Format::B1 => unsafe { prepare_b1_avx2(values, int4, tables) },
             // SAFETY: as above.
-            Format::TL => unsafe { prepare_tl_balanced_avx2(values, tables) },
+            Format::TL => unsafe { prepare_tl_balanced_avx2(values, int4, tables) },
             _ => {}
         }
-        Activations::new(format, cols, values, tables)
     }
     fn matvec(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [i32]) {
         assert_eq!(y.len(), w.rows());
@@ -256,13 +255,21 @@ fn dots_of_codes<const N: usize, const COLS: usize, const BITS: u32, const LOW: 
 
 const LANES_PREFETCH: usize = 8192;
 
-/// Steps after which the 16-bit sums are emptied: one adds at most 4096 in magnitude (TL) or 4224 (B1), 7 at most 29568.
-const LANES_FLUSH: usize = 7;
+/// Steps after which the 16-bit sums are emptied: one adds at most 4096 in magnitude (TL) or 4224 (B1), 7 at most 29568; of int4
+/// activations at most 256, and 100 steps 25600.
+const fn lanes_flush(base: i16) -> usize {
+    if base == INT4_BASE { 100 } else { 7 }
+}
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn b1(steps: Lanes<'_, 4>, x: &[Activations<'_>], y: &mut [[i32; 64]; TOKENS]) {
-    by_tokens!(x, y, sums_of_lanes::<4, B1_BASE>(steps));
-    let constant = 16 * 8 * steps.len() as i32;
+    let Some(int4) = tiles::alike(x) else { return tiles::one_by_one(x, y, |x, y| b1(steps, x, y)) };
+    let constant = if int4 { 0 } else { 16 * 8 * steps.len() as i32 };
+    if int4 {
+        by_tokens!(x, y, sums_of_lanes::<4, INT4_BASE>(steps));
+    } else {
+        by_tokens!(x, y, sums_of_lanes::<4, B1_BASE>(steps));
+    }
     for (x, y) in x.iter().zip(y) {
         y.iter_mut().for_each(|y| *y = 2 * (*y + constant) - x.sum());
     }
@@ -270,7 +277,11 @@ fn b1(steps: Lanes<'_, 4>, x: &[Activations<'_>], y: &mut [[i32; 64]; TOKENS]) {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn tl(steps: Lanes<'_, 5>, x: &[Activations<'_>], y: &mut [[i32; 64]; TOKENS]) {
-    by_tokens!(x, y, sums_of_lanes::<5, TL_BASE>(steps));
+    match tiles::alike(x) {
+        Some(true) => by_tokens!(x, y, sums_of_lanes::<5, INT4_BASE>(steps)),
+        Some(false) => by_tokens!(x, y, sums_of_lanes::<5, TL_BASE>(steps)),
+        None => tiles::one_by_one(x, y, |x, y| tl(steps, x, y)),
+    }
 }
 
 /// `Σ base · hi + lo` over the groups of 64 rows, for `N` tokens.
@@ -287,9 +298,9 @@ fn sums_of_lanes<const N: usize, const BLOCKS: usize, const BASE: i16>(
     let (nibble, parts) = (_mm512_set1_epi8(15), _mm512_set1_epi16(BASE << 8 | 1));
     let tables = x.map(|x| &x.tables().as_chunks::<4>().0[..steps.len()]);
     let mut total = [[zero; 4]; N];
-    for first in (0..steps.len()).step_by(LANES_FLUSH) {
+    for first in (0..steps.len()).step_by(lanes_flush(BASE)) {
         let mut wide = [[zero; 2]; N];
-        for s in first..steps.len().min(first + LANES_FLUSH) {
+        for s in first..steps.len().min(first + lanes_flush(BASE)) {
             let step = &steps[s];
             for block in step {
                 prefetch(block, LANES_PREFETCH);
@@ -304,9 +315,16 @@ fn sums_of_lanes<const N: usize, const BLOCKS: usize, const BASE: i16>(
                     for t in 0..N {
                         let table = &tables[t][s][$i].0;
                         let mut l = _mm512_shuffle_epi8(load_four_times(table, 32 * $odd), n);
-                        let mut h = _mm512_shuffle_epi8(load_four_times(table, 32 * $odd + 16), n);
                         if BLOCKS == 5 {
                             l = _mm512_mask_sub_epi8(l, negative, zero, l);
+                        }
+                        if BASE == INT4_BASE {
+                            let sum = if $i < 2 { &mut lo[t] } else { &mut hi[t] };
+                            *sum = _mm512_add_epi8(*sum, l);
+                            continue;
+                        }
+                        let mut h = _mm512_shuffle_epi8(load_four_times(table, 32 * $odd + 16), n);
+                        if BLOCKS == 5 {
                             h = _mm512_mask_sub_epi8(h, negative, zero, h);
                         }
                         lo[t] = _mm512_add_epi8(lo[t], l);

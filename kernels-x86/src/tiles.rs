@@ -55,3 +55,23 @@ fn each_tile<const ROWS: usize, const TOKENS: usize>(
         }
     }
 }
+
+/// Whether all tokens have tables of int4 activations, or all have others; `None` if they differ.
+pub(crate) fn alike(tokens: &[Activations<'_>]) -> Option<bool> {
+    let int4 = tokens.first()?.int4();
+    tokens.iter().all(|token| token.int4() == int4).then_some(int4)
+}
+
+/// Calls `dots` with each token alone.
+pub(crate) fn one_by_one<const ROWS: usize, const TOKENS: usize>(
+    tokens: &[Activations<'_>],
+    y: &mut [[i32; ROWS]; TOKENS],
+    dots: impl Fn(&[Activations<'_>], &mut [[i32; ROWS]; TOKENS]),
+) {
+    for t in 0..tokens.len() {
+        // The results of one token come first.
+        let mut one = [[0; ROWS]; TOKENS];
+        dots(&tokens[t..=t], &mut one);
+        y[t] = one[0];
+    }
+}

@@ -101,6 +101,13 @@ pub enum Input {
     Mixed,
     /// Every weight the largest, every activation 127.
     Highest,
+    /// Random weights and activations of four bits, for formats with tables, whose partial sums then are others. So are those of
+    /// the next two.
+    Int4,
+    /// Every weight the smallest, every activation -8.
+    Int4Lowest,
+    /// Every weight the largest, every activation -8; the second token of a batch is 127, which is no int4.
+    Int4Mixed,
 }
 
 impl fmt::Display for Difference {
@@ -152,6 +159,11 @@ pub fn check_up_to(backends: &[&dyn Kernels], memory: &mut Workspace, weights: u
                 }
                 check_rows(backends, rows, cols, input, memory)?;
                 check_blocks(backends, rows.min(blocks::UNIT_ROWS), cols, input, memory)?;
+            }
+        }
+        for input in [Input::Int4, Input::Int4Lowest, Input::Int4Mixed] {
+            for format in Format::INTEGER.into_iter().filter(|format| format.table_cols() > 0) {
+                check_products(backends, format, rows, cols, input, memory)?;
             }
         }
         check_matvec_f16(backends, rows, cols, memory)?;
@@ -317,9 +329,9 @@ fn fill(format: Format, rows: usize, cols: usize, input: Input, memory: &mut Wor
             let seed = weight_seed(row + r, col + c, padding);
             match input {
                 // Padding is inert: it holds weights like any other here, and must not matter.
-                Input::Random => format.weight(seed),
-                Input::Lowest if inside => low,
-                Input::Mixed | Input::Highest if inside => high,
+                Input::Random | Input::Int4 => format.weight(seed),
+                Input::Lowest | Input::Int4Lowest if inside => low,
+                Input::Mixed | Input::Highest | Input::Int4Mixed if inside => high,
                 _ => 0,
             }
         });
@@ -335,8 +347,10 @@ fn fill(format: Format, rows: usize, cols: usize, input: Input, memory: &mut Wor
         values[..cols].fill_with(|| match (input, t) {
             (Input::Random | Input::Mixed, 1) => 0,
             (Input::Random, _) => rng.next() as i8,
-            (Input::Highest, _) => 127,
+            (Input::Highest, _) | (Input::Int4Mixed, 1) => 127,
             (Input::Lowest | Input::Mixed, _) => -128,
+            (Input::Int4, _) => rng.next() as i8 >> 4,
+            (Input::Int4Lowest | Input::Int4Mixed, _) => -8,
         });
         values[cols..].fill(0);
     }
@@ -386,9 +400,9 @@ fn check_blocks(
         for &share in shares {
             let live = |s: usize, b: usize| weight_seed(s, b, 3).max(1).is_multiple_of(share);
             let weight = |r: usize, c: usize| match input {
-                Input::Random => (weight_seed(r, c, 5) % 3) as i8 - 1,
-                Input::Lowest => -1,
-                Input::Mixed | Input::Highest => 1,
+                Input::Lowest | Input::Int4Lowest => -1,
+                Input::Mixed | Input::Highest | Input::Int4Mixed => 1,
+                Input::Random | Input::Int4 => (weight_seed(r, c, 5) % 3) as i8 - 1,
             };
             let n = blocks::encode_unit(shape, rows, cols, live, weight, &mut memory.blocks);
             let w = BlockMatrix::new(shape, rows, cols, &memory.blocks[..n]).expect("a unit just encoded");

@@ -15,19 +15,28 @@ pub trait Kernels: Sync + core::fmt::Debug {
     /// `"neon-dotprod"`, as logs, benchmarks and `--backend` spell it.
     fn name(&self) -> &'static str;
 
-    /// Makes `values` ready for the matrices of `format` with `cols` columns, once per vector and not once per row.
+    /// Fills `tables` with what this backend multiplies by in place of `values`: by default the partial sums of [`tables`].
     ///
-    /// What a backend writes into `tables` is its own business; the default are the partial sums of [`tables`]. `values` has
+    /// What it writes is its own business. `int4` says that the values are all within -8 to 7 and that the product will be told
+    /// so by [`Activations::int4`]: partial sums then fit in one byte.
+    fn fill(&self, format: Format, values: &[i8], int4: bool, tables: &mut [Block]) {
+        let _ = int4;
+        tables::fill(format, values, tables);
+    }
+
+    /// Makes `values` ready for the matrices of `format` with `cols` columns, once per vector and not once per row. `values` has
     /// at least `format.padded_cols(cols)` entries, zero from `cols` on.
     ///
     /// # Panics
     /// If `tables.len() != format.table_blocks(cols)`, or `values` is short or not zero past `cols`.
     fn prepare<'a>(&self, format: Format, cols: usize, values: &'a [i8], tables: &'a mut [Block]) -> Activations<'a> {
-        tables::fill(format, values, tables);
-        Activations::new(format, cols, values, tables)
+        let int4 = format.table_cols() > 0 && tables::are_int4(&values[..cols]);
+        self.fill(format, values, int4, tables);
+        Activations::new(format, cols, values, int4, tables)
     }
 
-    /// [`Kernels::prepare`] for any format that multiplies int8 activations: group by group where it is a grouped one.
+    /// [`Kernels::prepare`] for any format that multiplies int8 activations: group by group where it is a grouped one, all by tables
+    /// of int8.
     ///
     /// # Panics
     /// As [`Kernels::prepare`].
@@ -48,10 +57,10 @@ pub trait Kernels: Sync + core::fmt::Debug {
             let groups = values.chunks_exact(Format::GROUP_COLS).zip(tables.chunks_exact_mut(group_blocks));
             for (values, tables) in groups {
                 padded[..Format::GROUP_COLS].copy_from_slice(values);
-                self.prepare(format.base(), Format::GROUP_COLS, &padded, tables);
+                self.fill(format.base(), &padded, false, tables);
             }
         }
-        Activations::new(format, cols, values, tables)
+        Activations::new(format, cols, values, false, tables)
     }
 
     /// `y[r] = Σ_c w[r][c] · x[c]`, exact in `i32`. Weights with invalid codes give unspecified sums, never a fault.

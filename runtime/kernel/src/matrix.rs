@@ -121,20 +121,21 @@ pub struct Activations<'a> {
     cols: usize,
     values: &'a [i8],
     sum: i32,
+    int4: bool,
     tables: &'a [Block],
 }
 
 impl<'a> Activations<'a> {
-    /// Wraps activations and whatever the backend keeps in `tables`.
+    /// Wraps activations and whatever the backend keeps in `tables`, which were filled for values of four bits if `int4` is set.
     ///
     /// # Panics
     /// If `values` is shorter than the padded columns or not zero in the padding, or `tables` has not its exact length.
-    pub fn new(format: Format, cols: usize, values: &'a [i8], tables: &'a [Block]) -> Self {
+    pub fn new(format: Format, cols: usize, values: &'a [i8], int4: bool, tables: &'a [Block]) -> Self {
         let values = &values[..format.padded_cols(cols)];
         assert!(values[cols..].iter().all(|&v| v == 0), "activations past the last column must be zero");
         assert_eq!(tables.len(), format.table_blocks(cols));
         let sum = values.iter().map(|&v| i32::from(v)).sum();
-        Self { format, cols, values, sum, tables }
+        Self { format, cols, values, sum, int4, tables }
     }
     /// What the panels of group `g` of a grouped format are multiplied by: `128` columns in the base format.
     ///
@@ -149,7 +150,7 @@ impl<'a> Activations<'a> {
         let values = &self.values[g * Format::GROUP_COLS..][..Format::GROUP_COLS];
         let sum = values.iter().map(|&v| i32::from(v)).sum();
         let tables = &self.tables[g * table_blocks..][..table_blocks];
-        Self { format, cols: Format::GROUP_COLS, values, sum, tables }
+        Self { format, cols: Format::GROUP_COLS, values, sum, int4: self.int4, tables }
     }
     /// The format of the matrices these are prepared for.
     pub const fn format(&self) -> Format {
@@ -166,6 +167,10 @@ impl<'a> Activations<'a> {
     /// Sum of the values.
     pub const fn sum(&self) -> i32 {
         self.sum
+    }
+    /// Whether the tables were filled for values that are all within -8 to 7.
+    pub const fn int4(&self) -> bool {
+        self.int4
     }
     /// What the backend prepared: opaque to all but itself.
     pub const fn tables(&self) -> &'a [Block] {

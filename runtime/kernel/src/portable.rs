@@ -12,9 +12,7 @@ impl Kernels for Portable {
         "portable"
     }
     /// Needs no tables: it multiplies weights, so that it is an independent check of those who look sums up.
-    fn prepare<'a>(&self, format: Format, cols: usize, values: &'a [i8], tables: &'a mut [Block]) -> Activations<'a> {
-        Activations::new(format, cols, values, tables)
-    }
+    fn fill(&self, _: Format, _: &[i8], _: bool, _: &mut [Block]) {}
     fn matvec(&self, w: Matrix<'_>, x: Activations<'_>, y: &mut [i32]) {
         assert_eq!(y.len(), w.rows());
         x.assert_fit(&w);

@@ -78,6 +78,12 @@ pub fn table(format: Format, x: &[i8]) -> Table {
     }
 }
 
+/// Whether all values are within -8 to 7, as those of BitNet a4.8 are. Then `|v|` is at most 24 in TL and 32 in B1: one byte holds
+/// a partial sum, and the sum of four. Where they are not, the first few say so.
+pub fn are_int4(values: &[i8]) -> bool {
+    values.chunks(64).all(|values| values.iter().fold(true, |all, v| all & (-8..8).contains(v)))
+}
+
 /// Fills `out`, `format.table_blocks(cols)` blocks, with the tables of `values`: two to a block, groups in order.
 ///
 /// # Panics

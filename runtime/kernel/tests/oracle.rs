@@ -318,18 +318,22 @@ fn activations_refuse_wrong_sizes_and_padding() {
         let (own, other) = (&tables[1..], &tables[..]);
         let mut values = vec![0; padded + 1];
         values[cols - 1] = -128;
-        let x = Activations::new(format, cols, &values, own);
+        let x = Activations::new(format, cols, &values, false, own);
         assert_eq!((x.values().len(), x.sum(), x.cols(), x.format()), (padded, -128, cols, format));
 
-        assert!(panics(|| _ = Activations::new(format, cols, &values, other)), "tables of another size");
-        assert!(panics(|| _ = Activations::new(format, cols, &values[..padded - 1], own)), "too few values");
+        assert!(panics(|| _ = Activations::new(format, cols, &values, false, other)), "tables of another size");
+        assert!(panics(|| _ = Activations::new(format, cols, &values[..padded - 1], false, own)), "too few values");
         for at in [cols, padded - 1] {
             values[at] = 1;
-            assert!(panics(|| _ = Activations::new(format, cols, &values, own)), "padding that is not zero");
+            assert!(panics(|| _ = Activations::new(format, cols, &values, false, own)), "padding that is not zero");
             values[at] = 0;
         }
         values[padded] = 1;
-        assert_eq!(Activations::new(format, cols, &values, own).sum(), -128, "what lies behind is not looked at");
+        assert_eq!(
+            Activations::new(format, cols, &values, false, own).sum(),
+            -128,
+            "what lies behind is not looked at"
+        );
     }
 }
 
@@ -338,9 +342,9 @@ fn products_refuse_what_does_not_fit() {
     let values = [0; 256];
     let blocks = [Block::ZERO; 4];
     let w = Matrix::new(Format::T2, 4, 100, &blocks).expect("one step");
-    let fits = Activations::new(Format::T2, 100, &values, &[]);
-    let wider = Activations::new(Format::T2, 101, &values, &[]);
-    let other = Activations::new(Format::I4, 100, &values, &[]);
+    let fits = Activations::new(Format::T2, 100, &values, false, &[]);
+    let wider = Activations::new(Format::T2, 101, &values, false, &[]);
+    let other = Activations::new(Format::I4, 100, &values, false, &[]);
     assert!(!panics(|| Portable.matvec(w, fits, &mut [0; 4])));
     assert!(panics(|| Portable.matvec(w, fits, &mut [0; 3])));
     assert!(panics(|| Portable.matvec(w, wider, &mut [0; 4])));

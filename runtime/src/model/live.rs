@@ -204,6 +204,6 @@ fn prepare<'a>(x: &Quantized<'a>, cols: usize) -> [Activations<'a>; Limits::BATC
     let tokens = x.scales.len();
     core::array::from_fn(|t| {
         let values = &x.values[if t < tokens { t * x.stride } else { 0 }..];
-        Activations::new(Format::T2R, cols, values, &[])
+        Activations::new(Format::T2R, cols, values, false, &[])
     })
 }

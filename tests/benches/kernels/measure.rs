@@ -118,7 +118,7 @@ struct Times {
 /// Measures one product and prints two rows.
 fn report(k: &dyn Kernels, op: Op, copies: &Copies<'_>, threads: usize) {
     let (format, rows, cols) = (copies.format, copies.rows, copies.cols);
-    let mut inputs = Inputs::new(format, cols);
+    let mut inputs = Inputs::new(format, cols, op);
     let prepare = (0..HOT_RUNS.0).map(|_| seconds(|| inputs.prepare(k))).fold(f64::INFINITY, f64::min);
     let product = inputs.product(k, op);
     // The rows that are read are listed for each thread, not for each piece.

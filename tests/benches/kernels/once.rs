@@ -22,7 +22,7 @@ pub(crate) fn run(backend: &str, op: &str, format: &str) -> Result<(), String> {
 
     let blocks = vec![Block::ZERO; format.matrix_blocks(ROWS, COLS)];
     let w = Matrix::new(format, ROWS, COLS, &blocks).expect("a whole matrix");
-    let mut inputs = Inputs::new(format, COLS);
+    let mut inputs = Inputs::new(format, COLS, op);
     let product = inputs.product(k, op);
     let mut out = Output::new(ROWS, COLS);
     mark_begin();

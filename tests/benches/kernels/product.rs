@@ -17,6 +17,10 @@ pub(crate) enum Op {
     Matvec,
     /// [`TOKENS`] tokens at once, as in prefill.
     Matmat,
+    /// One token whose activations have four bits.
+    MatvecInt4,
+    /// [`TOKENS`] such tokens.
+    MatmatInt4,
     /// One token and [`LIVE_PERCENT`] of the rows.
     DotRows,
     /// The sum of [`LIVE_PERCENT`] of the rows: a product with a mostly zero vector, of a matrix stored by its columns.
@@ -24,12 +28,15 @@ pub(crate) enum Op {
 }
 
 impl Op {
-    pub(crate) const ALL: [Self; 4] = [Self::Matvec, Self::Matmat, Self::DotRows, Self::SumRows];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Matvec, Self::Matmat, Self::MatvecInt4, Self::MatmatInt4, Self::DotRows, Self::SumRows];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Matvec => "matvec",
             Self::Matmat => "matmat",
+            Self::MatvecInt4 => "matvec_int4",
+            Self::MatmatInt4 => "matmat_int4",
             Self::DotRows => "dot_rows",
             Self::SumRows => "sum_rows",
         }
@@ -40,6 +47,8 @@ impl Op {
         match self {
             Self::Matvec => exact || format == Format::F16,
             Self::Matmat => exact,
+            // Others read int4 activations as any.
+            Self::MatvecInt4 | Self::MatmatInt4 => exact && !format.is_grouped() && format.table_cols() > 0,
             Self::DotRows | Self::SumRows => format == Format::T2R,
         }
     }
@@ -50,8 +59,8 @@ impl Op {
     /// Tokens of one call.
     pub(crate) const fn tokens(self) -> usize {
         match self {
-            Self::Matmat => TOKENS,
-            Self::Matvec | Self::DotRows | Self::SumRows => 1,
+            Self::Matmat | Self::MatmatInt4 => TOKENS,
+            Self::Matvec | Self::MatvecInt4 | Self::DotRows | Self::SumRows => 1,
         }
     }
     /// How many of `rows` rows are read.
@@ -82,12 +91,16 @@ pub(crate) struct Inputs {
 
 impl Inputs {
     /// Of each token other ones: tokens that share their tables would find them in a smaller cache than real ones do.
-    pub(crate) fn new(format: Format, cols: usize) -> Self {
+    pub(crate) fn new(format: Format, cols: usize, op: Op) -> Self {
+        let bits_less = if matches!(op, Op::MatvecInt4 | Op::MatmatInt4) { 4 } else { 0 };
         let padded = format.padded_cols(cols).next_multiple_of(Block::BYTES);
         let mut values = vec![0i8; TOKENS * padded + Block::BYTES];
         let start = values.as_ptr().align_offset(Block::BYTES);
         for (t, values) in values[start..].chunks_exact_mut(padded).take(TOKENS).enumerate() {
-            values[..cols].iter_mut().enumerate().for_each(|(i, v)| *v = ((i + 7 * t) * 89 % 255) as u8 as i8);
+            values[..cols]
+                .iter_mut()
+                .enumerate()
+                .for_each(|(i, v)| *v = ((i + 7 * t) * 89 % 255) as u8 as i8 >> bits_less);
         }
         let tables = vec![Block::ZERO; TOKENS * format.table_blocks(cols)];
         let floats = (0..cols).map(|i| (i * 89 % 255) as f32 / 64.0 - 2.0).collect();
@@ -157,8 +170,8 @@ impl Product<'_> {
             (Op::Matmat, format) if format.is_grouped() => {
                 self.k.matmat_grouped(w, Batch::new(&self.tokens), &mut floats[..n]);
             }
-            (Op::Matvec, _) => self.k.matvec(w, self.tokens[0], &mut integers[..n]),
-            (Op::Matmat, _) => self.k.matmat(w, Batch::new(&self.tokens), &mut integers[..n]),
+            (Op::Matvec | Op::MatvecInt4, _) => self.k.matvec(w, self.tokens[0], &mut integers[..n]),
+            (Op::Matmat | Op::MatmatInt4, _) => self.k.matmat(w, Batch::new(&self.tokens), &mut integers[..n]),
             (Op::DotRows | Op::SumRows, _) => {
                 let live = &self.live[..self.live.partition_point(|&row| (row as usize) < w.rows())];
                 if self.op == Op::DotRows {

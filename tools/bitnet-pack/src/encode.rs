@@ -3,6 +3,7 @@
 //! The definition asks a closure for each weight, which takes seconds for a large matrix. Here every format has a loop over
 //! whole rows; a test compares the two over all formats and odd shapes.
 use bitnet_kernel::{Block, Format, Geometry};
+use pulp::Arch;
 
 /// Encodes rows as the tiles of one unit (or of a whole matrix).
 ///
@@ -21,10 +22,13 @@ pub fn encode(format: Format, rows: usize, cols: usize, weights: &[i8], blocks: 
     }
     let tiles = weights.chunks(format.tile_rows() * stride).zip(blocks.chunks_exact_mut(format.tile_blocks(cols)));
     for (weights, tile) in tiles {
-        match format.geometry() {
-            Geometry::Lanes => lanes(format, stride, weights, tile),
-            Geometry::Planes => planes(format, stride, weights, tile),
-        }
+        Arch::new().dispatch(
+            #[inline(always)]
+            || match format.geometry() {
+                Geometry::Lanes => lanes(format, stride, weights, tile),
+                Geometry::Planes => planes(format, stride, weights, tile),
+            },
+        );
     }
 }
 
@@ -67,6 +71,7 @@ fn part_planes(format: Format, panel: &mut [i8]) {
     weights.iter_mut().for_each(|w| *w = sign(*w, 0));
 }
 
+#[inline(always)]
 fn lanes(format: Format, stride: usize, weights: &[i8], tile: &mut [Block]) {
     tile.fill(Block::ZERO);
     let cols = format.step_cols();
@@ -79,6 +84,7 @@ fn lanes(format: Format, stride: usize, weights: &[i8], tile: &mut [Block]) {
 }
 
 /// 24 ternary weights: a byte of signs and four of nibbles, in lane `r` of five blocks.
+#[inline(always)]
 fn tl_row(row: &[i8], r: usize, step: &mut [Block]) {
     let (groups, _) = row.as_chunks::<3>();
     let mut signs = 0;
@@ -92,12 +98,14 @@ fn tl_row(row: &[i8], r: usize, step: &mut [Block]) {
 }
 
 /// 32 signs: four bytes, in lane `r` of four blocks.
+#[inline(always)]
 fn b1_row(row: &[i8], r: usize, step: &mut [Block]) {
     for (block, eight) in step.iter_mut().zip(row.chunks_exact(8)) {
         block.0[r] = eight.iter().rev().fold(0, |byte, &w| byte << 1 | u8::from(w > 0));
     }
 }
 
+#[inline(always)]
 fn planes(format: Format, stride: usize, weights: &[i8], tile: &mut [Block]) {
     // The first block holds a row of zeros where a row is missing.
     let zeros = match format {
@@ -117,6 +125,7 @@ fn planes(format: Format, stride: usize, weights: &[i8], tile: &mut [Block]) {
     }
 }
 
+#[inline(always)]
 fn plane_row(format: Format, row: &[i8], block: &mut [u8; 64]) {
     let (planes, _) = row.as_chunks::<64>();
     for (j, byte) in block.iter_mut().enumerate() {

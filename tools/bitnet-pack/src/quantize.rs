@@ -1,6 +1,10 @@
 //! From the numbers of a checkpoint to the numbers of an image. Everything here works on rows that are in memory.
+//!
+//! Loops that see every weight are dispatched to the vectors of this CPU. Their sums have lanes of their own, so that no CPU changes a
+//! result.
 use bitnet_kernel::Format;
 use half::f16;
+use pulp::Arch;
 
 /// What the numbers of a matrix say of themselves, as they come in.
 #[derive(Clone, Copy, Debug)]
@@ -77,15 +81,16 @@ pub struct MagnitudeSum {
 impl MagnitudeSum {
     /// Adds a run of elements. Runs other than the last must be a multiple of 8 for the sum not to depend on their length.
     pub fn add(&mut self, values: &[f32]) {
-        let (eights, rest) = values.as_chunks::<8>();
-        for eight in eights {
-            for (lane, v) in self.lanes.iter_mut().zip(eight) {
-                *lane += f64::from(v.abs());
-            }
-        }
-        for (lane, v) in self.lanes.iter_mut().zip(rest) {
-            *lane += f64::from(v.abs());
-        }
+        let lanes = &mut self.lanes;
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                let (eights, rest) = values.as_chunks::<8>();
+                for part in eights.iter().map(|eight| &eight[..]).chain([rest]) {
+                    lanes.iter_mut().zip(part).for_each(|(lane, v)| *lane += f64::from(v.abs()));
+                }
+            },
+        );
         self.count += values.len() as u64;
     }
     /// The mean, or infinity or NaN if any element was not finite.
@@ -112,12 +117,20 @@ impl Absmean {
     }
     /// Ternarizes. Rounding half to even sends exactly 0.5 to zero, so two comparisons are the whole of it.
     pub fn ternarize(&self, weights: &[f32], into: &mut [i8]) {
-        for (t, w) in into.iter_mut().zip(weights) {
-            let v = w * self.scale;
-            *t = i8::from(v > 0.5) - i8::from(v < -0.5);
-        }
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                for (t, w) in into.iter_mut().zip(weights) {
+                    let v = w * self.scale;
+                    *t = i8::from(v > 0.5) - i8::from(v < -0.5);
+                }
+            },
+        );
     }
 }
+
+/// Sums of [`Distance`] side by side: as many as hide the time that an addition takes.
+const LANES: usize = 32;
 
 /// How far masters are from their ternary form: the square root of the error's energy over that of the weights.
 #[derive(Clone, Copy, Debug, Default)]
@@ -129,17 +142,22 @@ pub struct Distance {
 impl Distance {
     /// Adds a run of weights and what became of them.
     pub fn add(&mut self, weights: &[f32], ternary: &[i8], multiplier: f32) {
-        let (mut error, mut energy) = ([0.0f32; 8], [0.0f32; 8]);
-        let mut add = |weights: &[f32], ternary: &[i8]| {
-            for (((w, t), error), energy) in weights.iter().zip(ternary).zip(&mut error).zip(&mut energy) {
-                let e = w - f32::from(*t) * multiplier;
-                *error += e * e;
-                *energy += w * w;
-            }
-        };
-        let ((weights, last), (ternary, rest)) = (weights.as_chunks::<8>(), ternary.as_chunks::<8>());
-        weights.iter().zip(ternary).for_each(|(weights, ternary)| add(weights, ternary));
-        add(last, rest);
+        let (mut error, mut energy) = ([0.0f32; LANES], [0.0f32; LANES]);
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                let mut add = |weights: &[f32], ternary: &[i8]| {
+                    for (((w, t), error), energy) in weights.iter().zip(ternary).zip(&mut error).zip(&mut energy) {
+                        let e = w - f32::from(*t) * multiplier;
+                        *error += e * e;
+                        *energy += w * w;
+                    }
+                };
+                let ((weights, last), (ternary, rest)) = (weights.as_chunks::<LANES>(), ternary.as_chunks::<LANES>());
+                weights.iter().zip(ternary).for_each(|(weights, ternary)| add(weights, ternary));
+                add(last, rest);
+            },
+        );
         self.error += error.iter().map(|&e| f64::from(e)).sum::<f64>();
         self.energy += energy.iter().map(|&e| f64::from(e)).sum::<f64>();
     }
@@ -187,22 +205,31 @@ pub fn row_i4(row: &[f32], into: &mut [i8]) -> f32 {
         into.fill(0);
         return 0.0;
     }
+    Arch::new().dispatch(
+        #[inline(always)]
+        || row_i4_below(row, into, max / 7.0),
+    )
+}
+
+/// [`row_i4`] with scales from `largest` down. All of them at once, of which each has sums of its own.
+#[inline(always)]
+fn row_i4_below(row: &[f32], into: &mut [i8], largest: f32) -> f32 {
     let code = |w: f32, inverse: f32| round(w * inverse).clamp(-7.0, 7.0);
-    let error = |scale: f32| {
-        let inverse = 1.0 / scale;
-        let mut lanes = [0.0f32; 8];
-        for eight in row.chunks(8) {
-            for (lane, w) in lanes.iter_mut().zip(eight) {
+    let scales = I4_CUTS.map(|cut| largest * cut);
+    let inverses = scales.map(|scale| 1.0 / scale);
+    let mut errors = [[0.0f32; 8]; I4_CUTS.len()];
+    let (eights, rest) = row.as_chunks::<8>();
+    for part in eights.iter().map(|eight| &eight[..]).chain([rest]) {
+        for ((lanes, scale), inverse) in errors.iter_mut().zip(scales).zip(inverses) {
+            for (lane, w) in lanes.iter_mut().zip(part) {
                 let e = w - code(*w, inverse) * scale;
                 *lane += e * e;
             }
         }
-        lanes.iter().sum::<f32>()
-    };
-    let mut best = (f32::INFINITY, max / 7.0);
-    for cut in I4_CUTS {
-        let scale = max / 7.0 * cut;
-        let e = error(scale);
+    }
+    let mut best = (f32::INFINITY, largest);
+    for (lanes, scale) in errors.iter().zip(scales) {
+        let e = lanes.iter().sum::<f32>();
         if e < best.0 {
             best = (e, scale);
         }

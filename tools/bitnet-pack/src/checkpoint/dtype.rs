@@ -4,6 +4,7 @@
 //! descriptions; `tests/golden/gguf` has bytes of each type and what another implementation reads in them. All are decoded to
 //! f32 in the same order of operations, so that a ternary or binary tensor gives the same magnitude everywhere, bit for bit.
 use half::f16;
+use pulp::Arch;
 
 /// Element types that are known by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,7 +177,11 @@ fn decode_plain(dtype: Dtype, raw: &[u8], into: &mut [f32]) {
         // The upper half of an f32. Written so, it vectorizes, which the crate's own does not: that looks for NaN.
         Dtype::BF16 => {
             let (pairs, _) = raw.as_chunks::<2>();
-            pairs.iter().zip(into).for_each(|(b, v)| *v = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16));
+            let float = |b: &[u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+            Arch::new().dispatch(
+                #[inline(always)]
+                || pairs.iter().zip(into).for_each(|(b, v)| *v = float(b)),
+            );
         }
         Dtype::F16 => raw.chunks_exact(2).zip(into).for_each(|(b, v)| *v = half(b, 0)),
         Dtype::F32 => {

@@ -20,6 +20,7 @@ use crate::prune::Mask;
 use crate::reorder::Order;
 use bitnet_runtime::error::Foreign;
 use core::fmt;
+use pulp::Arch;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
@@ -382,7 +383,11 @@ impl Checkpoint {
         let sound = tensor.dtype.decode(raw, tensor.scale, into);
         sound.map_err(|at| wrong(at, "code 3, which no weight has".into()))?;
         // Without a branch for each: this sees every number of the checkpoint.
-        if !into.iter().fold(false, |found, v| found | !v.is_finite()) {
+        let all_finite = Arch::new().dispatch(
+            #[inline(always)]
+            || !into.iter().fold(false, |found, v| found | !v.is_finite()),
+        );
+        if all_finite {
             if let Some(mask) = self.masks.get(&tensor.name) {
                 mask.apply(first as usize, into);
             }
