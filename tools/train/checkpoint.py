@@ -71,30 +71,20 @@ def load(directory: Path) -> Model:
     return model
 
 
-def exported(directory: Path) -> Model:
-    """The model as the packer sees it: what it computes is what the runtime must."""
-    options = json.loads((directory / "train.json").read_text())
-    model = Model(Config(**(options | dict(weights={name: "values" for name in LINEARS}))))
-    for name, linear in model.named_modules():
-        if isinstance(linear, BitLinear) and ".memory." in name:
-            linear.kind = "values"
-    adopt(model, directory / "model.safetensors")
-    return model
-
-
-def converted(directory: Path) -> Model:
-    """The model that `bitnet-pack convert --to-stateful` wrote, whose linears are floats."""
+def described(directory: Path) -> Model:
+    """The model of `config.json`, if it is one that this recipe has, with the weights that lie beside it."""
     config = json.loads((directory / "config.json").read_text())
-    memory = config.get("memory")
-    match memory:
+    match config.get("memory"):
+        case None:
+            memory = {}
         case {"kind": "bitrnn-m", "heads": heads, "key_dim": width, "value_dim": height} if width == height:
             memory = dict(heads=heads, width=width)
         case {"kind": "bitrnn-v", "width": numbers}:
             memory = dict(numbers=numbers)
-        case _:
-            memory = None
-    if config["architectures"] != ["BitNetForCausalLM"] or memory is None:
-        raise SystemExit(f"{directory}: not a BitNetForCausalLM with vectors or square matrices beside attention")
+        case other:
+            raise SystemExit(f"{directory}: a memory that is neither a vector nor square matrices: {other}")
+    if config["architectures"] != ["BitNetForCausalLM"]:
+        raise SystemExit(f"{directory}: not a BitNetForCausalLM")
     if config["rms_norm_eps"] != EPS or not config.get("tie_word_embeddings"):
         raise SystemExit(f"{directory}: only models with rms_norm_eps = {EPS} and tied embeddings are trained here")
     are_values = config.get("quantization_config", {}).get("quantization_mode") == "values"
@@ -107,14 +97,30 @@ def converted(directory: Path) -> Model:
             kv_heads=config["num_key_value_heads"],
             ffn=config["intermediate_size"],
             theta=config["rope_theta"],
-            window=config["sliding_window"],
-            sinks=config["sink_tokens"],
+            window=config.get("sliding_window", 0),
+            sinks=config.get("sink_tokens", 0),
             memory=memory,
             activations=config.get("activation_quantization", {}),
             weights={name: "values" for name in LINEARS} if are_values else {},
         )
     )
     adopt(model, directory / "model.safetensors")
+    return model
+
+
+def exported(directory: Path) -> Model:
+    """The model as the packer sees it: what it computes is what the runtime must."""
+    model = described(directory)
+    for linear in (m for m in model.modules() if isinstance(m, BitLinear)):
+        linear.kind = "values"
+    return model
+
+
+def converted(directory: Path) -> Model:
+    """The model that `bitnet-pack convert --to-stateful` wrote, whose linears are floats."""
+    model = described(directory)
+    if not model.c.memory:
+        raise SystemExit(f"{directory}: nothing beside attention; `bitnet-pack convert --to-stateful` puts it there")
     return model
 
 

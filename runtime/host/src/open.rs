@@ -1,6 +1,6 @@
 //! From arguments to a model in memory.
 use crate::signature::Signed;
-use crate::weights::{Place, Stream, WeightArgs, Weights};
+use crate::weights::{Place, Stream, WeightArgs, Weights, conversation};
 use anyhow::{Context as _, bail, ensure};
 use bitnet_kernel::{Block, Kernels};
 use bitnet_runtime::cgroup::available_memory;
@@ -168,10 +168,10 @@ impl Opened<'_> {
         let block = |n: usize| mib((n * Block::BYTES) as u64);
         let Plan { state, scratch, sampler } = self.plan;
         format!(
-            "{} ({}, conversation of {} tokens {}, activations {})",
+            "{} ({}, {} {}, activations {})",
             mib(self.plan_bytes()),
             self.weights,
-            self.limits.context,
+            conversation(&self.image.header().config, &self.limits),
             block(state),
             block(scratch + sampler),
         )

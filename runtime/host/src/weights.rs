@@ -6,7 +6,7 @@ use bitnet_kernel::Block;
 use bitnet_runtime::cgroup::available_memory;
 use bitnet_runtime::image::Kind;
 use bitnet_runtime::source::{BlockDevice as _, ImageFile, Pieces, Ring, RingOptions, Span, Watch};
-use bitnet_runtime::{Image, Limits, Plan};
+use bitnet_runtime::{Config, Image, Limits, Plan};
 use clap::ValueEnum;
 use std::fmt;
 use std::fs::File;
@@ -156,8 +156,17 @@ impl fmt::Display for Weights {
 #[derive(Clone, Copy, Debug)]
 struct Rest<'a> {
     plan: &'a Plan,
-    limits: &'a Limits,
+    conversation: &'a str,
     own: u64,
+}
+
+/// How long a conversation can be.
+pub(crate) fn conversation(config: &Config, limits: &Limits) -> String {
+    if config.is_bounded() {
+        format!("conversation of {} tokens", limits.context)
+    } else {
+        "conversation of any length".into()
+    }
 }
 
 impl Rest<'_> {
@@ -171,8 +180,7 @@ impl fmt::Display for Rest<'_> {
         let block = |n: usize| mib((n * Block::BYTES) as u64);
         let Plan { state, scratch, sampler } = *self.plan;
         let (state, scratch, own) = (block(state), block(scratch + sampler), mib(self.own));
-        let context = self.limits.context;
-        write!(f, "conversation of {context} tokens {state}, activations {scratch}, program and tokenizer {own}")
+        write!(f, "{} {state}, activations {scratch}, program and tokenizer {own}", self.conversation)
     }
 }
 
@@ -199,7 +207,8 @@ impl WeightArgs {
             + TOKENIZER_FACTOR * tokenizer
             + (self.spans() * size_of::<Span>()) as u64
             + self.reserve;
-        let rest = Rest { plan, limits, own };
+        let conversation = conversation(&image.header().config, limits);
+        let rest = Rest { plan, conversation: &conversation, own };
         let resident = image.file_bytes();
         // What is taken already is part of --ram, and no part of what is available.
         let have = match self.ram {

@@ -9,15 +9,51 @@ use anyhow::{Context, Result};
 use crate::run;
 use crate::workspace::Workspace;
 
-const CHECKPOINT: &str = "models/stories-ternary";
 const PROMPT: &str = "Once upon a time";
 
-/// Builds the two programs, packs the bundled checkpoint unless its image is newer than all it was made from, and
-/// generates a story.
+/// A bundled checkpoint, and how much it tells.
+struct Told {
+    checkpoint: &'static str,
+    what: &'static str,
+    /// Options of `bitnet run`, with which everyone sees the same.
+    options: [&'static str; 4],
+}
+
+const MODELS: [Told; 2] = [
+    Told {
+        checkpoint: "models/stories-ternary",
+        what: "Ternary weights; attention sees the whole story.",
+        options: ["--temperature", "0", "--max-tokens", "120"],
+    },
+    Told {
+        checkpoint: "models/stories-stateful",
+        what: "The same weights and a memory of fixed size; attention sees 68 tokens, and a conversation has no end.",
+        options: ["--temperature", "0.7", "--max-tokens", "700"],
+    },
+];
+
+/// Builds the two programs, packs the bundled checkpoints unless their images are newer than all they were made from, and has each
+/// tell a story.
 pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     let [bitnet, packer] = &run::release_programs(workspace)?;
-    let checkpoint = workspace.root.join(CHECKPOINT);
-    let image = workspace.target.join("demo").join("stories-ternary.bitnet");
+    for told in MODELS {
+        let Some(image) = packed(workspace, packer, told.checkpoint)? else { return Ok(false) };
+        say!("{}: {}", told.checkpoint, told.what);
+        let mut generate = Command::new(bitnet);
+        generate.arg("run").arg(&image).args([PROMPT, "--stats"]).args(told.options);
+        if !generate.status().with_context(|| format!("starting {bitnet}"))?.success() {
+            return Ok(false);
+        }
+        say!("image: {}", image.display());
+    }
+    Ok(true)
+}
+
+/// The image of a checkpoint, if the packer makes one.
+fn packed(workspace: &Workspace, packer: &str, checkpoint: &str) -> Result<Option<PathBuf>> {
+    let checkpoint = workspace.root.join(checkpoint);
+    let name = checkpoint.file_name().context("a checkpoint has a name")?;
+    let image = workspace.target.join("demo").join(name).with_extension("bitnet");
     let mut sources = files(&checkpoint)?;
     // A changed packer may write a changed image.
     sources.push(PathBuf::from(packer));
@@ -27,14 +63,10 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
         let mut pack = Command::new(packer);
         pack.arg("pack").arg(&checkpoint).arg("-o").arg(&image);
         if !pack.status().with_context(|| format!("starting {packer}"))?.success() {
-            return Ok(false);
+            return Ok(None);
         }
     }
-    let mut generate = Command::new(bitnet);
-    generate.arg("run").arg(&image).args([PROMPT, "--temperature", "0", "--max-tokens", "120", "--stats"]);
-    let success = generate.status().with_context(|| format!("starting {bitnet}"))?.success();
-    say!("image: {}", image.display());
-    Ok(success)
+    Ok(Some(image))
 }
 
 fn files(folder: &Path) -> Result<Vec<PathBuf>> {

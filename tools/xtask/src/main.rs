@@ -88,7 +88,7 @@ Usage: cargo xtask COMMAND
   deb-proof [--arch A]
                   the same, each then looked at by lintian, installed in a Debian 12 (debootstrap), started as its unit says,
                   asked, removed and purged, which root may do; arm64 under QEMU's user mode
-  demo            build, pack the bundled checkpoint and let it tell a story (the same as `cargo demo`)
+  demo            build, pack the bundled checkpoints and let each tell a story (the same as `cargo demo`)
   deny            licences and advisories of the dependencies, by cargo-deny";
 
 fn main() -> ExitCode {
