@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linear import BitLinear
+from memory import bounded
 from model import EPS, LINEARS, Config, Model
 
 
@@ -25,6 +26,9 @@ def save(model: Model, directory: Path) -> None:
                 value = linears[name].quantized()
         elif name.endswith((".tau", ".alpha", ".live_rows", ".live_columns")):
             continue
+        elif name.endswith(".bound"):
+            # The last step may have left the range into which the next pass would have brought it back.
+            value = bounded(value)
         tensors["model." + name] = value.detach().to(torch.bfloat16 if value.dim() > 1 and "taps" not in name else torch.float32).contiguous()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     save_file({k: v.clone() for k, v in model.state_dict().items()}, directory / "masters.safetensors")

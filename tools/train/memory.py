@@ -87,6 +87,11 @@ def mix(x: Tensor, taps: Tensor) -> Tensor:
     return F.conv1d(F.pad(x.mT, (3, 0)), taps[:, None], groups=len(taps)).mT
 
 
+def bounded(least: Tensor) -> Tensor:
+    """The least that a vector keeps, within what it may be."""
+    return least.clamp(0, 0.999)
+
+
 class Matrices(nn.Module):
     """A cell of `heads` states of [value, key] that adds `rho · o_proj(m)` to the results of attention.
 
@@ -151,7 +156,7 @@ class Vector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What is added to attention's results, of which `x`, [batch, time, hidden], is the quantized input."""
         with torch.no_grad():
-            self.bound.clamp_(0, 0.999)
+            self.bound.copy_(bounded(self.bound))
         taken, gate = self.in_proj(x).split((2 * self.numbers, self.numbers), -1)
         c, f = mix(taken, self.taps).chunk(2, -1)
         f = self.bound + (1 - self.bound) * torch.sigmoid(f + self.forget_bias)

@@ -23,9 +23,10 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     tokens: u32,
     /// Decode as if the conversation had so many tokens; those after the prompt are not read. For the time and the bytes that a token
-    /// takes late in a conversation.
-    #[arg(long)]
-    position: Option<u32>,
+    /// takes late in a conversation. Of several, as 1000,1000000, each repetition decodes at all of them, one after another, and the
+    /// others are compared with the first.
+    #[arg(long, value_delimiter = ',')]
+    position: Vec<u32>,
     /// Compute the logits of the best so many tokens only, as choosing among them needs; 0: all. Matters to images with a
     /// two-stage head: 1 is what --temperature 0 does, 40 what `run` does by default.
     #[arg(long, default_value_t = 0)]
@@ -72,6 +73,27 @@ struct Report {
     position: u32,
     tokens: u32,
     repetitions: u32,
+    /// The same at the other positions.
+    others: Vec<Other>,
+}
+
+/// Decoding at another position.
+#[derive(Debug, Serialize)]
+struct Other {
+    position: u32,
+    decode_tokens_per_s: f64,
+    decode_range: [f64; 2],
+    /// How many times as long a token takes as at the first position in the same repetition: the median, the lowest and the highest.
+    times_as_long: f64,
+    times_as_long_range: [f64; 2],
+}
+
+impl Other {
+    fn new(position: u32, first: &[f64], here: Vec<f64>) -> Self {
+        let (times_as_long, times_as_long_range) = median(first.iter().zip(&here).map(|(a, b)| a / b).collect());
+        let (decode_tokens_per_s, decode_range) = median(here);
+        Self { position, decode_tokens_per_s, decode_range, times_as_long, times_as_long_range }
+    }
 }
 
 /// How decoding streamed, without the measurement that came before.
@@ -105,6 +127,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     let from = if report.stream.is_some() { "file" } else { "memory" };
     let Report { prefill_range: [p0, p1], decode_range: [d0, d1], .. } = report;
+    let others = report.others.iter().map(|o| {
+        let [t0, t1] = o.times_as_long_range;
+        format!(
+            "           {:.2} tokens/s at {}: a token takes {:.3} times as long ({t0:.3} to {t1:.3})\n",
+            o.decode_tokens_per_s, o.position, o.times_as_long
+        )
+    });
+    let others: String = others.collect();
     let peak = report.peak_rss_bytes.map_or("unknown".to_owned(), mib);
     let head = report
         .head_rows
@@ -117,7 +147,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
          threads    {}\n\
          prefill    {:.2} tokens/s ({p0:.2} to {p1:.2}), {} tokens\n\
          decode     {:.2} tokens/s ({d0:.2} to {d1:.2}), {} tokens, median of {}\n\
-{head}{live}\
+{others}{head}{live}\
          reads      {} a token, {read:.2} GB/s: {:.0} % of the {:.2} GB/s that this {from} gives\n\
          RAM        {} planned, {peak} used at most\n",
         report.backend,
@@ -140,12 +170,15 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let (config, limits) = (image.header().config, opened.limits);
     let room = if config.is_bounded() { limits.context } else { u32::MAX };
     let tokens = args.tokens.min(room.saturating_sub(1)).max(1);
-    let prompt_tokens = args.prompt_tokens.min(room - tokens).min(args.position.unwrap_or(u32::MAX)).max(1);
-    let position = args.position.unwrap_or(prompt_tokens).max(prompt_tokens);
-    anyhow::ensure!(
-        u64::from(position) + u64::from(tokens) <= u64::from(room),
-        "{tokens} tokens after {position} are beyond the context of {room}"
-    );
+    let first = args.position.iter().copied().min().unwrap_or(u32::MAX);
+    let prompt_tokens = args.prompt_tokens.min(room - tokens).min(first).max(1);
+    let position = args.position.first().map_or(prompt_tokens, |&position| position.max(prompt_tokens));
+    for &position in [position].iter().chain(&args.position) {
+        anyhow::ensure!(
+            u64::from(position) + u64::from(tokens) <= u64::from(room),
+            "{tokens} tokens after {position} are beyond the context of {room}"
+        );
+    }
     let state_bytes = read_bytes(&config, &limits, u64::from(position + tokens / 2));
     let job = Job { position, tokens, need: if args.best == 0 { Need::All } else { Need::Best(args.best) } };
 
@@ -164,12 +197,18 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let stream = stream.map(|stream| (stream, stream.watch.stats()));
     let streamed_bytes = stream.map_or(0, |(stream, _)| stream.watch.pieces().streamed_blocks() * Block::BYTES as u64);
     let (mut prefill, mut decode, mut alone, mut time) = (Vec::new(), Vec::new(), Vec::new(), Duration::ZERO);
+    let mut others: Vec<(u32, Vec<f64>)> =
+        args.position.iter().skip(1).map(|&position| (position, Vec::new())).collect();
     for _ in 0..args.repetitions {
         let start = Instant::now();
         let (p, d) = repetition(&mut model, &mut state, &prompt, &job)?;
-        time += start.elapsed();
         prefill.push(p);
         decode.push(d);
+        for (position, decode) in &mut others {
+            let position = (*position).max(prompt_tokens);
+            decode.push(repetition(&mut model, &mut state, &prompt, &Job { position, ..job })?.1);
+        }
+        time += start.elapsed();
         if let Some((stream, _)) = stream.filter(|_| streamed_bytes > 0) {
             alone.push(stream.storage_speed()?);
         }
@@ -178,6 +217,7 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
     let shares = (!alone.is_empty()).then(|| median(shares.collect()));
     let (head_rows, unread) = head_rows(&image, before, model.head_stats());
     let (ffn_live, dead) = ffn_live(&image, live_before, model.live_rows());
+    let others = others.into_iter().map(|(position, here)| Other::new(position, &decode, here)).collect();
     let ((prefill_tokens_per_s, prefill_range), (decode_tokens_per_s, decode_range)) =
         (median(prefill), median(decode));
     let peak_rss_bytes = system::peak_rss();
@@ -226,6 +266,7 @@ fn measure(args: &Args, opened: Opened<'_>) -> anyhow::Result<Report> {
         position,
         tokens,
         repetitions: args.repetitions,
+        others,
     })
 }
 

@@ -211,7 +211,13 @@ fn bench_reports_what_scripts_read() {
     let late: serde_json::Value = serde_json::from_str(&output(&[&args[..], &["--position", "408"]].concat())).unwrap();
     let read = |report: &serde_json::Value| report["bytes_per_token"].as_u64().unwrap();
     assert_eq!(read(&late) - read(&report), 400 * 4 * 4 * 32 * 2 * 2);
-    assert!(failure(&[&args[..], &["--position", "510"]].concat(), 1).contains("beyond the context of 512"));
+    let turns: serde_json::Value =
+        serde_json::from_str(&output(&[&args[..], &["--position", "8,408"]].concat())).unwrap();
+    assert_eq!((&turns["position"], &turns["others"][0]["position"]), (&8.into(), &408.into()));
+    assert!(turns["others"][0]["times_as_long"].as_f64().unwrap() > 0.0 && turns["others"][1].is_null(), "{turns}");
+    for position in ["510", "8,510"] {
+        assert!(failure(&[&args[..], &["--position", position]].concat(), 1).contains("beyond the context of 512"));
+    }
 }
 
 #[test]

@@ -44,8 +44,8 @@ struct Row {
     bytes: u64,
     /// By [`POSITIONS`]; nothing where a conversation ends before.
     costs: Vec<Option<Cost>>,
-    /// Whether a conversation has an end.
-    bounded: bool,
+    /// Where conversations have no end: see [`times_as_long`].
+    late: Option<f64>,
 }
 
 pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<bool> {
@@ -78,8 +78,9 @@ fn row(bitnet: &str, packer: &str, ids: &str, image: &str) -> Result<Row> {
             }
         }
     }
+    let late = if bounded { None } else { Some(times_as_long(bitnet, image)?) };
     let (nats, bytes) = (scored["nats_per_token"].as_f64().context("nats")?, number(&summary["image_bytes"])?);
-    Ok(Row { name, nats, bits, bytes, costs, bounded })
+    Ok(Row { name, nats, bits, bytes, costs, late })
 }
 
 fn better(old: Option<Cost>, new: Cost) -> Cost {
@@ -103,6 +104,16 @@ fn bench(bitnet: &str, image: &str, position: u64, bounded: bool) -> Result<Cost
     }
     let fastest = found["decode_range"][1].as_f64().context("decode_range")?;
     Ok(Cost { seconds: 1.0 / fastest, read: number(&found["bytes_per_token"])?, ram: number(&found["plan_bytes"])? })
+}
+
+/// How many times as long a token takes at the last position as at the first: the two by turns, some milliseconds each, so that whatever
+/// else the machine does befalls both.
+fn times_as_long(bitnet: &str, image: &str) -> Result<f64> {
+    let positions = format!("{},{}", POSITIONS[0].1, POSITIONS[POSITIONS.len() - 1].1);
+    let arguments =
+        ["bench", image, "--position", &positions, "--tokens", "32", "--repetitions", "401", "--threads", "1"];
+    let found = json(bitnet, &[&arguments[..], &["--prompt-tokens", "70", "--source", "resident", "--json"]].concat())?;
+    found["others"][0]["times_as_long"].as_f64().context("times_as_long")
 }
 
 fn number(value: &Value) -> Result<u64> {
@@ -135,16 +146,16 @@ fn print(rows: &[Row]) {
         say!("| {} | {ram} | {read} | {time} |", row.name);
     }
     let [short, middle, long] = [0, 1, 2];
-    for row in rows.iter().filter(|row| !row.bounded) {
-        let (Some(a), Some(b)) = (row.costs[short], row.costs[long]) else { continue };
+    for row in rows {
+        let (Some(late), Some(a), Some(b)) = (row.late, row.costs[short], row.costs[long]) else { continue };
         let percent = |a: f64, b: f64| 100.0 * (b / a - 1.0);
         say!(
             "\n{}: from 1k to 1M tokens {:+.1} % time and {:+.1} % RAM",
             row.name,
-            percent(a.seconds, b.seconds),
+            100.0 * (late - 1.0),
             percent(a.ram as f64, b.ram as f64)
         );
-        let dense = rows.iter().find_map(|row| Some((&row.name, row.costs[middle].filter(|_| row.bounded)?)));
+        let dense = rows.iter().find_map(|row| Some((&row.name, row.costs[middle].filter(|_| row.late.is_none())?)));
         let Some((name, dense)) = dense else { continue };
         say!(
             "{} at 1M against {name} at 32k: {:.1} times as fast, a {:.0}th of its RAM",
