@@ -94,7 +94,7 @@ fn each_has_the_logits_that_it_has_alone() {
 /// A window moves in each by itself, and a memory is each one's own.
 #[test]
 fn windows_and_memories_are_each_ones_own() {
-    for set in ["window", "bitrnn_m"] {
+    for set in ["window", "bitrnn_m", "bitrnn_v", "matmul_free"] {
         check(set, &golden(set), Format::I8, &ids(&json(golden(set).join("ids.json"))["input_ids"][0]));
     }
 }
@@ -102,7 +102,7 @@ fn windows_and_memories_are_each_ones_own() {
 /// What one of them cannot read no other has read either.
 #[test]
 fn after_an_error_all_are_where_they_were() {
-    for checkpoint in [model("stories-ternary"), golden("bitrnn_m")] {
+    for checkpoint in [model("stories-ternary"), golden("bitrnn_m"), golden("bitrnn_v")] {
         let packed = Packed::pack(&checkpoint, &Options::default());
         let vocab = packed.image().header().config.vocab;
         with_states(&packed, 2, (1, false), |model, mut states| {
