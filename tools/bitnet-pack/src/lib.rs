@@ -33,7 +33,8 @@ pub mod write;
 mod files;
 mod weights;
 
-pub use convert::{Converted, Stateful, convert};
+pub use convert::stateful::{Converted, Stateful, convert};
+pub use convert::tbha::{Hybrid, convert as convert_values};
 pub use diff::{Difference, SectionDifference, diff};
 pub use dummy::{Preset, Shape, dummy};
 pub use error::Error;

@@ -4,7 +4,7 @@ use bitnet_kernel::{BlockShape, Format};
 use bitnet_pack::calibrate::{Adaptive, Rule};
 use bitnet_pack::checkpoint::Dtype;
 use bitnet_pack::export::Ternary;
-use bitnet_pack::{Error, Layouts, Options, Pattern, Preset, Progress, Report, Sparsity, Stateful, Target};
+use bitnet_pack::{Error, Hybrid, Layouts, Options, Pattern, Preset, Progress, Report, Sparsity, Stateful, Target};
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::model::{Matrices, Memory, Vector, Window};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
@@ -426,23 +426,35 @@ struct Export {
 
 /// Give a checkpoint states of fixed size, to be trained: attention to a window with sinks, and a memory beside it.
 ///
-/// Reads a checkpoint in Hugging Face's layout and writes another: the same tensors, and in every layer those of a memory
-/// of which nothing is added yet. Within the window the new model computes what the old one does, bit for
+/// Reads a checkpoint in Hugging Face's layout and writes another. --to-stateful: the same tensors, and in every layer those of a
+/// memory of which nothing is added yet. Within the window the new model computes what the old one does, bit for
 /// bit; beyond it conversations have no end and one size. tools/train trains the memories (train.py --memory-only), for which
-/// the linears must be floats. Written under a temporary name and checked before it is renamed.
+/// the linears must be floats. --to-tbha: binary values in attention, queries and keys ternary as they are, all linears as floats that
+/// are multiplied as they are; it saves little and costs quality. Written under a temporary name and checked before it is renamed.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Example:
-  bitnet-pack convert ./stories --to-stateful -o ./stateful --window 64")]
+Examples:
+  bitnet-pack convert ./stories --to-stateful -o ./stateful --window 64
+  bitnet-pack convert ./stories --to-tbha --calibration text.txt -o ./tbha")]
+#[command(group = clap::ArgGroup::new("becomes").required(true))]
 struct Convert {
     /// The checkpoint: a directory with config.json and model.safetensors, or shards with their index.
     source: PathBuf,
     /// The directory to write; nothing may be there.
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// What it becomes.
-    #[arg(long, required = true)]
+    /// Conversations of one size.
+    #[arg(long, group = "becomes")]
     to_stateful: bool,
+    /// Ternary-binary hybrid attention.
+    #[arg(long, group = "becomes", requires = "calibration")]
+    to_tbha: bool,
+    /// With --to-tbha: a text of the kind that the model will read, UTF-8.
+    #[arg(long, value_name = "FILE", conflicts_with = "to_stateful")]
+    calibration: Option<PathBuf>,
+    /// With --to-tbha: the tokenizer [default: the one in the directory].
+    #[arg(long, value_name = "FILE", conflicts_with = "to_stateful")]
+    tokenizer: Option<PathBuf>,
     /// The last positions that attention sees.
     #[arg(long, value_name = "POSITIONS", default_value_t = 256)]
     window: u32,
@@ -689,7 +701,12 @@ fn run(command: Command) -> Result<String, Error> {
             let exported = bitnet_pack::export(&image, &output, ternary, &mut Bar::new().listen())?;
             Ok(format!("{exported}written: {}\n", output.display()))
         }
-        Command::Convert(Convert { source, output, to_stateful: _, window, sinks, memory, heads, width }) => {
+        Command::Convert(Convert { source, output, calibration: Some(text), tokenizer, .. }) => {
+            let new = Hybrid { text, tokenizer };
+            let converted = bitnet_pack::convert_values(&source, &output, &new, &mut Bar::new().listen())?;
+            Ok(format!("{converted}written: {}\n", output.display()))
+        }
+        Command::Convert(Convert { source, output, window, sinks, memory, heads, width, .. }) => {
             let window = Window { positions: window, sinks };
             let memory = match memory {
                 MemoryKind::Matrices => {

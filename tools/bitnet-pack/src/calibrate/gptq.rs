@@ -110,7 +110,6 @@ impl Quantized {
 struct Group<'a> {
     r: &'a [f32],
     width: usize,
-    levels: Levels,
 }
 
 /// Quantizes the rows of `weights`, `[rows, n]`, in a grouped format.
@@ -120,14 +119,56 @@ struct Group<'a> {
 pub fn compensate(weights: &[f32], factor: &Factor, format: Format) -> Quantized {
     assert!(format.is_grouped());
     let (n, levels) = (factor.n, Levels::of(format));
+    let (rows, groups) = (weights.len() / n, n.div_ceil(Format::GROUP_COLS));
+    let mut out = Quantized { cols: n, codes: vec![0; rows * n], scales: vec![0; rows * groups] };
+    by_groups(
+        weights,
+        factor,
+        #[inline(always)]
+        |group, w, before| {
+            let (codes, errors, scale) = group.row(levels, w, before);
+            ((codes, scale), errors)
+        },
+        |row, first, width, (codes, scale): (Columns<i8>, u16)| {
+            out.codes[row * n + first..][..width].copy_from_slice(&codes[..width]);
+            out.scales[row * groups + first / Format::GROUP_COLS] = scale;
+        },
+    );
+    out
+}
+
+/// What becomes of `weights`, `[rows, n]`, if each is rounded by `round` where it makes up for those before it.
+///
+/// # Panics
+/// If the length is not that of whole rows of the factor's width.
+pub fn compensate_by(weights: &[f32], factor: &Factor, round: impl Fn(f32) -> f32 + Sync + Send) -> Vec<f32> {
+    let mut out = vec![0.0; weights.len()];
+    by_groups(
+        weights,
+        factor,
+        #[inline(always)]
+        |group, w, before| group.walk(w, before, &round),
+        |row, first, width, rounded: Columns<f32>| {
+            out[row * factor.n + first..][..width].copy_from_slice(&rounded[..width]);
+        },
+    );
+    out
+}
+
+/// Hands each row's part in each group of columns to `row`, which returns its result and its errors `w - q`, and the results to `put`,
+/// with the row, the first column and the width.
+fn by_groups<T: Send>(
+    weights: &[f32],
+    factor: &Factor,
+    row: impl Fn(&Group<'_>, &[f32], &[f32]) -> (T, Columns<f32>) + Sync + Send,
+    mut put: impl FnMut(usize, usize, usize, T),
+) {
+    let n = factor.n;
     assert!(weights.len().is_multiple_of(n));
     let rows = weights.len() / n;
-    let groups = n.div_ceil(Format::GROUP_COLS);
-    let mut out = Quantized { cols: n, codes: vec![0; rows * n], scales: vec![0; rows * groups] };
     let mut errors = vec![0.0f32; rows * n];
     let arch = Arch::new();
-    for g in 0..groups {
-        let first = g * Format::GROUP_COLS;
+    for first in (0..n).step_by(Format::GROUP_COLS) {
         let width = Format::GROUP_COLS.min(n - first);
         let before = match first {
             0 => vec![0.0; rows * width],
@@ -138,24 +179,25 @@ pub fn compensate(weights: &[f32], factor: &Factor, format: Format) -> Quantized
         };
         let r: Vec<f32> =
             (first..first + width).flat_map(|j| factor.values[j * n + first..][..width].to_vec()).collect();
-        let group = Group { r: &r, width, levels };
+        let group = Group { r: &r, width };
         let each = |i: usize| {
             let range = i * ROWS..rows.min((i + 1) * ROWS);
-            let of = |row: usize| {
-                let (w, s) = (&weights[row * n + first..][..width], &before[row * width..][..width]);
-                arch.dispatch(|| group.row(w, s))
+            let of = |at: usize| {
+                let (w, s) = (&weights[at * n + first..][..width], &before[at * width..][..width]);
+                arch.dispatch(
+                    #[inline(always)]
+                    || row(&group, w, s),
+                )
             };
             range.map(of).collect::<Vec<_>>()
         };
         parallel(rows.div_ceil(ROWS), each, |i, results| {
-            for (row, (codes, error, scale)) in (i * ROWS..).zip(results) {
-                out.codes[row * n + first..][..width].copy_from_slice(&codes[..width]);
+            for (row, (result, error)) in (i * ROWS..).zip(results) {
                 errors[row * n + first..][..width].copy_from_slice(&error[..width]);
-                out.scales[row * groups + g] = scale;
+                put(row, first, width, result);
             }
         });
     }
-    out
 }
 
 type Columns<T> = [T; Format::GROUP_COLS];
@@ -163,21 +205,21 @@ type Columns<T> = [T; Format::GROUP_COLS];
 impl Group<'_> {
     /// One row: its codes, its errors `w - q`, and the scale's bits. `before` is `Σ R_kj e_k` over the groups before.
     #[inline(always)]
-    fn row(&self, w: &[f32], before: &[f32]) -> (Columns<i8>, Columns<f32>, u16) {
+    fn row(&self, levels: Levels, w: &[f32], before: &[f32]) -> (Columns<i8>, Columns<f32>, u16) {
         // Where the columns would be if nothing more were rounded: the scale is chosen for them.
         let moved = self.walk(w, before, |target| target).1;
         let mut errors = moved;
         let mut at = [0.0; Format::GROUP_COLS];
         at.iter_mut().zip(w).zip(&errors).for_each(|((at, w), e)| *at = w - e);
-        let scale = best_scale(&at[..self.width], self.levels);
+        let scale = best_scale(&at[..self.width], levels);
         let factor = scale.to_f32();
         let inverse = if factor == 0.0 { 0.0 } else { 1.0 / factor };
         let codes;
-        (codes, errors) = self.walk(w, before, |target| self.levels.nearest(target * inverse) * factor);
+        (codes, errors) = self.walk(w, before, |target| levels.nearest(target * inverse) * factor);
         let mut bytes = [0; Format::GROUP_COLS];
         bytes.iter_mut().zip(&codes).for_each(|(byte, q)| *byte = crate::quantize::round(q * inverse) as i8);
         if factor == 0.0 {
-            bytes.fill(self.levels.low() as i8);
+            bytes.fill(levels.low() as i8);
         }
         (bytes, errors, scale.to_bits())
     }

@@ -3,7 +3,8 @@
 //!
 //! What is added of a memory is multiplied by `rho`, which starts at zero; its linears do not, or the gradient of both would
 //! stay zero for ever. `tools/train` then trains the memories and leaves the rest as it is (`--memory-only`).
-use crate::checkpoint::{Checkpoint, Dtype, Naming, Storage, TensorInfo, sections};
+use super::{copy, free, open, rewrite};
+use crate::checkpoint::{Checkpoint, Dtype, Storage, TensorInfo, sections};
 use crate::dummy::Random;
 use crate::report::{Progress, size};
 use crate::{Error, Options};
@@ -44,16 +45,6 @@ const FORGET_BIAS: [f32; 2] = [1.0, 6.0];
 const DEVIATION: f32 = 0.02;
 /// Standard deviation of what is added to the taps.
 const TAP_NOISE: f32 = 0.05;
-/// Files about text, which go with the weights.
-const TEXTS: [&str; 6] = [
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-];
-const CHUNK: usize = 1 << 20;
 
 /// How linears of a memory are written, which is how those of the model are read.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -108,10 +99,7 @@ impl New {
 /// If `source` is no checkpoint that can be packed, has a memory or another window, or was made to see fewer positions, or if
 /// something is there under the name `output`. Then nothing is there that was not before.
 pub fn convert(source: &Path, output: &Path, new: &Stateful, progress: &mut dyn Progress) -> Result<Converted, Error> {
-    let checkpoint = Checkpoint::open(source, Dtype::I2_S)?;
-    if checkpoint.naming() != Naming::HuggingFace {
-        return Err(Error::not_readable(source, "only checkpoints in Hugging Face's layout are converted"));
-    }
+    let checkpoint = open(source)?;
     let mut table = checkpoint.table()?;
     sections::bind(&checkpoint, &mut table, &Options::default(), None, progress)?;
     let refuse = |what: String| Err(Error::Options(format!("{}: {what}", source.display())));
@@ -130,9 +118,7 @@ pub fn convert(source: &Path, output: &Path, new: &Stateful, progress: &mut dyn 
     }
     let config = Config { window: Some(new.window), memory: Some(new.memory), ..table.config };
     config.check().map_err(|error| Error::Options(error.to_string()))?;
-    if output.symlink_metadata().is_ok() {
-        return Err(Error::not_readable(output, "is there already; name a directory that is not"));
-    }
+    free(output)?;
 
     let packed = checkpoint.tensors().any(|t| t.dtype == Dtype::U8);
     let linears = match table.storage {
@@ -145,26 +131,12 @@ pub fn convert(source: &Path, output: &Path, new: &Stateful, progress: &mut dyn 
     let added: Vec<_> =
         (0..config.layers).flat_map(|layer| memory(&config, prefix, layer, linears, &mut random)).collect();
 
-    let parent = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let temporary = tempfile::tempdir_in(parent).map_err(|e| Error::io(output, "create", e))?;
-    let place = temporary.path().join("checkpoint");
-    let failed = |e| Error::io(output, "write", e);
-    std::fs::create_dir(&place).map_err(failed)?;
     let weights = added.iter().map(|(.., tensor)| weights(tensor)).sum();
-    let bytes = tensors(&checkpoint, added, &place.join("model.safetensors"), &mut random, progress)?;
-    let text = format!("{:#}\n", configuration(&checkpoint, new)?);
-    std::fs::write(place.join("config.json"), text).map_err(failed)?;
-    for name in texts(&checkpoint) {
-        std::fs::copy(checkpoint.directory().join(&name), place.join(&name)).map_err(failed)?;
-    }
-    // What was written is what can be packed.
-    let written = Checkpoint::open(&place, Dtype::I2_S)?;
-    let mut table = written.table()?;
-    sections::bind(&written, &mut table, &Options::default(), None, progress)?;
-    if (table.config.window, table.config.memory) != (config.window, config.memory) {
-        return Err(Error::Planned("the checkpoint that was written has other states than it should".into()));
-    }
-    std::fs::rename(&place, output).map_err(|e| Error::io(output, "create", e))?;
+    let configuration = configuration(&checkpoint, new)?;
+    let bytes = rewrite(&checkpoint, output, &configuration, progress, |path, progress| {
+        let bytes = tensors(&checkpoint, added, path, &mut random, progress)?;
+        Ok((bytes, |written: &Config| (written.window, written.memory) == (config.window, config.memory)))
+    })?;
     Ok(Converted { config, weights, bytes })
 }
 
@@ -249,13 +221,6 @@ fn configuration(checkpoint: &Checkpoint, new: &Stateful) -> Result<Value, Error
     Ok(config)
 }
 
-/// Names of the files about text that the checkpoint has.
-fn texts(checkpoint: &Checkpoint) -> Vec<String> {
-    let entries = checkpoint.directory().read_dir().into_iter().flatten().flatten();
-    let names = entries.filter(|e| e.path().is_file()).filter_map(|e| e.file_name().into_string().ok());
-    names.filter(|name| TEXTS.contains(&name.as_str()) || name.ends_with(".tiktoken")).collect()
-}
-
 /// Writes the model's tensors as they are and those of the memories; returns the file's length.
 fn tensors(
     checkpoint: &Checkpoint,
@@ -289,20 +254,10 @@ fn tensors(
     let mut out = BufWriter::new(File::create(path).map_err(|e| Error::io(path, "create", e))?);
     out.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| out.write_all(&header)).map_err(failed)?;
     progress.start(end);
-    let mut buffer = vec![0; CHUNK];
+    let mut buffer = Vec::new();
     for tensor in old {
         progress.section(&tensor.name);
-        let mut offset = 0;
-        while offset < tensor.bytes {
-            if progress.cancelled() {
-                return Err(Error::Interrupted);
-            }
-            let part = &mut buffer[..CHUNK.min((tensor.bytes - offset) as usize)];
-            checkpoint.read(tensor, offset, part)?;
-            out.write_all(part).map_err(failed)?;
-            offset += part.len() as u64;
-            progress.advance(part.len() as u64);
-        }
+        copy(checkpoint, tensor, &mut buffer, progress, |_, part| out.write_all(part).map_err(failed))?;
     }
     for (name, _, tensor) in added {
         if progress.cancelled() {
