@@ -15,17 +15,18 @@ fn the_widest_rows_are_exact() {
     backends().for_each(widest_rows);
 }
 
+/// Alone and together, as int8, and as int4, which have tables of their own.
 fn widest_rows(k: &dyn Kernels) {
     let name = k.name();
     let (rows, cols) = (5, Format::COLS_MAX);
     for f in Format::INTEGER {
         let (low, high) = f.range();
-        for weight in [low, high] {
+        let sets = &[[-128, 127, 0, -1], [-8, 7, 0, -1]][..if f.table_cols() > 0 { 2 } else { 1 }];
+        for (weight, tokens) in [low, high].into_iter().flat_map(|w| sets.iter().map(move |set| (w, set))) {
             let mut blocks = vec![Block::ZERO; f.matrix_blocks(rows, cols)];
             format::encode(f, rows, cols, &mut blocks, |_, _| weight);
             let w = Matrix::new(f, rows, cols, &blocks).unwrap();
-            let tokens = [-128, 127, 0, -1];
-            let values = tokens.map(|x| [vec![x; cols], vec![0; f.padded_cols(cols) - cols]].concat());
+            let values = tokens.map(|x: i8| [vec![x; cols], vec![0; f.padded_cols(cols) - cols]].concat());
             let mut tables = vec![Block::ZERO; 4 * f.table_blocks(cols)];
             let mut parts = tables.chunks_mut(f.table_blocks(cols).max(1));
             let x: [Activations<'_>; 4] =
