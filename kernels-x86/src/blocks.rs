@@ -15,10 +15,10 @@ const WIDE_FLUSH: usize = 8;
 const SQUARE_FLUSH: usize = 16;
 
 /// Words of a bitmap that are listed at a time, so that a place among their blocks fits a byte.
-const WORDS: usize = 4;
+pub(crate) const WORDS: usize = 4;
 
 /// The places of live blocks, from left to right.
-struct Live {
+pub(crate) struct Live {
     /// Each byte of the bitmap writes eight, of which the next byte overwrites what is too much.
     places: [u8; 64 * WORDS + 8],
 }
@@ -44,12 +44,12 @@ const BITS: [([u8; 8], u8); 256] = {
 
 impl Live {
     /// Room for a list.
-    const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { places: [0; _] }
     }
     /// The list of at most [`WORDS`] words.
     #[inline(always)]
-    fn of(&mut self, words: &[[u8; 8]]) -> &[u8] {
+    pub(crate) fn of(&mut self, words: &[[u8; 8]]) -> &[u8] {
         let mut count = 0;
         for (i, &byte) in words.as_flattened().iter().enumerate() {
             let (places, more) = BITS[usize::from(byte)];
@@ -77,7 +77,7 @@ pub(crate) fn matvec_avx2(w: BlockMatrix<'_>, x: BlockActivations<'_>, y: &mut [
 }
 
 /// The part of some blocks' activations, or of their sums, that [`WORDS`] words from the `at`-th chunk of them on are about.
-fn part<T>(of: &[T], at: usize) -> &[T] {
+pub(crate) fn part<T>(of: &[T], at: usize) -> &[T] {
     let of = of.get(at * 64 * WORDS..).unwrap_or_default();
     of.get(..64 * WORDS).unwrap_or(of)
 }
