@@ -24,6 +24,9 @@ use core::arch::asm;
 /// 255 steps to at least -32640.
 const FLUSH: usize = 255;
 
+/// The base of tables of int4 activations, which have no high parts: see [`sums_of_half_int4`].
+const INT4_BASE: i16 = 1;
+
 /// A tile: 64 rows, `BLOCKS` blocks a step, the last 4 of nibbles and one of signs before them in TL.
 type Steps<'a, const BLOCKS: usize> = &'a [[Block; BLOCKS]];
 
@@ -91,14 +94,14 @@ fn matvec_b1_neon(steps: Steps<'_, 4>, x: Activations<'_>) -> [i32; 64] {
 #[target_feature(enable = "neon")]
 #[inline(never)]
 fn matvec_tl_int4_neon(steps: Steps<'_, 5>, x: Activations<'_>) -> [i32; 64] {
-    sums_of_int4(steps, x)
+    sums_of::<5, INT4_BASE>(steps, x)
 }
 
 /// [`matvec_b1_neon`] with int4 activations.
 #[target_feature(enable = "neon")]
 #[inline(never)]
 fn matvec_b1_int4_neon(steps: Steps<'_, 4>, x: Activations<'_>) -> [i32; 64] {
-    sums_of_int4(steps, x).map(|sum| 2 * sum - x.sum())
+    sums_of::<4, INT4_BASE>(steps, x).map(|sum| 2 * sum - x.sum())
 }
 
 /// What the tables leave out: 16 a group.
@@ -115,7 +118,10 @@ fn sums_of<const BLOCKS: usize, const BASE: i16>(steps: Steps<'_, BLOCKS>, x: Ac
     let mut y = [0; 64];
     for (steps, tables) in steps.chunks(FLUSH).zip(tables.chunks(FLUSH)) {
         for (half, y) in y.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-            let sums = sums_of_half(steps, tables, half);
+            let sums = match BASE {
+                INT4_BASE => sums_of_half_int4(steps, tables, half),
+                _ => sums_of_half(steps, tables, half),
+            };
             for (sums, y) in sums.as_chunks::<4>().0.iter().zip(y.as_chunks_mut::<16>().0) {
                 add_wide::<BASE>(sums, y);
             }
@@ -157,24 +163,6 @@ fn sums_of_half<const BLOCKS: usize>(steps: Steps<'_, BLOCKS>, tables: &[[Block;
         }
     }
     sums
-}
-
-/// The partial sums over the groups of 64 rows, 32 rows at a time, of int4 activations.
-#[target_feature(enable = "neon")]
-#[inline]
-fn sums_of_int4<const BLOCKS: usize>(steps: Steps<'_, BLOCKS>, x: Activations<'_>) -> [i32; 64] {
-    let (tables, _) = x.tables().as_chunks::<4>();
-    assert_eq!(tables.len(), steps.len());
-    let mut y = [0; 64];
-    for (steps, tables) in steps.chunks(FLUSH).zip(tables.chunks(FLUSH)) {
-        for (half, y) in y.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-            let sums = sums_of_half_int4(steps, tables, half);
-            for (sums, y) in sums.as_chunks::<4>().0.iter().zip(y.as_chunks_mut::<16>().0) {
-                add_wide::<1>(sums, y);
-            }
-        }
-    }
-    y
 }
 
 /// [`sums_of_half`] of int4 activations: in place of low parts the first four groups of every step, in place of high parts the

@@ -69,8 +69,8 @@ fn memory_is_what_the_plan_says_and_tokens_allocate_nothing() {
     }
 }
 
-/// Where a conversation has one size: the same bytes after 1,000 tokens and after 1,000,000. It is brought there by the head of a snapshot,
-/// since what a state holds does not say how many tokens made it.
+/// Where a conversation has one size: the same bytes after 1,000 tokens and after 1,000,000. It is brought there by the head of a
+/// snapshot, since what a state holds does not say how many tokens made it.
 fn a_conversation_of_a_million_tokens_takes_what_one_of_a_thousand_does(checkpoint: &Path) {
     let packed = Packed::pack(checkpoint, &Options::default());
     let image = packed.image();

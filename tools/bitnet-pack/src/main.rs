@@ -456,19 +456,19 @@ struct Convert {
     #[arg(long, value_name = "FILE", conflicts_with = "to_stateful")]
     tokenizer: Option<PathBuf>,
     /// The last positions that attention sees.
-    #[arg(long, value_name = "POSITIONS", default_value_t = 256)]
+    #[arg(long, value_name = "POSITIONS", default_value_t = 256, conflicts_with = "to_tbha")]
     window: u32,
     /// The first positions that attention sees for ever.
-    #[arg(long, value_name = "POSITIONS", default_value_t = 4)]
+    #[arg(long, value_name = "POSITIONS", default_value_t = 4, conflicts_with = "to_tbha")]
     sinks: u32,
     /// A layer's memory.
-    #[arg(long, value_enum, default_value = "matrices")]
+    #[arg(long, value_enum, default_value = "matrices", conflicts_with = "to_tbha")]
     memory: MemoryKind,
     /// Matrices of a layer's memory [default: 4].
-    #[arg(long)]
+    #[arg(long, conflicts_with = "to_tbha")]
     heads: Option<u32>,
     /// Numbers of a key and of a value, whose product a matrix has; of a vector [default: 32; of a vector 256].
-    #[arg(long, value_name = "NUMBERS")]
+    #[arg(long, value_name = "NUMBERS", conflicts_with = "to_tbha")]
     width: Option<u32>,
 }
 

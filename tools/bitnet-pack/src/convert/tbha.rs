@@ -97,6 +97,7 @@ pub fn convert(source: &Path, output: &Path, new: &Hybrid, progress: &mut dyn Pr
             let linear = Linear::new(layer, Kind::Value);
             let (weights, found) = binary(layer, &reference.weights(linear)?, &moment);
             values.push(found);
+            progress.advance(4 * weights.len() as u64);
             file.put_floats(linear, &weights)
         })?;
         file.file.sync_all().map_err(|e| Error::io(path, "write", e))?;
@@ -138,7 +139,8 @@ fn binary(layer: u32, weights: &[f32], moment: &Moment) -> (Vec<f32>, Values) {
         }
     }
     let zeros = weights.iter().filter(|w| **w == 0.0).count() as f64 / weights.len() as f64;
-    let part = f64::from(best.1[0].abs()) / f64::from(magnitude);
+    // A matrix of zeros has no sign to give.
+    let part = if magnitude > 0.0 { f64::from(best.1[0].abs() / magnitude) } else { 0.0 };
     (best.1, Values { layer, zeros, part, error: best.0, plain: relative(&plain) })
 }
 
