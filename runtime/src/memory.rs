@@ -79,7 +79,9 @@ impl Plan {
         let (batch, hidden, widest) = (limits.batch as usize, c.hidden as usize, c.widest() as usize);
         let scratch = Sizes::new(c);
         Self {
-            state: 2 * (kv_blocks(c, limits) + blocks::<f32>(kv_scales(c, limits))) + 2 * state_blocks(c),
+            state: 2 * (kv_blocks(c, limits) + blocks::<f32>(kv_scales(c, limits)))
+                + 2 * state_blocks(c)
+                + blocks::<f32>(waiting_len(c, limits)),
             scratch: blocks::<f32>(batch * hidden)
                 + blocks::<f32>(batch * widest)
                 + if c.linear_norm_eps.is_some() { blocks::<f32>(batch * widest) } else { 0 }
@@ -107,7 +109,7 @@ impl Plan {
 }
 
 /// Bytes of a conversation that its next token reads when it has `positions` tokens already: keys and values of what attention
-/// sees, this token's own included, and the state of a memory or a recurrence.
+/// sees, this token's own included, the state of a memory or a recurrence, and the token that a memory is given late.
 pub const fn read_bytes(c: &Config, limits: &Limits, positions: u64) -> u64 {
     let seen = match c.window {
         Some(window) if positions + 1 > window.span() as u64 => window.span() as u64,
@@ -117,7 +119,8 @@ pub const fn read_bytes(c: &Config, limits: &Limits, positions: u64) -> u64 {
     let scale = if matches!(limits.kv, KvFormat::I8) { size_of::<f32>() } else { 0 };
     let row = c.head_dim as usize * limits.kv.bytes() + scale;
     let (numbers, past) = state_lens(c);
-    let layer = seen * 2 * (c.kv_heads as usize * row) as u64 + (size_of::<f32>() * (numbers + past)) as u64;
+    let written = if c.delayed_writes && written_with(c, positions as usize).is_some() { write_len(c) } else { 0 };
+    let layer = seen * 2 * (c.kv_heads as usize * row) as u64 + (size_of::<f32>() * (numbers + past + written)) as u64;
     c.layers as u64 * layer
 }
 
@@ -229,6 +232,38 @@ pub(crate) const fn state_lens(c: &Config) -> (usize, usize) {
 pub(crate) const fn state_blocks(c: &Config) -> usize {
     let (numbers, past) = state_lens(c);
     blocks::<f32>(c.layers as usize * (numbers + past))
+}
+
+/// Floats that decide what one layer's memory becomes with a token, if they wait.
+pub(crate) const fn write_len(c: &Config) -> usize {
+    match c.memory {
+        Some(memory) if c.delayed_writes => memory.write_len(),
+        _ => 0,
+    }
+}
+
+/// Tokens of which these are kept: those in the window, and a batch, since a pass that fails is made again.
+pub(crate) const fn waiting_slots(c: &Config, limits: &Limits) -> usize {
+    match c.window {
+        Some(window) if c.delayed_writes => (window.positions + limits.batch) as usize,
+        _ => 0,
+    }
+}
+
+/// Floats of all these tokens and layers.
+pub(crate) const fn waiting_len(c: &Config, limits: &Limits) -> usize {
+    c.layers as usize * waiting_slots(c, limits) * write_len(c)
+}
+
+/// The token that a memory is given with the one at `position`: itself, or the one that leaves the window, if one does.
+pub(crate) const fn written_with(c: &Config, position: usize) -> Option<usize> {
+    match c.window {
+        Some(window) if c.delayed_writes => match position.checked_sub(window.positions as usize) {
+            Some(left) if left >= window.sinks as usize => Some(left),
+            _ => None,
+        },
+        _ => Some(position),
+    }
 }
 
 /// Positions whose keys and values are kept. Those of a window lie in a ring after the sinks, which has a batch less one more than

@@ -24,6 +24,7 @@ const CONFIG: Config = Config {
     sparse: false,
     window: None,
     memory: None,
+    delayed_writes: false,
     recurrence: false,
     quantizers: Quantizers::INT8,
     tied: true,

@@ -484,6 +484,7 @@ fn odd_shapes_give_one_result_in_every_way() {
         sparse: false,
         window: None,
         memory: None,
+        delayed_writes: false,
         recurrence: false,
         quantizers: Quantizers::INT8,
         tied: false,

@@ -64,7 +64,13 @@ fn memory_is_what_the_plan_says_and_tokens_allocate_nothing() {
             assert!(used as u64 >= plan.bytes());
         });
     }
-    for checkpoint in [model("stories-stateful"), golden("bitrnn_m"), golden("bitrnn_v"), golden("matmul_free")] {
+    for checkpoint in [
+        model("stories-stateful"),
+        golden("bitrnn_m"),
+        golden("bitrnn_v"),
+        golden("bitrnn_m_late"),
+        golden("matmul_free"),
+    ] {
         a_conversation_of_a_million_tokens_takes_what_one_of_a_thousand_does(&checkpoint);
     }
 }

@@ -14,10 +14,12 @@ use bitnet_tests::{argmax, golden, ids, json, max_difference, model, npy};
 
 /// Fingerprints of the logits of each model's tokens, with keys and values in f32, f16 and int8. Committed: they are the promise, on
 /// every CPU.
-const SETS: [(&str, [u64; 3]); 7] = [
+const SETS: [(&str, [u64; 3]); 9] = [
     ("bitrnn_m", [0xe9d288ebb0c3d57c, 0x94472e66b345edd7, 0xdb86a9412600b3f0]),
     ("bitrnn_m_a4", [0x20fd8fa8c75ac196, 0xf22306d49cadc018, 0x1003844a0548a969]),
+    ("bitrnn_m_late", [0x6fa48f50d2cda125, 0x2cfbd9cf468dc146, 0x151b148afeeab62f]),
     ("bitrnn_v", [0x6b3be14df14c513e, 0xb6576f3acd661ce0, 0xfa2436baef6d5622]),
+    ("bitrnn_v_late", [0xb04b435e7657fcf9, 0x783a93f8e5c86da2, 0x64e31839f2a04200]),
     ("a4_absmax", [0x7c13eb404646c9ab, 0xf9f3f01851bf3d7c, 0xb960a25e261dc548]),
     ("window", [0x8a03c06ea2f92c10, 0xcc68c542f3c65026, 0x3734ca9822453691]),
     ("tbha", [0xbc360fffdd0d65b7, 0x49dcac36c7a577c1, 0x286607d8b21ed362]),
@@ -97,7 +99,7 @@ fn the_bundled_model_is_that_of_pytorch() {
 #[test]
 fn a_conversation_goes_back_as_far_as_it_can() {
     let way = Way { batch: 4, ..Way::plain(backend::best()) };
-    for set in ["bitrnn_m", "bitrnn_v"] {
+    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late"] {
         let (packed, prompt) = (pack(set), prompt(set));
         let expected = way.logits(&packed, &prompt);
         way.run(&packed, |model, state| {
@@ -129,7 +131,7 @@ fn a_conversation_goes_back_as_far_as_it_can() {
 /// A pass that fails leaves a state as it was.
 #[test]
 fn a_failed_pass_leaves_the_state_as_it_was() {
-    for set in ["bitrnn_m", "bitrnn_v", "matmul_free"] {
+    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late", "matmul_free"] {
         let (packed, prompt) = (pack(set), prompt(set));
         let way = Way { batch: 4, ..Way::plain(backend::best()) };
         let expected = way.logits(&packed, &prompt);
@@ -185,6 +187,9 @@ fn a_vector_takes_seven_floats_a_number_twice() {
     let [with, without] =
         [config, bitnet_runtime::model::Config { memory: None, ..config }].map(|c| Plan::new(&c, &limits).state);
     assert_eq!(with - without, 2 * (2_usize * 7 * 44 * 4).div_ceil(Block::BYTES));
+    // What waits is two floats a number of each of twelve tokens in the window, and of a batch.
+    let late = Plan::new(&pack("bitrnn_v_late").image().header().config, &limits).state;
+    assert_eq!(late - with, (2 * (12 + 4) * 2 * 44 * 4_usize).div_ceil(Block::BYTES));
 }
 
 /// A share of one would never let anything in, and more would let the state grow.
@@ -207,7 +212,7 @@ fn a_vector_that_keeps_everything_is_refused() {
 /// Memory does not depend on the length of a conversation, and a conversation has no end.
 #[test]
 fn a_conversation_of_any_length_has_one_size() {
-    for set in ["bitrnn_m", "bitrnn_v", "matmul_free"] {
+    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late", "matmul_free"] {
         has_one_size(&pack(set));
     }
 }
@@ -295,18 +300,45 @@ fn a_window_and_an_idle_memory_change_nothing_within_the_window() {
     }
 }
 
+/// A memory that is given tokens late adds nothing within the window, whatever it was trained to be: until then its state is zero.
+#[test]
+fn delayed_writes_change_nothing_within_the_window() {
+    for set in ["bitrnn_m_late", "bitrnn_v_late"] {
+        let (place, source) = (tempfile::tempdir().unwrap(), golden(set));
+        let mut config = json(source.join("config.json"));
+        config.as_object_mut().unwrap().remove("memory");
+        std::fs::write(place.path().join("config.json"), config.to_string()).unwrap();
+        let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap().tensors();
+        let views = tensors.into_iter().filter(|(name, _)| !name.contains(".memory."));
+        std::fs::write(place.path().join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+        let without = Packed::pack(place.path(), &Options { head: Format::F16, ..Options::default() });
+        let (with, prompt) = (pack(set), prompt(set));
+        let span = with.image().header().config.window.unwrap().span() as usize;
+        for batch in [1, 4, 16] {
+            let way = Way { batch, ..Way::plain(backend::best()) };
+            let [with, without] = [&with, &without].map(|packed| way.logits(packed, &prompt));
+            assert_eq!(fingerprint(&with[..span]), fingerprint(&without[..span]), "{set}");
+            assert!(
+                with[span..].iter().zip(&without[span..]).all(|(a, b)| a != b),
+                "{set}: what has left is remembered"
+            );
+        }
+    }
+}
+
 /// `bitnet-pack convert --to-stateful`: within the window the packed model gives the original's logits, bit for bit, however its
 /// linears are stored, and beyond it a conversation goes on.
 #[test]
 fn a_converted_model_computes_what_it_did_within_the_window() {
-    convert_to(Memory::Matrices(Matrices { heads: 3, key: 8, value: 16 }));
-    convert_to(Memory::Vector(Vector { width: 24 }));
+    convert_to(Memory::Matrices(Matrices { heads: 3, key: 8, value: 16 }), false);
+    convert_to(Memory::Vector(Vector { width: 24 }), true);
 }
 
-fn convert_to(memory: Memory) {
+fn convert_to(memory: Memory, delayed_writes: bool) {
     let place = tempfile::tempdir().unwrap();
     let window = Window { positions: 12, sinks: 2 };
-    let new = Stateful { window, memory };
+    let new = Stateful { window, memory, delayed_writes };
     // Masters; packed by either rule; values that are ternary already, without a window and with that one.
     let plain = place.path().join("plain");
     std::fs::create_dir(&plain).unwrap();
@@ -321,7 +353,8 @@ fn convert_to(memory: Memory) {
         bitnet_pack::convert(&source, &output, &new, &mut ()).unwrap_or_else(|e| panic!("{}: {e}", source.display()));
         let options = Options { head: Format::F16, ..Options::default() };
         let [before, after] = [&source, &output].map(|path| Packed::pack(path, &options));
-        assert_eq!(after.image().header().config.memory, Some(new.memory));
+        let config = after.image().header().config;
+        assert_eq!((config.memory, config.delayed_writes), (Some(new.memory), new.delayed_writes));
         let prompt: Vec<u32> = (0..40).map(|t| t * 7 % before.image().header().config.vocab).collect();
         for batch in [1, 5] {
             let way = Way { kv: KvFormat::F32, batch, ..Way::plain(backend::best()) };
@@ -365,14 +398,15 @@ fn binary_linears_take_one_bit_beside_ternary_ones() {
 /// A conversation that was saved goes on as if it had not been interrupted, in another state, with another batch, in a fork.
 #[test]
 fn a_snapshot_goes_on_where_it_was_taken() {
-    for set in ["bitrnn_m", "bitrnn_v", "window", "matmul_free", "bitnet_online_bf16"] {
+    let late = ["bitrnn_m_late", "bitrnn_v_late"];
+    for set in ["bitrnn_m", "bitrnn_v", "window", "matmul_free", "bitnet_online_bf16"].into_iter().chain(late) {
         let packed = pack(set);
         let prompt = prompt(set);
         let image = packed.image();
         for kv in [KvFormat::F32, KvFormat::F16, KvFormat::I8] {
             let way = Way { kv, batch: 5, ..Way::plain(backend::best()) };
             let expected = way.logits(&packed, &prompt);
-            for at in [0, 1, 7, prompt.len() - 1] {
+            for at in [0, 1, 7, prompt.len() / 2, prompt.len() - 1] {
                 let snapshot = way.run(&packed, |model, state| {
                     if at > 0 {
                         model.prefill(state, &prompt[..at]).unwrap();
@@ -399,7 +433,7 @@ fn a_snapshot_goes_on_where_it_was_taken() {
 /// What was read stays when a conversation skips ahead, and there is no skipping past an end.
 #[test]
 fn a_conversation_skips_ahead() {
-    for set in ["bitrnn_m", "bitrnn_v", "matmul_free", "window", "tbha"] {
+    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late", "matmul_free", "window", "tbha"] {
         Way::plain(backend::best()).run(&pack(set), |model, state| {
             model.prefill(state, &[1, 2, 3]).unwrap();
             let end = if model.config().is_bounded() { 511 } else { 1_000_000 };
@@ -414,22 +448,24 @@ fn a_conversation_skips_ahead() {
 
 #[test]
 fn a_fork_is_a_conversation_of_its_own() {
-    let (packed, prompt) = (pack("bitrnn_m"), prompt("bitrnn_m"));
-    let way = Way::plain(backend::best());
-    let expected = way.logits(&packed, &prompt);
-    let image = packed.image();
-    let limits = Limits { context: image.header().plan.limits.context, batch: 1, kv: KvFormat::F16 };
-    let plan = Plan::new(&image.header().config, &limits);
-    let mut memory = vec![Block::ZERO; plan.state];
-    let mut fork = State::new(&image.header().config, &limits, &mut memory).unwrap();
-    way.run(&packed, |model, state| {
-        model.prefill(state, &prompt[..20]).unwrap();
-        fork.fork_from(state).unwrap();
-        model.prefill(state, &[9; 30]).unwrap();
-        let found = model.prefill(&mut fork, &prompt[20..]).unwrap();
-        assert_eq!(found, expected[prompt.len() - 1]);
-        assert_eq!((state.position(), fork.position()), (50, prompt.len()));
-    });
+    for set in ["bitrnn_m", "bitrnn_m_late", "bitrnn_v_late"] {
+        let (packed, prompt) = (pack(set), prompt(set));
+        let way = Way::plain(backend::best());
+        let expected = way.logits(&packed, &prompt);
+        let image = packed.image();
+        let limits = Limits { context: image.header().plan.limits.context, batch: 1, kv: KvFormat::F16 };
+        let plan = Plan::new(&image.header().config, &limits);
+        let mut memory = vec![Block::ZERO; plan.state];
+        let mut fork = State::new(&image.header().config, &limits, &mut memory).unwrap();
+        way.run(&packed, |model, state| {
+            model.prefill(state, &prompt[..20]).unwrap();
+            fork.fork_from(state).unwrap();
+            model.prefill(state, &[9; 30]).unwrap();
+            let found = model.prefill(&mut fork, &prompt[20..]).unwrap();
+            assert_eq!(found, expected[prompt.len() - 1], "{set}");
+            assert_eq!((state.position(), fork.position()), (50, prompt.len()));
+        });
+    }
 }
 
 /// Whatever byte of a snapshot is wrong, it is refused by name and the conversation is what it was.

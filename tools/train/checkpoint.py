@@ -55,9 +55,11 @@ def save(model: Model, directory: Path) -> None:
         config |= dict(sliding_window=c.window, sink_tokens=c.sinks)
     match c.memory:
         case {"heads": heads, "width": width}:
-            config["memory"] = dict(kind="bitrnn-m", heads=heads, key_dim=width, value_dim=width, write_delay=0)
+            config["memory"] = dict(kind="bitrnn-m", heads=heads, key_dim=width, value_dim=width)
         case {"numbers": numbers}:
             config["memory"] = dict(kind="bitrnn-v", width=numbers)
+    if c.memory:
+        config["memory"]["write_delay"] = c.window if c.delayed_writes else 0
     if c.activations:
         config["activation_quantization"] = c.activations
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -104,6 +106,7 @@ def described(directory: Path) -> Model:
             window=config.get("sliding_window", 0),
             sinks=config.get("sink_tokens", 0),
             memory=memory,
+            delayed_writes=config.get("memory", {}).get("write_delay", 0) != 0,
             activations=config.get("activation_quantization", {}),
             weights={name: "values" for name in LINEARS} if are_values else {},
         )

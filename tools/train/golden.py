@@ -20,7 +20,9 @@ MATRICES = dict(heads=2, width=16)
 SETS = {
     "bitrnn_m": dict(memory=MATRICES),
     "bitrnn_m_a4": dict(memory=MATRICES, activations=A4, weights={"v_proj": "binary"}, memory_weights="binary"),
+    "bitrnn_m_late": dict(memory=MATRICES, delayed_writes=True),
     "bitrnn_v": dict(memory=dict(numbers=44)),
+    "bitrnn_v_late": dict(memory=dict(numbers=44), delayed_writes=True),
     "window": dict(),
     "a4_absmax": dict(activations=A4_ABSMAX),
     "tbha": dict(window=0, weights=TBHA),

@@ -7,6 +7,7 @@ values read; gates, taps, norm and state are f32. What goes token by token is th
 :func:`by_chunk` and :func:`by_scan` are equal but for rounding, and what is trained with.
 """
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -92,6 +93,18 @@ def bounded(least: Tensor) -> Tensor:
     return least.clamp(0, 0.999)
 
 
+@dataclass
+class Late:
+    """What a memory is given when it leaves a window: nothing at first, and never the `sinks`."""
+
+    window: int
+    sinks: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x`, [.., time, channels], later, with zeros for what is not given."""
+        return F.pad(x[..., self.sinks :, :], (0, 0, self.sinks + self.window, 0))[..., : x.shape[-2], :]
+
+
 class Matrices(nn.Module):
     """A cell of `heads` states of [value, key] that adds `rho · o_proj(m)` to the results of attention.
 
@@ -99,9 +112,9 @@ class Matrices(nn.Module):
     `rho` is 0 where a trained model gets a cell, so that it computes what it did, and 1 in a model trained with it.
     """
 
-    def __init__(self, hidden: int, width: int, heads: int, key: int, value: int, weights: str, rho: float):
+    def __init__(self, hidden: int, width: int, heads: int, key: int, value: int, weights: str, rho: float, late: Late | None):
         super().__init__()
-        self.heads, self.key, self.value = heads, key, value
+        self.heads, self.key, self.value, self.late = heads, key, value, late
         keys, values = heads * key, heads * value
         self.in_proj = BitLinear(hidden, 2 * keys + 2 * values, weights)
         self.gate_proj = BitLinear(hidden, 2 * heads, "ternary")
@@ -128,7 +141,10 @@ class Matrices(nn.Module):
         a, b = self.gate_proj(x).transpose(1, 2).split(self.heads, 1)
         g = -self.log_rate.exp()[:, None] * F.softplus(a + self.decay_bias[:, None])
         beta = torch.sigmoid(b + self.write_bias[:, None])
-        o = by_chunk(unit(q), unit(k), v, g, beta).transpose(1, 2)
+        k = unit(k)
+        if self.late:
+            k, v, g, beta = self.late(k), self.late(v), self.late(g[..., None])[..., 0], self.late(beta[..., None])[..., 0]
+        o = by_chunk(unit(q), k, v, g, beta).transpose(1, 2)
         m = F.rms_norm(o, (self.value,), self.norm, 1e-5) * F.silu(gate.unflatten(-1, (self.heads, -1)))
         return self.rho * self.o_proj(int8(m.flatten(-2)))
 
@@ -140,9 +156,9 @@ class Vector(nn.Module):
     the least that is kept.
     """
 
-    def __init__(self, hidden: int, width: int, numbers: int, weights: str, rho: float):
+    def __init__(self, hidden: int, width: int, numbers: int, weights: str, rho: float, late: Late | None):
         super().__init__()
-        self.numbers = numbers
+        self.numbers, self.late = numbers, late
         self.in_proj = BitLinear(hidden, 3 * numbers, weights)
         self.o_proj = BitLinear(numbers, width, "ternary")
         taps = torch.zeros(2 * numbers, 4)
@@ -160,6 +176,10 @@ class Vector(nn.Module):
         taken, gate = self.in_proj(x).split((2 * self.numbers, self.numbers), -1)
         c, f = mix(taken, self.taps).chunk(2, -1)
         f = self.bound + (1 - self.bound) * torch.sigmoid(f + self.forget_bias)
-        h = by_scan(f, F.silu(c))
+        c = F.silu(c)
+        if self.late:
+            # Nothing is forgotten where nothing is written.
+            c, f = self.late(c), 1 - self.late(1 - f)
+        h = by_scan(f, c)
         m = F.rms_norm(h, (self.numbers,), self.norm, 1e-5) * F.silu(gate)
         return self.rho * self.o_proj(int8(m))

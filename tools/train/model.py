@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear import BitLinear
-from memory import Matrices, Vector
+from memory import Late, Matrices, Vector
 from quantize import ACTIVATIONS, EPS
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -34,6 +34,8 @@ class Config:
     sinks: int = 4
     memory: dict[str, int] = field(default_factory=dict)
     """Nothing; `heads`, and the `width` and height of each one's matrix; or the `numbers` of a vector."""
+    delayed_writes: bool = False
+    """Whether the memory is given a token when that leaves the window, and not at once."""
     memory_weights: str = "ternary"
     rho: float = 1.0
     weights: dict[str, str] = field(default_factory=dict)
@@ -105,11 +107,12 @@ class Attention(nn.Module):
         self.v_proj = make("v_proj", c.hidden, c.kv_heads * head_dim)
         self.o_proj = make("o_proj", c.hidden, c.hidden)
         self.attn_sub_norm = RMSNorm(c.hidden)
+        late = Late(c.window, c.sinks) if c.delayed_writes else None
         match c.memory:
             case {"heads": count, "width": width}:
-                self.memory = Matrices(c.hidden, c.hidden, count, width, width, c.memory_weights, c.rho)
+                self.memory = Matrices(c.hidden, c.hidden, count, width, width, c.memory_weights, c.rho, late)
             case {"numbers": numbers}:
-                self.memory = Vector(c.hidden, c.hidden, numbers, c.memory_weights, c.rho)
+                self.memory = Vector(c.hidden, c.hidden, numbers, c.memory_weights, c.rho, late)
 
     def forward(self, x: Tensor, frequencies: Tensor) -> Tensor:
         c = self.c

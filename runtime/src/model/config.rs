@@ -43,6 +43,9 @@ pub struct Config {
     pub window: Option<Window>,
     /// The memory beside attention, if there is one.
     pub memory: Option<Memory>,
+    /// Whether the memory is given a token when that leaves the window, and not at once: then it has what attention no longer sees
+    /// and nothing else. The sinks, which attention always sees, it is never given.
+    pub delayed_writes: bool,
     /// Whether an elementwise recurrence of `hidden` numbers a layer takes attention's place, as in the MatMul-free language model
     /// (arXiv:2406.02528). Then there is one head as wide as the residual stream, and no rotation.
     pub recurrence: bool,
@@ -172,6 +175,14 @@ impl Memory {
         match self {
             Self::Matrices(matrices) => matrices.values() as usize * matrices.key as usize,
             Self::Vector(vector) => vector.width as usize,
+        }
+    }
+    /// Floats that decide what one layer's state becomes with a token: keys, values and gates, or what is taken in and what decides
+    /// how much is kept.
+    pub(crate) const fn write_len(&self) -> usize {
+        match self {
+            Self::Matrices(m) => (m.keys() + m.values() + 2 * m.heads) as usize,
+            Self::Vector(v) => v.channels() as usize,
         }
     }
     /// Floats of one layer's last inputs of the convolution.
@@ -320,6 +331,8 @@ impl Config {
             Some(Memory::Vector(v)) => width("memory width", v.width)?,
             None => {}
         }
+        let may_wait = self.memory.is_some() && self.window.is_some();
+        field("delayed_writes", 1, !self.delayed_writes || may_wait)?;
         let eps = |name, v: f32| field(name, v as u32, (0.0..1.0).contains(&v));
         eps("norm_eps", self.norm_eps)?;
         eps("linear_norm_eps", self.linear_norm_eps.unwrap_or(0.0))?;

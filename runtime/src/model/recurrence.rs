@@ -8,6 +8,7 @@
 //! h = f · h + (1 - f) · silu(input(x))               the state
 //! x += output(rmsnorm(gate(x)) · silu(h))
 //! ```
+use super::state::Recurrence;
 use super::{Model, State, ops};
 use crate::error::Error;
 use crate::image::Kind;
@@ -31,7 +32,7 @@ impl Model<'_> {
 
         let kernels = self.machine.kernels;
         let bound = &ops::floats(self.machine.source.fetch(weights.vector(Kind::RecurrenceBound))?)[..hidden];
-        let (now, _, next, _) = state.recurrent(layer as usize);
+        let Recurrence { numbers: now, next_numbers: next, .. } = state.recurrent(layer as usize);
         next.copy_from_slice(now);
         for row in rows.chunks_exact_mut(width) {
             // The state after each token goes where its input was.

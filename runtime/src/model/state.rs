@@ -1,5 +1,6 @@
 //! One conversation in a fixed size: the keys and values of its past positions, or of those in a window, and a memory of the others.
 mod snapshot;
+mod waiting;
 
 use super::Config;
 use crate::error::Error;
@@ -7,6 +8,7 @@ use crate::memory::{Arena, KvFormat, Limits, Plan, kv_blocks, kv_head_blocks, kv
 use bitnet_kernel::Block;
 use bitnet_kernel::float::{Cache, f16_to_f32, f32_to_f16};
 use core::ops::Range;
+use waiting::Waiting;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// One conversation in memory of [`Plan::state`] blocks.
@@ -21,6 +23,7 @@ pub struct State<'m> {
     /// Two copies; that of the conversation is number `now`.
     memory: [Recurrent<'m>; 2],
     now: usize,
+    waiting: Waiting<'m>,
     /// Where the last pass began, if the copy from before it is still there.
     before: Option<usize>,
     /// The first position, with a window after the sinks, whose keys and values are there.
@@ -52,12 +55,14 @@ impl<'m> State<'m> {
             Recurrent { numbers: all_numbers, past: all_past }
         };
         let memory = [recurrent(), recurrent()];
+        let waiting = Waiting::new(config, limits, &mut arena);
         arena.finish();
         let mut state = Self {
             keys,
             values,
             memory,
             now: 0,
+            waiting,
             before: None,
             oldest: 0,
             config: *config,
@@ -162,18 +167,18 @@ impl<'m> State<'m> {
             None => 0,
         }
     }
-    /// What one layer keeps in its matrices, its vector or its recurrence, and its last inputs: as they are, and where those after
-    /// this pass go.
-    pub(super) fn recurrent(&mut self, layer: usize) -> (&[f32], &[f32], &mut [f32], &mut [f32]) {
+    /// What one layer keeps: as it is, and where that after this pass goes.
+    pub(super) fn recurrent(&mut self, layer: usize) -> Recurrence<'_, 'm> {
         let (numbers, past) = state_lens(&self.config);
         let [first, second] = &mut self.memory;
         let (now, next) = if self.now == 0 { (first, second) } else { (second, first) };
-        (
-            &now.numbers[layer * numbers..][..numbers],
-            &now.past[layer * past..][..past],
-            &mut next.numbers[layer * numbers..][..numbers],
-            &mut next.past[layer * past..][..past],
-        )
+        Recurrence {
+            numbers: &now.numbers[layer * numbers..][..numbers],
+            past: &now.past[layer * past..][..past],
+            next_numbers: &mut next.numbers[layer * numbers..][..numbers],
+            next_past: &mut next.past[layer * past..][..past],
+            waiting: &mut self.waiting,
+        }
     }
     /// One position's key and value of one head, as floats.
     pub(super) fn row(&self, layer: usize, kv_head: usize, position: usize, key: &mut [f32], value: &mut [f32]) {
@@ -198,6 +203,19 @@ impl<'m> State<'m> {
         self.now ^= 1;
         self.position += tokens;
     }
+}
+
+/// One layer's memory or recurrence in a pass, and what waits for it.
+#[derive(Debug)]
+pub(super) struct Recurrence<'s, 'm> {
+    /// Its matrices, its vector or its state.
+    pub numbers: &'s [f32],
+    /// The last inputs of its convolution.
+    pub past: &'s [f32],
+    pub next_numbers: &'s mut [f32],
+    pub next_past: &'s mut [f32],
+    /// Of all layers.
+    pub waiting: &'s mut Waiting<'m>,
 }
 
 /// What a memory or a recurrence keeps of all layers.

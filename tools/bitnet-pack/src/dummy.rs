@@ -72,6 +72,7 @@ impl Preset {
             sparse: false,
             window: None,
             memory: None,
+            delayed_writes: false,
             recurrence: false,
             quantizers: Quantizers::INT8,
             tied: true,

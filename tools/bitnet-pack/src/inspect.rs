@@ -154,6 +154,7 @@ impl Summary {
                     Memory::Matrices(m) => json!({ "heads": m.heads, "key": m.key, "value": m.value }),
                     Memory::Vector(v) => json!({ "width": v.width }),
                 }),
+                "delayed_writes": c.delayed_writes,
                 "recurrence": c.recurrence,
                 "quantizers": {
                     "attention": quantizer(c.quantizers.attention),
@@ -242,11 +243,12 @@ impl fmt::Display for Summary {
         if let Some(window) = c.window {
             writeln!(f, "window        the last {} positions and the first {}", window.positions, window.sinks)?;
         }
+        let written = if c.delayed_writes { ", of what has left the window" } else { "" };
         match c.memory {
             Some(Memory::Matrices(m)) => {
-                writeln!(f, "memory        {} heads of {} values by {} keys", m.heads, m.value, m.key)?;
+                writeln!(f, "memory        {} heads of {} values by {} keys{written}", m.heads, m.value, m.key)?;
             }
-            Some(Memory::Vector(v)) => writeln!(f, "memory        a vector of {}", v.width)?,
+            Some(Memory::Vector(v)) => writeln!(f, "memory        a vector of {}{written}", v.width)?,
             None => {}
         }
         let quantizers =

@@ -470,6 +470,10 @@ struct Convert {
     /// Numbers of a key and of a value, whose product a matrix has; of a vector [default: 32; of a vector 256].
     #[arg(long, value_name = "NUMBERS", conflicts_with = "to_tbha")]
     width: Option<u32>,
+    /// Give the memory a token when it leaves the window, and not at once: so that within the window the model computes what
+    /// it did when the memory is trained, too.
+    #[arg(long, conflicts_with = "to_tbha")]
+    delay_writes: bool,
 }
 
 /// What remembers what has left the window.
@@ -706,7 +710,7 @@ fn run(command: Command) -> Result<String, Error> {
             let converted = bitnet_pack::convert_values(&source, &output, &new, &mut Bar::new().listen())?;
             Ok(format!("{converted}written: {}\n", output.display()))
         }
-        Command::Convert(Convert { source, output, window, sinks, memory, heads, width, .. }) => {
+        Command::Convert(Convert { source, output, window, sinks, memory, heads, width, delay_writes, .. }) => {
             let window = Window { positions: window, sinks };
             let memory = match memory {
                 MemoryKind::Matrices => {
@@ -718,7 +722,7 @@ fn run(command: Command) -> Result<String, Error> {
                 }
                 MemoryKind::Vector => Memory::Vector(Vector { width: width.unwrap_or(256) }),
             };
-            let new = Stateful { window, memory };
+            let new = Stateful { window, memory, delayed_writes: delay_writes };
             let converted = bitnet_pack::convert(&source, &output, &new, &mut Bar::new().listen())?;
             Ok(format!("{converted}written: {}\n", output.display()))
         }

@@ -150,6 +150,7 @@ fn the_worked_example() {
         ("sparse", 0),
         ("window: option", 0),
         ("memory: option", 0),
+        ("delayed_writes", 0),
         ("recurrence", 0),
         ("quantizers: attention", 0),
         ("quantizers: output", 0),

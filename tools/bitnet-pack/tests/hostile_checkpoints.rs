@@ -392,6 +392,40 @@ fn recurrent_configurations() {
     pack(&place.source(), &place.image(), &named(), &mut ()).unwrap();
 }
 
+/// A memory beside attention: every key of its section is read, and what would change its arithmetic is refused.
+#[test]
+fn memory_configurations() {
+    let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/bitrnn_v_late");
+    let config: Value = serde_json::from_slice(&std::fs::read(golden.join("config.json")).unwrap()).unwrap();
+    let tensors = std::fs::read(golden.join("model.safetensors")).unwrap();
+    let cases: [(&str, Value, &[&str]); 7] = [
+        ("kind", json!("bitrnn"), &["memory.kind = \"bitrnn\"", "\"bitrnn-m\" or \"bitrnn-v\""]),
+        ("kind", json!("bitrnn-m"), &["memory.width"]),
+        ("width", json!(0), &["memory.width = 0"]),
+        ("width", json!(45), &["memory.in_proj", "135", "132"]),
+        ("write_delay", json!(11), &["memory.write_delay = 11", "0 or the number of sliding_window"]),
+        ("write_delay", json!(-1), &["memory.write_delay = -1"]),
+        ("heads", json!(2), &["memory.heads"]),
+    ];
+    for (key, value, what) in cases {
+        let place = Place::new();
+        let mut config = config.clone();
+        config["memory"][key] = value;
+        place.put("config.json", config.to_string().as_bytes());
+        place.put("model.safetensors", &tensors);
+        refused(key, &place, what);
+    }
+    // Without a window nothing ever leaves it.
+    let place = Place::new();
+    let mut endless = config.clone();
+    endless.as_object_mut().unwrap().retain(|key, _| !matches!(&**key, "sliding_window" | "sink_tokens"));
+    place.put("config.json", endless.to_string().as_bytes());
+    place.put("model.safetensors", &tensors);
+    refused("no window", &place, &["memory.write_delay = 12"]);
+    place.put("config.json", config.to_string().as_bytes());
+    assert!(pack(&place.source(), &place.image(), &named(), &mut ()).unwrap().config.delayed_writes);
+}
+
 /// the tokenizer is chosen by the files that are there; two that disagree are not chosen from.
 #[test]
 fn tokenizers() {

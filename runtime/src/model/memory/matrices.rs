@@ -11,11 +11,14 @@
 //! m = rmsnorm(o, 1e-5) · silu(z)                    of each head
 //! attention's results += share · output(m)
 //! ```
+//!
+//! With delayed writes `k`, `v`, `alpha` and `beta` are those of the token that has just left the window.
 use super::NORM_EPS;
 use crate::error::Error;
 use crate::image::Kind;
-use crate::memory::{attention_width, padded_rows};
+use crate::memory::{attention_width, padded_rows, written_with};
 use crate::model::forward::PARALLEL_WORK_MIN;
+use crate::model::state::Recurrence;
 use crate::model::{Matrices, Model, State, ops};
 use crate::parallel::{Parallel, Serial};
 use bitnet_kernel::float::{TAPS, sum_of_squares};
@@ -45,7 +48,9 @@ impl Model<'_> {
             return Err(Error::NotFinite { layer });
         }
 
-        let (matrices, past, next_matrices, next_past) = state.recurrent(layer as usize);
+        let first = state.position();
+        let Recurrence { numbers: matrices, past, next_numbers: next_matrices, next_past, waiting } =
+            state.recurrent(layer as usize);
         let taps = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryTaps))?);
         let taps = &taps[..TAPS * channels];
         next_past.copy_from_slice(past);
@@ -66,6 +71,14 @@ impl Model<'_> {
             }
         }
 
+        if c.delayed_writes {
+            for (position, row) in (first..).zip(rows.chunks_exact(width)) {
+                let (kept, gates) = waiting.get_mut(layer as usize, position).split_at_mut(keys + values);
+                kept.copy_from_slice(&row[at + keys..][..keys + values]);
+                gates.copy_from_slice(&row[gates_at..][..2 * heads]);
+            }
+        }
+
         // Each row of the new state, then what it gives to each token.
         let kernels = self.machine.kernels;
         let (rows, len) = (&*rows, key + n);
@@ -77,10 +90,19 @@ impl Model<'_> {
                 let (cell, out) = cell.split_at_mut(key);
                 cell.copy_from_slice(&matrices[r * key..][..key]);
                 let h = r / value;
-                for (row, out) in rows.chunks_exact(width).zip(out) {
-                    let (taken, gates) = (&row[at..][..channels], &row[gates_at..]);
-                    let (query, keyed) = (&taken[h * key..][..key], &taken[keys + h * key..][..key]);
-                    *out = kernels.delta_rule(cell, keyed, query, gates[h], gates[heads + h], taken[2 * keys + r]);
+                for ((row, out), position) in rows.chunks_exact(width).zip(out).zip(first..) {
+                    let query = &row[at + h * key..][..key];
+                    let (kept, gates) = match written_with(&c, position) {
+                        Some(left) if c.delayed_writes => waiting.get(layer as usize, left).split_at(keys + values),
+                        Some(_) => (&row[at + keys..], &row[gates_at..]),
+                        // What neither forgets nor writes only reads.
+                        None => {
+                            *out = kernels.delta_rule(cell, query, query, 1.0, 0.0, 0.0);
+                            continue;
+                        }
+                    };
+                    let keyed = &kept[h * key..][..key];
+                    *out = kernels.delta_rule(cell, keyed, query, gates[h], gates[heads + h], kept[keys + r]);
                 }
             }
         });

@@ -4,6 +4,9 @@
 //! m = matrices or vector(x)
 //! attention's results += share · output(m)
 //! ```
+//!
+//! With delayed writes the state takes in a token when that leaves the window, by what was made of it when it came: so memory and
+//! attention divide the past between them (LoLCATs, arXiv:2410.10254), and until then the state is zero and adds nothing.
 mod matrices;
 mod vector;
 

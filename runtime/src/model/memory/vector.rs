@@ -9,10 +9,13 @@
 //! h = f · h + silu(u) · (1 - f)                        the state
 //! m = rmsnorm(h, 1e-5) · silu(z)
 //! ```
+//!
+//! With delayed writes the state takes in `u` and `w` of the token that has just left the window.
 use super::NORM_EPS;
 use crate::error::Error;
 use crate::image::Kind;
-use crate::memory::attention_width;
+use crate::memory::{attention_width, written_with};
+use crate::model::state::Recurrence;
 use crate::model::{Model, State, Vector, ops};
 use bitnet_kernel::float::TAPS;
 
@@ -36,7 +39,8 @@ impl Model<'_> {
         }
 
         let kernels = self.machine.kernels;
-        let (now, past, next, next_past) = state.recurrent(layer as usize);
+        let first = state.position();
+        let Recurrence { numbers: now, past, next_numbers: next, next_past, waiting } = state.recurrent(layer as usize);
         let taps = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryTaps))?);
         let taps = &taps[..TAPS * channels];
         next_past.copy_from_slice(past);
@@ -46,12 +50,23 @@ impl Model<'_> {
         let forget = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryForget))?);
         let (bound, bias) = forget[..2 * numbers].split_at(numbers);
         next.copy_from_slice(now);
-        for row in rows.chunks_exact_mut(width) {
-            // The state after each token goes where its input was.
-            let (input, forget) = row[at..][..channels].split_at_mut(numbers);
+        for (position, row) in (first..).zip(rows.chunks_exact_mut(width)) {
+            let taken = &mut row[at..][..channels];
+            let (_, forget) = taken.split_at_mut(numbers);
             forget.iter_mut().zip(bias).for_each(|(forget, bias)| *forget += bias);
-            kernels.recur(next, bound, forget, input);
-            input.copy_from_slice(next);
+            if c.delayed_writes {
+                waiting.get_mut(layer as usize, position).copy_from_slice(taken);
+            }
+            let written = match written_with(&c, position) {
+                Some(left) if c.delayed_writes => Some(waiting.get(layer as usize, left)),
+                Some(_) => Some(&*taken),
+                None => None,
+            };
+            if let Some((input, forget)) = written.map(|written| written.split_at(numbers)) {
+                kernels.recur(next, bound, forget, input);
+            }
+            // The state after each token goes where its input was.
+            taken[..numbers].copy_from_slice(next);
         }
         let norm = &ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryNorm))?)[..numbers];
         for (row, out) in rows.chunks_exact_mut(width).zip(self.scratch.norm.chunks_exact_mut(numbers)) {

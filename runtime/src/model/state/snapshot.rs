@@ -13,12 +13,14 @@
 //! | 56-63 | zeros |
 //!
 //! Then, little-endian, for every layer and head the key of each position that is kept, with int8 followed by its scale; the values
-//! in the same way; and of a memory the matrices or the vector of every layer, then its last inputs. Where a ring begins is left out, so that a
+//! in the same way; of a memory the matrices or the vector of every layer, then its last inputs, then of each layer
+//! what it is given late, the oldest token first. Where a ring begins is left out, so that a
 //! state with a shorter or longer one reads it too.
 use super::State;
 use crate::error::Error;
 use crate::image::{Image, checksum};
-use crate::memory::{KvFormat, Limits};
+use crate::memory::{KvFormat, Limits, write_len, written_with};
+use core::ops::Range;
 use zerocopy::IntoBytes;
 
 const MAGIC: [u8; 8] = *b"\x89BITSTA\n";
@@ -54,6 +56,9 @@ impl State<'_> {
         }
         put(self.memory[self.now].numbers.as_bytes());
         put(self.memory[self.now].past.as_bytes());
+        for layer in 0..self.config.layers as usize {
+            self.waiting(self.position).for_each(|position| put(self.waiting.get(layer, position).as_bytes()));
+        }
         debug_assert!(left.is_empty(), "the length is that of what is written");
 
         prefix.fill(0);
@@ -122,6 +127,9 @@ impl State<'_> {
         let now = &mut self.memory[self.now];
         take(now.numbers.as_mut_bytes());
         take(now.past.as_mut_bytes());
+        for layer in 0..self.config.layers as usize {
+            self.waiting(position).for_each(|position| take(self.waiting.get_mut(layer, position).as_mut_bytes()));
+        }
         self.oldest = oldest.max(self.oldest_after(position));
         (self.position, self.before) = (position, None);
         Ok(())
@@ -148,6 +156,11 @@ impl State<'_> {
         let (to, from) = (&mut self.memory[self.now], &other.memory[other.now]);
         to.numbers.copy_from_slice(from.numbers);
         to.past.copy_from_slice(from.past);
+        for layer in 0..self.config.layers as usize {
+            for position in other.waiting(other.position) {
+                self.waiting.get_mut(layer, position).copy_from_slice(other.waiting.get(layer, position));
+            }
+        }
         (self.position, self.oldest, self.before) = (other.position, other.oldest, None);
         Ok(())
     }
@@ -158,12 +171,20 @@ impl State<'_> {
         (0..sinks.min(position)).chain(oldest..position)
     }
 
+    /// The positions of `position` tokens that a memory is still to be given.
+    fn waiting(&self, position: usize) -> Range<usize> {
+        let sinks = self.config.window.map_or(0, |window| window.sinks as usize);
+        written_with(&self.config, position).unwrap_or(sinks.min(position))..position
+    }
+
     /// Bytes after the head of a snapshot.
     fn payload_len(&self, position: usize, oldest: usize) -> usize {
         let scale = if self.limits.kv == KvFormat::I8 { size_of::<f32>() } else { 0 };
         let row = self.config.head_dim as usize * self.limits.kv.bytes() + scale;
         let memory = &self.memory[self.now];
         let rows = self.kept(position, oldest).count();
-        2 * self.keys.heads() * rows * row + size_of::<f32>() * (memory.numbers.len() + memory.past.len())
+        let waiting = self.waiting(position).len() * write_len(&self.config);
+        let floats = memory.numbers.len() + memory.past.len() + self.config.layers as usize * waiting;
+        2 * self.keys.heads() * rows * row + size_of::<f32>() * floats
     }
 }

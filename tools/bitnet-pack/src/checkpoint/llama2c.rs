@@ -52,6 +52,7 @@ pub(super) fn recognise(input: &Input) -> Result<Option<(Header, Vec<TensorInfo>
         sparse: false,
         window: None,
         memory: None,
+        delayed_writes: false,
         recurrence: false,
         quantizers: Quantizers::INT8,
         tied,

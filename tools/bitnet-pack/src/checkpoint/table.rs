@@ -403,6 +403,8 @@ fn shape(reader: &Reader<'_>, class: Class, linear_norm_eps: Option<f32>) -> Res
         None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,
         None => return reader.refuse("num_attention_heads", format!("does not divide hidden_size = {hidden}")),
     };
+    let window = window(reader)?;
+    let (memory, delayed_writes) = memory(reader, window)?;
     let config = Config {
         vocab: reader.u32("vocab_size")?,
         hidden,
@@ -420,8 +422,9 @@ fn shape(reader: &Reader<'_>, class: Class, linear_norm_eps: Option<f32>) -> Res
         linear_norm_eps,
         live_ffn: false,
         sparse: false,
-        window: window(reader)?,
-        memory: memory(reader)?,
+        window,
+        memory,
+        delayed_writes,
         recurrence,
         quantizers: quantizers(reader)?,
         tied: false,
@@ -448,23 +451,26 @@ fn window(reader: &Reader<'_>) -> Result<Option<Window>, Error> {
     }
 }
 
-fn memory(reader: &Reader<'_>) -> Result<Option<Memory>, Error> {
-    let Some(section) = reader.object_or_null("memory", "memory.")? else { return Ok(None) };
-    Ok(Some(match section.str_or_null("kind")? {
+/// The memory, and whether it is given a token when that leaves the window.
+fn memory(reader: &Reader<'_>, window: Option<Window>) -> Result<(Option<Memory>, bool), Error> {
+    let Some(section) = reader.object_or_null("memory", "memory.")? else { return Ok((None, false)) };
+    let memory = match section.str_or_null("kind")? {
         Some("bitrnn-m") => {
             section.only(&["kind", "heads", "key_dim", "value_dim", "write_delay"])?;
-            if section.u32_or_null("write_delay")?.unwrap_or(0) != 0 {
-                return section.refuse("write_delay", "only 0 is supported");
-            }
             let (heads, key, value) = (section.u32("heads")?, section.u32("key_dim")?, section.u32("value_dim")?);
             Memory::Matrices(Matrices { heads, key, value })
         }
         Some("bitrnn-v") => {
-            section.only(&["kind", "width"])?;
+            section.only(&["kind", "width", "write_delay"])?;
             Memory::Vector(Vector { width: section.u32("width")? })
         }
         _ => return section.refuse("kind", "\"bitrnn-m\" or \"bitrnn-v\" is expected"),
-    }))
+    };
+    let delay = section.u32_or_null("write_delay")?.unwrap_or(0);
+    if delay != 0 && window.is_none_or(|window| window.positions != delay) {
+        return section.refuse("write_delay", "0 or the number of sliding_window is expected");
+    }
+    Ok((Some(memory), delay != 0))
 }
 
 fn quantizers(reader: &Reader<'_>) -> Result<Quantizers, Error> {

@@ -23,6 +23,8 @@ pub struct Stateful {
     pub window: Window,
     /// Each layer's memory.
     pub memory: Memory,
+    /// Whether it is given a token when that leaves the window, and not at once.
+    pub delayed_writes: bool,
 }
 
 /// What was written.
@@ -116,7 +118,8 @@ pub fn convert(source: &Path, output: &Path, new: &Stateful, progress: &mut dyn 
     if span > context.into() {
         return refuse(format!("it was made for {context} positions, {span} in window and sinks are more"));
     }
-    let config = Config { window: Some(new.window), memory: Some(new.memory), ..table.config };
+    let (window, memory) = (Some(new.window), Some(new.memory));
+    let config = Config { window, memory, delayed_writes: new.delayed_writes, ..table.config };
     config.check().map_err(|error| Error::Options(error.to_string()))?;
     free(output)?;
 
@@ -129,13 +132,16 @@ pub fn convert(source: &Path, output: &Path, new: &Stateful, progress: &mut dyn 
     let prefix = if checkpoint.tensor("model.embed_tokens.weight").is_some() { "model." } else { "" };
     let mut random = Random(1);
     let added: Vec<_> =
-        (0..config.layers).flat_map(|layer| memory(&config, prefix, layer, linears, &mut random)).collect();
+        (0..config.layers).flat_map(|layer| tensors_of(&config, prefix, layer, linears, &mut random)).collect();
 
     let weights = added.iter().map(|(.., tensor)| weights(tensor)).sum();
     let configuration = configuration(&checkpoint, new)?;
     let bytes = rewrite(&checkpoint, output, &configuration, progress, |path, progress| {
         let bytes = tensors(&checkpoint, added, path, &mut random, progress)?;
-        Ok((bytes, |written: &Config| (written.window, written.memory) == (config.window, config.memory)))
+        Ok((bytes, |written: &Config| {
+            let of = |c: &Config| (c.window, c.memory, c.delayed_writes);
+            of(written) == of(&config)
+        }))
     })?;
     Ok(Converted { config, weights, bytes })
 }
@@ -149,7 +155,7 @@ fn weights(tensor: &New) -> u64 {
 }
 
 /// Name, shape and contents of every tensor of a layer's memory.
-fn memory(
+fn tensors_of(
     config: &Config,
     prefix: &str,
     layer: u32,
@@ -214,10 +220,11 @@ fn configuration(checkpoint: &Checkpoint, new: &Stateful) -> Result<Value, Error
     config["sink_tokens"] = new.window.sinks.into();
     config["memory"] = match new.memory {
         Memory::Matrices(Matrices { heads, key, value }) => {
-            json!({"kind": "bitrnn-m", "heads": heads, "key_dim": key, "value_dim": value, "write_delay": 0})
+            json!({"kind": "bitrnn-m", "heads": heads, "key_dim": key, "value_dim": value})
         }
         Memory::Vector(Vector { width }) => json!({"kind": "bitrnn-v", "width": width}),
     };
+    config["memory"]["write_delay"] = if new.delayed_writes { new.window.positions } else { 0 }.into();
     Ok(config)
 }
 
@@ -283,6 +290,9 @@ impl fmt::Display for Converted {
                 writeln!(f, "memory: {heads} states of {value} x {key} in each of {layers} layers")?;
             }
             Memory::Vector(Vector { width }) => writeln!(f, "memory: {width} numbers in each of {layers} layers")?,
+        }
+        if self.config.delayed_writes {
+            writeln!(f, "of what has left the window")?;
         }
         writeln!(f, "{} weights added, {} of tensors", self.weights, size(self.bytes))
     }

@@ -227,6 +227,7 @@ fn config(keys: &Keys<'_>, architecture: Architecture) -> Result<Config, Error> 
         sparse: false,
         window: None,
         memory: None,
+        delayed_writes: false,
         recurrence: false,
         quantizers: Quantizers::INT8,
         tied: false,
