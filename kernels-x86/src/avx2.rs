@@ -114,9 +114,13 @@ impl Kernels for Avx2 {
         // SAFETY: as above.
         unsafe { float::convolve_silu(past, taps, x) }
     }
-    fn delta_rule(&self, state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, beta: f32, value: f32) -> f32 {
+    fn delta_rule(&self, state: &mut [f32], key: &[f32], alpha: f32, beta: f32, value: f32) {
         // SAFETY: as above.
-        unsafe { float::delta_rule(state, key, query, alpha, beta, value) }
+        unsafe { float::delta_rule(state, key, alpha, beta, value) }
+    }
+    fn recall(&self, state: &[f32], query: &[f32]) -> f32 {
+        // SAFETY: as above.
+        unsafe { float::recall(state, query) }
     }
     fn recur(&self, state: &mut [f32], bound: &[f32], forget: &[f32], input: &[f32]) {
         // SAFETY: as above.

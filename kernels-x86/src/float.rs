@@ -190,8 +190,14 @@ pub(crate) fn convolve_silu(past: &mut [f32], taps: &[f32], x: &mut [f32]) {
 
 /// See [`bitnet_kernel::Kernels::delta_rule`].
 #[target_feature(enable = "avx2,f16c")]
-pub(crate) fn delta_rule(state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, beta: f32, value: f32) -> f32 {
-    float::delta_rule(state, key, query, alpha, beta, value)
+pub(crate) fn delta_rule(state: &mut [f32], key: &[f32], alpha: f32, beta: f32, value: f32) {
+    float::delta_rule(state, key, alpha, beta, value);
+}
+
+/// See [`bitnet_kernel::Kernels::recall`].
+#[target_feature(enable = "avx2,f16c")]
+pub(crate) fn recall(state: &[f32], query: &[f32]) -> f32 {
+    float::dot(state, query)
 }
 
 /// See [`bitnet_kernel::Kernels::recur`].

@@ -141,7 +141,10 @@ pub(crate) struct Sizes {
     span: usize,
     /// Whether queries and keys turn.
     rotates: bool,
-    memory: Option<Memory>,
+    /// Of a memory's matrices, if there are some: rows of all, columns, and queries that read one.
+    rows: usize,
+    columns: usize,
+    group: usize,
 }
 
 impl Sizes {
@@ -166,16 +169,19 @@ impl Sizes {
         let quantized = quantized.next_multiple_of(Block::BYTES);
         let highest = max(padded_rows(c.widest() as usize), padded_rows(c.kv_width() as usize));
         let starts = highest / crate::image::UNIT_ROWS;
-        Self { quantized, tables, projected, starts, seen, span, rotates: !c.recurrence, memory: c.memory }
+        let [rows, columns, group] = match c.memory {
+            Some(memory) => match memory.matrices(c) {
+                Some(m) => [m.values() as usize, m.key as usize, (memory.queries(c) / m.heads) as usize],
+                None => [0; 3],
+            },
+            None => [0; 3],
+        };
+        Self { quantized, tables, projected, starts, seen, span, rotates: !c.recurrence, rows, columns, group }
     }
     /// Results in the order in which threads write them: those of linears of a batch, or the rows of a memory's matrices, each
-    /// with a result a token.
+    /// with a result a token and query.
     pub(crate) const fn units(&self, batch: usize) -> usize {
-        let linears = batch * self.projected;
-        match self.memory {
-            Some(Memory::Matrices(m)) => max(linears, m.values() as usize * (m.key as usize + batch)),
-            Some(Memory::Vector(_)) | None => linears,
-        }
+        max(batch * self.projected, self.rows * (self.columns + batch * self.group))
     }
     /// Positions whose angles are kept.
     pub(crate) const fn rotations(&self, batch: usize) -> usize {
@@ -199,11 +205,13 @@ pub(crate) const fn attention_width(c: &Config) -> usize {
     padded_rows(c.query_width() as usize) + 2 * padded_rows(c.kv_width() as usize)
 }
 
-/// What the memory has beside them: what its first linears made and then, in the same place, its results.
+/// What the memory has beside them: what its first linears made, or its gate and copies of theirs, and then, in the same place,
+/// its results.
 pub(crate) const fn memory_width(c: &Config) -> usize {
     match c.memory {
         Some(m) => {
-            let taken = padded_rows(m.inputs() as usize) + padded_rows(m.gates() as usize);
+            let copied = if let Memory::Shared = m { c.query_width() + 2 * c.kv_width() } else { 0 };
+            let taken = padded_rows((m.inputs() + copied) as usize) + padded_rows(m.gates(c) as usize);
             max(taken, padded_rows(c.query_width() as usize))
         }
         None => 0,
@@ -213,8 +221,11 @@ pub(crate) const fn memory_width(c: &Config) -> usize {
 /// Floats of one result of a matrix of a memory, if there are matrices.
 pub(crate) const fn recalled_len(c: &Config) -> usize {
     match c.memory {
-        Some(Memory::Matrices(m)) => m.value as usize,
-        Some(Memory::Vector(_)) | None => 0,
+        Some(memory) => match memory.matrices(c) {
+            Some(m) => m.value as usize,
+            None => 0,
+        },
+        None => 0,
     }
 }
 
@@ -222,7 +233,7 @@ pub(crate) const fn recalled_len(c: &Config) -> usize {
 /// convolution.
 pub(crate) const fn state_lens(c: &Config) -> (usize, usize) {
     match c.memory {
-        Some(memory) => (memory.state_len(), memory.past_len()),
+        Some(memory) => (memory.state_len(c), memory.past_len()),
         None if c.recurrence => (c.hidden as usize, 0),
         None => (0, 0),
     }
@@ -237,7 +248,7 @@ pub(crate) const fn state_blocks(c: &Config) -> usize {
 /// Floats that decide what one layer's memory becomes with a token, if they wait.
 pub(crate) const fn write_len(c: &Config) -> usize {
     match c.memory {
-        Some(memory) if c.delayed_writes => memory.write_len(),
+        Some(memory) if c.delayed_writes => memory.write_len(c),
         _ => 0,
     }
 }

@@ -69,6 +69,7 @@ fn memory_is_what_the_plan_says_and_tokens_allocate_nothing() {
         golden("bitrnn_m"),
         golden("bitrnn_v"),
         golden("bitrnn_m_late"),
+        golden("shared"),
         golden("matmul_free"),
     ] {
         a_conversation_of_a_million_tokens_takes_what_one_of_a_thousand_does(&checkpoint);

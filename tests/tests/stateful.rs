@@ -14,12 +14,14 @@ use bitnet_tests::{argmax, golden, ids, json, max_difference, model, npy};
 
 /// Fingerprints of the logits of each model's tokens, with keys and values in f32, f16 and int8. Committed: they are the promise, on
 /// every CPU.
-const SETS: [(&str, [u64; 3]); 9] = [
+const SETS: [(&str, [u64; 3]); 11] = [
     ("bitrnn_m", [0xe9d288ebb0c3d57c, 0x94472e66b345edd7, 0xdb86a9412600b3f0]),
     ("bitrnn_m_a4", [0x20fd8fa8c75ac196, 0xf22306d49cadc018, 0x1003844a0548a969]),
     ("bitrnn_m_late", [0x6fa48f50d2cda125, 0x2cfbd9cf468dc146, 0x151b148afeeab62f]),
     ("bitrnn_v", [0x6b3be14df14c513e, 0xb6576f3acd661ce0, 0xfa2436baef6d5622]),
     ("bitrnn_v_late", [0xb04b435e7657fcf9, 0x783a93f8e5c86da2, 0x64e31839f2a04200]),
+    ("shared", [0xef2ad04dc9b1711f, 0xab6cd9d3296c81bf, 0x1daf365a2831f481]),
+    ("shared_late", [0xe044d87ed674fae8, 0x080b168f714d6257, 0xee4625578f217b71]),
     ("a4_absmax", [0x7c13eb404646c9ab, 0xf9f3f01851bf3d7c, 0xb960a25e261dc548]),
     ("window", [0x8a03c06ea2f92c10, 0xcc68c542f3c65026, 0x3734ca9822453691]),
     ("tbha", [0xbc360fffdd0d65b7, 0x49dcac36c7a577c1, 0x286607d8b21ed362]),
@@ -99,7 +101,7 @@ fn the_bundled_model_is_that_of_pytorch() {
 #[test]
 fn a_conversation_goes_back_as_far_as_it_can() {
     let way = Way { batch: 4, ..Way::plain(backend::best()) };
-    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late"] {
+    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late", "shared"] {
         let (packed, prompt) = (pack(set), prompt(set));
         let expected = way.logits(&packed, &prompt);
         way.run(&packed, |model, state| {
@@ -131,7 +133,7 @@ fn a_conversation_goes_back_as_far_as_it_can() {
 /// A pass that fails leaves a state as it was.
 #[test]
 fn a_failed_pass_leaves_the_state_as_it_was() {
-    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late", "matmul_free"] {
+    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late", "shared", "matmul_free"] {
         let (packed, prompt) = (pack(set), prompt(set));
         let way = Way { batch: 4, ..Way::plain(backend::best()) };
         let expected = way.logits(&packed, &prompt);
@@ -212,7 +214,7 @@ fn a_vector_that_keeps_everything_is_refused() {
 /// Memory does not depend on the length of a conversation, and a conversation has no end.
 #[test]
 fn a_conversation_of_any_length_has_one_size() {
-    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late", "matmul_free"] {
+    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late", "shared_late", "matmul_free"] {
         has_one_size(&pack(set));
     }
 }
@@ -303,7 +305,7 @@ fn a_window_and_an_idle_memory_change_nothing_within_the_window() {
 /// A memory that is given tokens late adds nothing within the window, whatever it was trained to be: until then its state is zero.
 #[test]
 fn delayed_writes_change_nothing_within_the_window() {
-    for set in ["bitrnn_m_late", "bitrnn_v_late"] {
+    for set in ["bitrnn_m_late", "bitrnn_v_late", "shared_late"] {
         let (place, source) = (tempfile::tempdir().unwrap(), golden(set));
         let mut config = json(source.join("config.json"));
         config.as_object_mut().unwrap().remove("memory");
@@ -333,6 +335,7 @@ fn delayed_writes_change_nothing_within_the_window() {
 fn a_converted_model_computes_what_it_did_within_the_window() {
     convert_to(Memory::Matrices(Matrices { heads: 3, key: 8, value: 16 }), false);
     convert_to(Memory::Vector(Vector { width: 24 }), true);
+    convert_to(Memory::Shared, false);
 }
 
 fn convert_to(memory: Memory, delayed_writes: bool) {
@@ -398,8 +401,8 @@ fn binary_linears_take_one_bit_beside_ternary_ones() {
 /// A conversation that was saved goes on as if it had not been interrupted, in another state, with another batch, in a fork.
 #[test]
 fn a_snapshot_goes_on_where_it_was_taken() {
-    let late = ["bitrnn_m_late", "bitrnn_v_late"];
-    for set in ["bitrnn_m", "bitrnn_v", "window", "matmul_free", "bitnet_online_bf16"].into_iter().chain(late) {
+    let sets = ["bitrnn_m", "bitrnn_v", "shared", "window", "matmul_free", "bitnet_online_bf16"];
+    for set in sets.into_iter().chain(["bitrnn_m_late", "bitrnn_v_late", "shared_late"]) {
         let packed = pack(set);
         let prompt = prompt(set);
         let image = packed.image();
@@ -433,7 +436,7 @@ fn a_snapshot_goes_on_where_it_was_taken() {
 /// What was read stays when a conversation skips ahead, and there is no skipping past an end.
 #[test]
 fn a_conversation_skips_ahead() {
-    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late", "matmul_free", "window", "tbha"] {
+    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late", "shared", "matmul_free", "window", "tbha"] {
         Way::plain(backend::best()).run(&pack(set), |model, state| {
             model.prefill(state, &[1, 2, 3]).unwrap();
             let end = if model.config().is_bounded() { 511 } else { 1_000_000 };
@@ -448,7 +451,7 @@ fn a_conversation_skips_ahead() {
 
 #[test]
 fn a_fork_is_a_conversation_of_its_own() {
-    for set in ["bitrnn_m", "bitrnn_m_late", "bitrnn_v_late"] {
+    for set in ["bitrnn_m", "bitrnn_m_late", "bitrnn_v_late", "shared_late"] {
         let (packed, prompt) = (pack(set), prompt(set));
         let way = Way::plain(backend::best());
         let expected = way.logits(&packed, &prompt);

@@ -41,7 +41,7 @@ fn tiny() -> Packed {
 /// What else a layer may be: stateful in every way, and with linears of which rows, columns or blocks are left out.
 fn layouts() -> Vec<(&'static str, Packed)> {
     let half = Options { head: Format::F16, ..Options::default() };
-    let sets = ["bitrnn_m", "bitrnn_m_a4", "bitrnn_m_late", "bitrnn_v", "window", "matmul_free"];
+    let sets = ["bitrnn_m", "bitrnn_m_a4", "bitrnn_m_late", "bitrnn_v", "shared_late", "window", "matmul_free"];
     let mut all: Vec<_> = sets.iter().map(|set| (*set, Packed::pack(&golden(set), &half))).collect();
     let memory = Some(Memory::Matrices(Matrices { heads: 2, key: 32, value: 32 }));
     all.push(("memory and norms of heads", random_weights(|config| Config { memory, qk_norms: true, ..config })));

@@ -94,7 +94,7 @@ fn each_has_the_logits_that_it_has_alone() {
 /// A window moves in each by itself, and a memory is each one's own.
 #[test]
 fn windows_and_memories_are_each_ones_own() {
-    for set in ["window", "bitrnn_m", "bitrnn_v_late", "matmul_free"] {
+    for set in ["window", "bitrnn_m", "bitrnn_v_late", "shared", "matmul_free"] {
         check(set, &golden(set), Format::I8, &ids(&json(golden(set).join("ids.json"))["input_ids"][0]));
     }
 }

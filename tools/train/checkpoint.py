@@ -58,6 +58,8 @@ def save(model: Model, directory: Path) -> None:
             config["memory"] = dict(kind="bitrnn-m", heads=heads, key_dim=width, value_dim=width)
         case {"numbers": numbers}:
             config["memory"] = dict(kind="bitrnn-v", width=numbers)
+        case {"shared": _}:
+            config["memory"] = dict(kind="shared")
     if c.memory:
         config["memory"]["write_delay"] = c.window if c.delayed_writes else 0
     if c.activations:
@@ -87,8 +89,10 @@ def described(directory: Path) -> Model:
             memory = dict(heads=heads, width=width)
         case {"kind": "bitrnn-v", "width": numbers}:
             memory = dict(numbers=numbers)
+        case {"kind": "shared"}:
+            memory = dict(shared=1)
         case other:
-            raise SystemExit(f"{directory}: a memory that is neither a vector nor square matrices: {other}")
+            raise SystemExit(f"{directory}: a memory that is neither square matrices, a vector nor shared: {other}")
     if config["architectures"] != ["BitNetForCausalLM"]:
         raise SystemExit(f"{directory}: not a BitNetForCausalLM")
     if config["rms_norm_eps"] != EPS or not config.get("tie_word_embeddings"):

@@ -23,6 +23,8 @@ SETS = {
     "bitrnn_m_late": dict(memory=MATRICES, delayed_writes=True),
     "bitrnn_v": dict(memory=dict(numbers=44)),
     "bitrnn_v_late": dict(memory=dict(numbers=44), delayed_writes=True),
+    "shared": dict(memory=dict(shared=1)),
+    "shared_late": dict(memory=dict(shared=1), delayed_writes=True),
     "window": dict(),
     "a4_absmax": dict(activations=A4_ABSMAX),
     "tbha": dict(window=0, weights=TBHA),

@@ -3,7 +3,7 @@
 BitRNN-M, matrices by a gated delta rule (Gated DeltaNet, arXiv 2412.06464): per head `S = alpha (I - beta k kᵀ) S + beta k vᵀ`, read
 by `o = Sᵀ q`; `|k| = |q| = 1`, `0 < alpha, beta < 1`. BitRNN-V, a vector by a gated recurrence (HGRN, arXiv 2311.04823):
 `h = f h + (1 - f) c`, number by number; it holds far less. Projections read the int8 vector that attention's queries, keys and
-values read; gates, taps, norm and state are f32. What goes token by token is the definition, which the runtime computes;
+values read; or the matrices take these queries, keys and values themselves. Gates, taps, norm and state are f32. What goes token by token is the definition, which the runtime computes;
 :func:`by_chunk` and :func:`by_scan` are equal but for rounding, and what is trained with.
 """
 import math
@@ -105,7 +105,30 @@ class Late:
         return F.pad(x[..., self.sinks :, :], (0, 0, self.sinks + self.window, 0))[..., : x.shape[-2], :]
 
 
-class Matrices(nn.Module):
+class ByKey(nn.Module):
+    """What cells of matrices have in common: `gate_proj`, which has the rows of alpha, then beta, and what these become."""
+
+    def set_decay(self, heads: int, late: Late | None) -> None:
+        half_lives = torch.tensor([HALF_LIVES[h % len(HALF_LIVES)] for h in range(heads)], dtype=torch.float64)
+        self.log_rate = nn.Parameter(torch.zeros(heads))
+        self.decay_bias = nn.Parameter(torch.expm1(math.log(2) / half_lives).log().float())
+        self.write_bias = nn.Parameter(torch.zeros(heads))
+        self.late = late
+
+    def recall(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """:func:`by_chunk` with gates by `x`; of `q`, [batch, queries, time, dk], as many in turn read one head's state."""
+        a, b = self.gate_proj(x).transpose(1, 2).chunk(2, 1)
+        g = -self.log_rate.exp()[:, None] * F.softplus(a + self.decay_bias[:, None])
+        beta = torch.sigmoid(b + self.write_bias[:, None])
+        unit = lambda y: y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)
+        k = unit(k)
+        if self.late:
+            k, v, g, beta = self.late(k), self.late(v), self.late(g[..., None])[..., 0], self.late(beta[..., None])[..., 0]
+        group = q.shape[1] // k.shape[1]
+        return by_chunk(unit(q), *(y.repeat_interleave(group, 1) for y in (k, v, g, beta)))
+
+
+class Matrices(ByKey):
     """A cell of `heads` states of [value, key] that adds `rho · o_proj(m)` to the results of attention.
 
     `in_proj` has the rows of all queries, keys, values and output gates, in this order; `gate_proj` those of alpha, then beta.
@@ -114,7 +137,7 @@ class Matrices(nn.Module):
 
     def __init__(self, hidden: int, width: int, heads: int, key: int, value: int, weights: str, rho: float, late: Late | None):
         super().__init__()
-        self.heads, self.key, self.value, self.late = heads, key, value, late
+        self.heads, self.key, self.value = heads, key, value
         keys, values = heads * key, heads * value
         self.in_proj = BitLinear(hidden, 2 * keys + 2 * values, weights)
         self.gate_proj = BitLinear(hidden, 2 * heads, "ternary")
@@ -123,10 +146,7 @@ class Matrices(nn.Module):
         taps = torch.zeros(2 * keys + values, 4)
         taps[:, 3], taps[keys : 2 * keys] = 1.0, torch.tensor([0.0, 0.0, 1.0, 0.0])
         self.taps = nn.Parameter(taps + 0.05 * torch.randn(taps.shape))
-        half_lives = torch.tensor([HALF_LIVES[h % len(HALF_LIVES)] for h in range(heads)], dtype=torch.float64)
-        self.log_rate = nn.Parameter(torch.zeros(heads))
-        self.decay_bias = nn.Parameter(torch.expm1(math.log(2) / half_lives).log().float())
-        self.write_bias = nn.Parameter(torch.zeros(heads))
+        self.set_decay(heads, late)
         self.norm = nn.Parameter(torch.ones(value))
         self.rho = nn.Parameter(torch.full((width,), rho))
 
@@ -136,17 +156,28 @@ class Matrices(nn.Module):
         taken, gate = self.in_proj(x).split((2 * keys + values, values), -1)
         taken = F.silu(mix(taken, self.taps))
         heads = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        q, k, v = map(heads, taken.split((keys, keys, values), -1))
-        unit = lambda y: y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)
-        a, b = self.gate_proj(x).transpose(1, 2).split(self.heads, 1)
-        g = -self.log_rate.exp()[:, None] * F.softplus(a + self.decay_bias[:, None])
-        beta = torch.sigmoid(b + self.write_bias[:, None])
-        k = unit(k)
-        if self.late:
-            k, v, g, beta = self.late(k), self.late(v), self.late(g[..., None])[..., 0], self.late(beta[..., None])[..., 0]
-        o = by_chunk(unit(q), k, v, g, beta).transpose(1, 2)
+        o = self.recall(x, *map(heads, taken.split((keys, keys, values), -1))).transpose(1, 2)
         m = F.rms_norm(o, (self.value,), self.norm, 1e-5) * F.silu(gate.unflatten(-1, (self.heads, -1)))
         return self.rho * self.o_proj(int8(m.flatten(-2)))
+
+
+class Shared(ByKey):
+    """Matrices, one for each key head, that take attention's own queries, keys and values as they are before rotation.
+
+    What the queries recall, normalized head by head, is added to attention's results `rho` times.
+    """
+
+    def __init__(self, hidden: int, width: int, kv_heads: int, head_dim: int, rho: float, late: Late | None):
+        super().__init__()
+        self.gate_proj = BitLinear(hidden, 2 * kv_heads, "ternary")
+        self.set_decay(kv_heads, late)
+        self.norm = nn.Parameter(torch.ones(head_dim))
+        self.rho = nn.Parameter(torch.full((width,), rho))
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What is added to attention's results, of which `x` is the quantized input; `q` is [batch, heads, time, head_dim]."""
+        o = self.recall(x, q, k, v)
+        return self.rho * F.rms_norm(o, o.shape[-1:], self.norm, 1e-5).transpose(1, 2).flatten(-2)
 
 
 class Vector(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear import BitLinear
-from memory import Late, Matrices, Vector
+from memory import Late, Matrices, Shared, Vector
 from quantize import ACTIVATIONS, EPS
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -33,7 +33,7 @@ class Config:
     window: int = 0
     sinks: int = 4
     memory: dict[str, int] = field(default_factory=dict)
-    """Nothing; `heads`, and the `width` and height of each one's matrix; or the `numbers` of a vector."""
+    """Nothing; `heads`, and the `width` and height of each one's matrix; the `numbers` of a vector; or `shared`, attention's own."""
     delayed_writes: bool = False
     """Whether the memory is given a token when that leaves the window, and not at once."""
     memory_weights: str = "ternary"
@@ -113,16 +113,20 @@ class Attention(nn.Module):
                 self.memory = Matrices(c.hidden, c.hidden, count, width, width, c.memory_weights, c.rho, late)
             case {"numbers": numbers}:
                 self.memory = Vector(c.hidden, c.hidden, numbers, c.memory_weights, c.rho, late)
+            case {"shared": _}:
+                self.memory = Shared(c.hidden, c.hidden, c.kv_heads, head_dim, c.rho, late)
 
     def forward(self, x: Tensor, frequencies: Tensor) -> Tensor:
         c = self.c
         x = c.activation("attention")(x)
         heads = lambda y, n: y.unflatten(-1, (n, -1)).transpose(1, 2)
         q, k, v = heads(self.q_proj(x), c.heads), heads(self.k_proj(x), c.kv_heads), heads(self.v_proj(x), c.kv_heads)
+        if c.memory:
+            recalled = self.memory(x, q, k, v) if isinstance(self.memory, Shared) else self.memory(x)
         k, v = (y.repeat_interleave(c.heads // c.kv_heads, 1) for y in (k, v))
         y = attend(q, k, v, frequencies, c.window, c.sinks).transpose(1, 2).flatten(-2)
         if c.memory:
-            y = y + self.memory(x)
+            y = y + recalled
         return self.o_proj(c.activation("output")(self.attn_sub_norm(y)))
 
 

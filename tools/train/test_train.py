@@ -53,7 +53,7 @@ class Tests(unittest.TestCase):
     def test_a_memory_that_adds_nothing_leaves_the_model_what_it_was(self):
         small = dict(hidden=64, layers=2, heads=4, kv_heads=2, ffn=96)
         plain, ids = Model(Config(**small)), torch.randint(0, 512, (1, 30))
-        for kind in (dict(heads=2, width=16), dict(numbers=40)):
+        for kind in (dict(heads=2, width=16), dict(numbers=40), dict(shared=1)):
             stateful = Model(Config(**small, window=32, memory=kind, rho=0.0))
             missing = stateful.load_state_dict(plain.state_dict(), strict=False)
             self.assertTrue(all(".memory." in name for name in missing.missing_keys))

@@ -536,12 +536,11 @@ fn check_recurrence(k: &dyn Kernels, n: usize, memory: &mut Workspace) -> Result
         compare(k, "convolve_silu", None, n, want, got)?;
         compare(k, "convolve_silu", None, n, past_want, past_got)?;
         let [want, got] = &mut state;
-        let recalled = [
-            float::delta_rule(&mut want[..n], &x[..n], &x[n..], 0.9, 0.4, 0.7),
-            k.delta_rule(&mut got[..n], &x[..n], &x[n..], 0.9, 0.4, 0.7),
-        ];
+        float::delta_rule(&mut want[..n], &x[..n], 0.9, 0.4, 0.7);
+        k.delta_rule(&mut got[..n], &x[..n], 0.9, 0.4, 0.7);
         compare(k, "delta_rule", None, n, &want[..n], &got[..n])?;
-        compare(k, "delta_rule", None, n, &recalled[..1], &recalled[1..])?;
+        let recalled = [float::dot(&want[..n], &x[n..]), k.recall(&got[..n], &x[n..])];
+        compare(k, "recall", None, n, &recalled[..1], &recalled[1..])?;
         // The bound is between 0 and 1.
         let bound = &mut [0.0; RECURRENCE_MAX][..n];
         bound.iter_mut().zip(taps).for_each(|(bound, x)| *bound = x.abs() / (1.0 + x.abs()));

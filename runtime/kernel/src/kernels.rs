@@ -176,9 +176,15 @@ pub trait Kernels: Sync + core::fmt::Debug {
     }
 
     /// One row of a memory's state. See [`float::delta_rule`].
-    fn delta_rule(&self, state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, beta: f32, value: f32) -> f32 {
-        float::delta_rule(state, key, query, alpha, beta, value)
+    fn delta_rule(&self, state: &mut [f32], key: &[f32], alpha: f32, beta: f32, value: f32) {
+        float::delta_rule(state, key, alpha, beta, value);
     }
+
+    /// What `query` recalls of that row. See [`float::dot`].
+    fn recall(&self, state: &[f32], query: &[f32]) -> f32 {
+        float::dot(state, query)
+    }
+
     /// One token of an elementwise recurrence. See [`float::recur`].
     fn recur(&self, state: &mut [f32], bound: &[f32], forget: &[f32], input: &[f32]) {
         float::recur(state, bound, forget, input);

@@ -417,10 +417,12 @@ fn layer_sections(c: &Config, layer: u32) -> impl Iterator<Item = Section> + use
     let ffn_index = |linear: Kind, rows, cols| (c.sparse && !c.live_ffn, linear.index(), rows, cols);
     let attends = |section: (bool, Kind, u32, u32)| (section.0 && !c.recurrence, section.1, section.2, section.3);
     let recurs = |section: (bool, Kind, u32, u32)| (section.0 && c.recurrence, section.1, section.2, section.3);
-    let sizes = |m: Memory| [m.inputs(), m.gates(), m.channels(), m.norm(), m.results()];
+    let sizes = |m: Memory| [m.inputs(), m.gates(c), m.channels(), m.norm(c), m.results()];
     let [inputs, gates, channels, recalled, results] = c.memory.map_or([0; 5], sizes);
     let memory = |kind, rows, cols| (c.memory.is_some(), kind, rows, cols);
-    let matrices = |kind, rows, cols| (matches!(c.memory, Some(Memory::Matrices(_))), kind, rows, cols);
+    let own = |kind, rows, cols| (matches!(c.memory, Some(Memory::Matrices(_) | Memory::Vector(_))), kind, rows, cols);
+    let matrices =
+        |kind, rows, cols| (matches!(c.memory, Some(Memory::Matrices(_) | Memory::Shared)), kind, rows, cols);
     let vector = |kind, rows, cols| (matches!(c.memory, Some(Memory::Vector(_))), kind, rows, cols);
     [
         norm(Kind::AttentionNorm, hidden),
@@ -441,15 +443,15 @@ fn layer_sections(c: &Config, layer: u32) -> impl Iterator<Item = Section> + use
         recurs(linear(Kind::RecurrenceGate, hidden, hidden)),
         recurs(norm(Kind::RecurrenceBound, hidden)),
         recurs(norm(Kind::RecurrenceNorm, hidden)),
-        memory(Kind::MemoryInput, inputs, hidden),
+        own(Kind::MemoryInput, inputs, hidden),
         matrices(Kind::MemoryGates, gates, hidden),
         head_norm(Kind::QueryNorm),
         head_norm(Kind::KeyNorm),
-        memory(Kind::MemoryTaps, 1, bitnet_kernel::float::TAPS as u32 * channels),
+        own(Kind::MemoryTaps, 1, bitnet_kernel::float::TAPS as u32 * channels),
         matrices(Kind::MemoryDecay, 1, gates / 2 * 3),
         vector(Kind::MemoryForget, 1, 2 * results),
         memory(Kind::MemoryNorm, 1, recalled),
-        memory(Kind::MemoryOutput, query, results),
+        own(Kind::MemoryOutput, query, results),
         memory(Kind::MemoryShare, 1, query),
         sub_norm(Kind::AttentionSubNorm, query),
         input_norm(Kind::Output, query),

@@ -115,6 +115,9 @@ pub enum Memory {
     Matrices(Matrices),
     /// Far less, for far less.
     Vector(Vector),
+    /// As matrices, one for each key head, by attention's own queries, keys and values before rotation, of which queries and keys
+    /// are divided by their lengths: next to no weights, and more state (Liger, arXiv:2503.01496, and others).
+    Shared,
 }
 
 /// BitRNN-M: the gated delta rule, arXiv:2412.06464.
@@ -143,46 +146,66 @@ impl Memory {
         match self {
             Self::Matrices(matrices) => matrices.channels(),
             Self::Vector(vector) => vector.channels(),
+            Self::Shared => 0,
         }
     }
-    /// What is read from it for a token, and as many gates of that.
+    /// What its output linear reads of a token, and as many gates of that, if it has one.
     pub const fn results(&self) -> u32 {
         match self {
             Self::Matrices(matrices) => matrices.values(),
             Self::Vector(vector) => vector.width,
+            Self::Shared => 0,
         }
     }
-    /// What its first linear makes of a token.
+    /// Its matrices, if it has any, in a model of this configuration.
+    pub const fn matrices(&self, c: &Config) -> Option<Matrices> {
+        match self {
+            Self::Matrices(matrices) => Some(*matrices),
+            Self::Vector(_) => None,
+            Self::Shared => Some(Matrices { heads: c.kv_heads, key: c.head_dim, value: c.head_dim }),
+        }
+    }
+    /// What its first linear makes of a token, if it has one.
     pub(crate) const fn inputs(&self) -> u32 {
         self.channels() + self.results()
     }
     /// What its second linear does, if it has one.
-    pub(crate) const fn gates(&self) -> u32 {
-        match self {
-            Self::Matrices(matrices) => 2 * matrices.heads,
-            Self::Vector(_) => 0,
+    pub(crate) const fn gates(&self, c: &Config) -> u32 {
+        match self.matrices(c) {
+            Some(matrices) => 2 * matrices.heads,
+            None => 0,
         }
     }
     /// What is normalized at a time.
-    pub(crate) const fn norm(&self) -> u32 {
+    pub(crate) const fn norm(&self, c: &Config) -> u32 {
+        match (self, self.matrices(c)) {
+            (_, Some(matrices)) => matrices.value,
+            (Self::Vector(vector), None) => vector.width,
+            (Self::Matrices(_) | Self::Shared, None) => 0,
+        }
+    }
+    /// Queries of a token.
+    pub(crate) const fn queries(&self, c: &Config) -> u32 {
         match self {
-            Self::Matrices(matrices) => matrices.value,
-            Self::Vector(vector) => vector.width,
+            Self::Matrices(matrices) => matrices.heads,
+            Self::Vector(_) => 0,
+            Self::Shared => c.heads,
         }
     }
     /// Floats of one layer's state, but for the last inputs of the convolution.
-    pub(crate) const fn state_len(&self) -> usize {
-        match self {
-            Self::Matrices(matrices) => matrices.values() as usize * matrices.key as usize,
-            Self::Vector(vector) => vector.width as usize,
+    pub(crate) const fn state_len(&self, c: &Config) -> usize {
+        match (self, self.matrices(c)) {
+            (_, Some(matrices)) => matrices.values() as usize * matrices.key as usize,
+            (Self::Vector(vector), None) => vector.width as usize,
+            (Self::Matrices(_) | Self::Shared, None) => 0,
         }
     }
     /// Floats that decide what one layer's state becomes with a token: keys, values and gates, or what is taken in and what decides
     /// how much is kept.
-    pub(crate) const fn write_len(&self) -> usize {
-        match self {
-            Self::Matrices(m) => (m.keys() + m.values() + 2 * m.heads) as usize,
-            Self::Vector(v) => v.channels() as usize,
+    pub(crate) const fn write_len(&self, c: &Config) -> usize {
+        match self.matrices(c) {
+            Some(m) => (m.keys() + m.values() + 2 * m.heads) as usize,
+            None => self.channels() as usize,
         }
     }
     /// Floats of one layer's last inputs of the convolution.
@@ -329,7 +352,7 @@ impl Config {
                 width("memory heads * value", m.values())?;
             }
             Some(Memory::Vector(v)) => width("memory width", v.width)?,
-            None => {}
+            Some(Memory::Shared) | None => {}
         }
         let may_wait = self.memory.is_some() && self.window.is_some();
         field("delayed_writes", 1, !self.delayed_writes || may_wait)?;

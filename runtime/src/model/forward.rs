@@ -261,11 +261,13 @@ impl Model<'_> {
         let width = attention_width(&c) + memory_width(&c);
 
         self.norm(weights.norm(Kind::AttentionNorm), n)?;
-        let linears = [Kind::Query, Kind::Key, Kind::Value, Kind::MemoryInput, Kind::MemoryGates];
         let linears = match c.memory {
-            Some(Memory::Matrices(_)) => &linears[..],
-            Some(Memory::Vector(_)) => &linears[..4],
-            None => &linears[..3],
+            Some(Memory::Matrices(_)) => {
+                &[Kind::Query, Kind::Key, Kind::Value, Kind::MemoryInput, Kind::MemoryGates][..]
+            }
+            Some(Memory::Vector(_)) => &[Kind::Query, Kind::Key, Kind::Value, Kind::MemoryInput],
+            Some(Memory::Shared) => &[Kind::Query, Kind::Key, Kind::Value, Kind::MemoryGates],
+            None => &[Kind::Query, Kind::Key, Kind::Value],
         };
         let mut found = [weights.linear(Kind::Query); 5];
         found.iter_mut().zip(linears).for_each(|(found, kind)| *found = weights.linear(*kind));

@@ -153,6 +153,7 @@ impl Summary {
                 "memory": c.memory.map(|memory| match memory {
                     Memory::Matrices(m) => json!({ "heads": m.heads, "key": m.key, "value": m.value }),
                     Memory::Vector(v) => json!({ "width": v.width }),
+                    Memory::Shared => json!("shared"),
                 }),
                 "delayed_writes": c.delayed_writes,
                 "recurrence": c.recurrence,
@@ -249,6 +250,7 @@ impl fmt::Display for Summary {
                 writeln!(f, "memory        {} heads of {} values by {} keys{written}", m.heads, m.value, m.key)?;
             }
             Some(Memory::Vector(v)) => writeln!(f, "memory        a vector of {}{written}", v.width)?,
+            Some(Memory::Shared) => writeln!(f, "memory        by attention's keys and values{written}")?,
             None => {}
         }
         let quantizers =

@@ -483,6 +483,8 @@ enum MemoryKind {
     Matrices,
     /// By a gated recurrence, number by number: far smaller, and it recalls that something was there, not what it belonged to.
     Vector,
+    /// As matrices, one for each key head and as wide, by attention's own queries, keys and values: next to no weights.
+    Shared,
 }
 
 /// Make an image of a known shape with random weights, to measure speed without a download.
@@ -720,6 +722,11 @@ fn run(command: Command) -> Result<String, Error> {
                 MemoryKind::Vector if heads.is_some() => {
                     return Err(Error::Options("--heads are those of matrices; a vector has none".into()));
                 }
+                MemoryKind::Shared if heads.or(width).is_some() => {
+                    let what = "--heads and --width are those of a memory of its own; a shared one has attention's";
+                    return Err(Error::Options(what.into()));
+                }
+                MemoryKind::Shared => Memory::Shared,
                 MemoryKind::Vector => Memory::Vector(Vector { width: width.unwrap_or(256) }),
             };
             let new = Stateful { window, memory, delayed_writes: delay_writes };

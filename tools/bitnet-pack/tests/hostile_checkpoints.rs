@@ -398,9 +398,10 @@ fn memory_configurations() {
     let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/bitrnn_v_late");
     let config: Value = serde_json::from_slice(&std::fs::read(golden.join("config.json")).unwrap()).unwrap();
     let tensors = std::fs::read(golden.join("model.safetensors")).unwrap();
-    let cases: [(&str, Value, &[&str]); 7] = [
+    let cases: [(&str, Value, &[&str]); 8] = [
         ("kind", json!("bitrnn"), &["memory.kind = \"bitrnn\"", "\"bitrnn-m\" or \"bitrnn-v\""]),
         ("kind", json!("bitrnn-m"), &["memory.width"]),
+        ("kind", json!("shared"), &["memory.width"]),
         ("width", json!(0), &["memory.width = 0"]),
         ("width", json!(45), &["memory.in_proj", "135", "132"]),
         ("write_delay", json!(11), &["memory.write_delay = 11", "0 or the number of sliding_window"]),

@@ -39,20 +39,20 @@ fn convolve_then(past: &mut [f32], taps: &[f32], x: &mut [f32], activation: impl
     }
 }
 
-/// One row of a state, for one value `v`: forgets, corrects what `key` recalls towards `v`, and returns what `query` recalls.
+/// One row of a state, for one value `v`: forgets, and corrects what `key` recalls towards `v`. What a query recalls of it is their
+/// [`dot`].
 ///
-/// `r = alpha · s`, `e = beta · (v - r · key)`, `s = r + e · key`, and the result `s · query`: row `j` of
+/// `r = alpha · s`, `e = beta · (v - r · key)`, `s = r + e · key`: row `j` of
 /// `S = alpha (I - beta k kᵀ) S + beta k vᵀ` (Gated DeltaNet, arXiv:2412.06464, eq. 10), stored by values. Rows do not depend
 /// on one another.
 ///
 /// # Panics
 /// If the lengths differ.
 #[inline(always)]
-pub fn delta_rule(state: &mut [f32], key: &[f32], query: &[f32], alpha: f32, beta: f32, value: f32) -> f32 {
+pub fn delta_rule(state: &mut [f32], key: &[f32], alpha: f32, beta: f32, value: f32) {
     state.iter_mut().for_each(|s| *s *= alpha);
     let error = beta * (value - dot(state, key));
     state.iter_mut().zip(key).for_each(|(s, k)| *s += error * k);
-    dot(state, query)
 }
 
 /// One token of an elementwise recurrence (HGRN, arXiv:2311.04823), in place: `s = f s + silu(input) (1 - f)` with

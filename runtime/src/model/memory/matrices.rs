@@ -7,7 +7,8 @@
 //! u, z = input(x)              a, b = gates(x)
 //! q, k, v = silu(convolve(u))  q, k of each head divided by sqrt(Σ² + 1e-6)
 //! alpha = exp(-exp(rate) · softplus(a + bias))      beta = 1 / (1 + exp(-(b + bias)))
-//! o = delta_rule(S, k, q, alpha, beta, v)           of each head, row by row
+//! S = delta_rule(S, k, alpha, beta, v)              of each head, row by row
+//! o = S q
 //! m = rmsnorm(o, 1e-5) · silu(z)                    of each head
 //! attention's results += share · output(m)
 //! ```
@@ -27,6 +28,18 @@ const UNIT_EPS: f32 = 1e-6;
 /// Rows of a state that one thread does at a time.
 const ROWS: usize = 16;
 
+/// Where a token's row of results has what matrices take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Taken {
+    pub matrices: Matrices,
+    /// Queries that read one matrix.
+    pub group: usize,
+    /// Of queries, then keys, then values, without gaps.
+    pub at: usize,
+    /// Of what becomes alphas, then betas.
+    pub gates_at: usize,
+}
+
 impl Model<'_> {
     /// `norm = m` for `n` tokens, of which `projected` has what [`Kind::MemoryInput`] and [`Kind::MemoryGates`] made: `width` a token,
     /// after what query, key and value made.
@@ -39,7 +52,7 @@ impl Model<'_> {
         width: usize,
     ) -> Result<(), Error> {
         let (c, weights) = (self.config, self.weights.layer(layer));
-        let [heads, key, value, keys, values] = [m.heads, m.key, m.value, m.keys(), m.values()].map(|n| n as usize);
+        let (heads, value, values) = (m.heads as usize, m.value as usize, m.values() as usize);
         let channels = m.channels() as usize;
         let at = attention_width(&c);
         let gates_at = at + padded_rows(channels + values);
@@ -48,22 +61,50 @@ impl Model<'_> {
             return Err(Error::NotFinite { layer });
         }
 
-        let first = state.position();
-        let Recurrence { numbers: matrices, past, next_numbers: next_matrices, next_past, waiting } =
-            state.recurrent(layer as usize);
+        let Recurrence { past, next_past, .. } = state.recurrent(layer as usize);
         let taps = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryTaps))?);
         let taps = &taps[..TAPS * channels];
         next_past.copy_from_slice(past);
         for row in rows.chunks_exact_mut(width) {
-            let taken = &mut row[at..][..channels];
-            self.machine.kernels.convolve_silu(next_past, taps, taken);
-            for head in taken[..2 * keys].chunks_exact_mut(key) {
+            self.machine.kernels.convolve_silu(next_past, taps, &mut row[at..][..channels]);
+        }
+        self.recall(state, Taken { matrices: m, group: 1, at, gates_at }, layer, n, width)?;
+
+        let norm = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryNorm))?);
+        let (kernels, s) = (self.machine.kernels, &mut self.scratch);
+        for (t, row) in s.projected.chunks_exact(width).enumerate().take(n) {
+            let gate = &row[at + channels..][..values];
+            for h in 0..heads {
+                let recalled = &mut s.recalled[..value];
+                recalled_of(s.units, m, n, h, t, recalled);
+                kernels.rmsnorm(recalled, &norm[..value], NORM_EPS);
+                let out = &mut s.norm[t * values + h * value..][..value];
+                kernels.silu(&gate[h * value..][..value], recalled, out);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives matrices `n` tokens: `units` then has each row of the new state, followed by what each query of each token recalls of it.
+    pub(super) fn recall(
+        &mut self,
+        state: &mut State<'_>,
+        taken: Taken,
+        layer: u32,
+        n: usize,
+        width: usize,
+    ) -> Result<(), Error> {
+        let (c, weights) = (self.config, self.weights.layer(layer));
+        let Taken { matrices: m, group, at, gates_at } = taken;
+        let [heads, key, value, keys, values] = [m.heads, m.key, m.value, m.keys(), m.values()].map(|n| n as usize);
+        let keys_at = at + group * keys;
+        let rows = &mut self.scratch.projected[..n * width];
+        let decay = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryDecay))?);
+        for row in rows.chunks_exact_mut(width) {
+            for head in row[at..keys_at + keys].chunks_exact_mut(key) {
                 let scale = 1.0 / libm::sqrtf(sum_of_squares(head) + UNIT_EPS);
                 head.iter_mut().for_each(|x| *x *= scale);
             }
-        }
-        let decay = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryDecay))?);
-        for row in rows.chunks_exact_mut(width) {
             let (alpha, beta) = row[gates_at..][..2 * heads].split_at_mut(heads);
             for (h, (alpha, beta)) in alpha.iter_mut().zip(beta).enumerate() {
                 *alpha = libm::expf(-libm::expf(decay[h]) * softplus(*alpha + decay[heads + h]));
@@ -71,17 +112,20 @@ impl Model<'_> {
             }
         }
 
+        let first = state.position();
+        let Recurrence { numbers: matrices, next_numbers: next_matrices, waiting, .. } =
+            state.recurrent(layer as usize);
         if c.delayed_writes {
             for (position, row) in (first..).zip(rows.chunks_exact(width)) {
                 let (kept, gates) = waiting.get_mut(layer as usize, position).split_at_mut(keys + values);
-                kept.copy_from_slice(&row[at + keys..][..keys + values]);
+                kept.copy_from_slice(&row[keys_at..][..keys + values]);
                 gates.copy_from_slice(&row[gates_at..][..2 * heads]);
             }
         }
 
         // Each row of the new state, then what it gives to each token.
         let kernels = self.machine.kernels;
-        let (rows, len) = (&*rows, key + n);
+        let (rows, len) = (&*rows, key + n * group);
         let cells = &mut self.scratch.units[..values * len];
         let work = n * values * key;
         let parallel: &dyn Parallel = if work < PARALLEL_WORK_MIN { &Serial } else { self.machine.parallel };
@@ -90,42 +134,35 @@ impl Model<'_> {
                 let (cell, out) = cell.split_at_mut(key);
                 cell.copy_from_slice(&matrices[r * key..][..key]);
                 let h = r / value;
-                for ((row, out), position) in rows.chunks_exact(width).zip(out).zip(first..) {
-                    let query = &row[at + h * key..][..key];
-                    let (kept, gates) = match written_with(&c, position) {
-                        Some(left) if c.delayed_writes => waiting.get(layer as usize, left).split_at(keys + values),
-                        Some(_) => (&row[at + keys..], &row[gates_at..]),
-                        // What neither forgets nor writes only reads.
-                        None => {
-                            *out = kernels.delta_rule(cell, query, query, 1.0, 0.0, 0.0);
-                            continue;
+                for ((row, out), position) in rows.chunks_exact(width).zip(out.chunks_exact_mut(group)).zip(first..) {
+                    let written = match written_with(&c, position) {
+                        Some(left) if c.delayed_writes => {
+                            Some(waiting.get(layer as usize, left).split_at(keys + values))
                         }
+                        Some(_) => Some((&row[keys_at..], &row[gates_at..])),
+                        None => None,
                     };
-                    let keyed = &kept[h * key..][..key];
-                    *out = kernels.delta_rule(cell, keyed, query, gates[h], gates[heads + h], kept[keys + r]);
+                    if let Some((kept, gates)) = written {
+                        let keyed = &kept[h * key..][..key];
+                        kernels.delta_rule(cell, keyed, gates[h], gates[heads + h], kept[keys + r]);
+                    }
+                    let queries = row[at + h * group * key..].chunks_exact(key);
+                    out.iter_mut().zip(queries).for_each(|(out, query)| *out = kernels.recall(cell, query));
                 }
             }
         });
         for (cell, next) in cells.chunks_exact(len).zip(next_matrices.chunks_exact_mut(key)) {
             next.copy_from_slice(&cell[..key]);
         }
-
-        let norm = ops::floats(self.machine.source.fetch(weights.vector(Kind::MemoryNorm))?);
-        for (t, row) in rows.chunks_exact(width).enumerate() {
-            let gate = &row[at + channels..][..values];
-            for h in 0..heads {
-                // One head's results for one token lie apart, each after its row of the state.
-                let recalled = &mut self.scratch.recalled[..value];
-                for (j, x) in recalled.iter_mut().enumerate() {
-                    *x = cells[(h * value + j) * len + key + t];
-                }
-                kernels.rmsnorm(recalled, &norm[..value], NORM_EPS);
-                let out = &mut self.scratch.norm[t * values + h * value..][..value];
-                kernels.silu(&gate[h * value..][..value], recalled, out);
-            }
-        }
         Ok(())
     }
+}
+
+/// What head `h` recalled for query `i` of all tokens: of [`Model::recall`]'s results, which lie apart, each after its row of the state.
+pub(super) fn recalled_of(cells: &[f32], m: Matrices, queries: usize, h: usize, i: usize, out: &mut [f32]) {
+    let (key, value) = (m.key as usize, m.value as usize);
+    let rows = cells.chunks_exact(key + queries).skip(h * value);
+    out.iter_mut().zip(rows).for_each(|(out, cell)| *out = cell[key + i]);
 }
 
 /// `ln(1 + eˣ)`.

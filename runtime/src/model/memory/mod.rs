@@ -5,9 +5,12 @@
 //! attention's results += share · output(m)
 //! ```
 //!
+//! or, by attention's own queries, keys and values, `attention's results += share · shared(q, k, v)`.
+//!
 //! With delayed writes the state takes in a token when that leaves the window, by what was made of it when it came: so memory and
 //! attention divide the past between them (LoLCATs, arXiv:2410.10254), and until then the state is zero and adds nothing.
 mod matrices;
+mod shared;
 mod vector;
 
 use super::{Memory, Model, Quantizer, State, ops};
@@ -25,6 +28,7 @@ impl Model<'_> {
         match memory {
             Memory::Matrices(matrices) => self.recall_by_key(state, matrices, layer, n, width)?,
             Memory::Vector(vector) => self.recall_vector(state, vector, layer, n, width)?,
+            Memory::Shared => return self.recall_by_attentions_key(state, layer, n, width),
         }
         let (output, at) = (self.weights.layer(layer).linear(Kind::MemoryOutput), attention_width(&self.config));
         self.linears(layer, &[output], Quantizer::Int8, memory.results() as usize, n, width, at)

@@ -464,7 +464,11 @@ fn memory(reader: &Reader<'_>, window: Option<Window>) -> Result<(Option<Memory>
             section.only(&["kind", "width", "write_delay"])?;
             Memory::Vector(Vector { width: section.u32("width")? })
         }
-        _ => return section.refuse("kind", "\"bitrnn-m\" or \"bitrnn-v\" is expected"),
+        Some("shared") => {
+            section.only(&["kind", "write_delay"])?;
+            Memory::Shared
+        }
+        _ => return section.refuse("kind", "\"bitrnn-m\", \"bitrnn-v\" or \"shared\" is expected"),
     };
     let delay = section.u32_or_null("write_delay")?.unwrap_or(0);
     if delay != 0 && window.is_none_or(|window| window.positions != delay) {

@@ -167,11 +167,11 @@ fn tensors_of(
     let (hidden, query) = (u64::from(config.hidden), u64::from(config.query_width()));
     let [channels, results] = [memory.channels(), memory.results()].map(u64::from);
     let mut tensors = Vec::new();
-    let mut linears_of = vec![("in_proj", channels + results, hidden), ("o_proj", query, results)];
-    if let Memory::Matrices(m) = memory {
-        linears_of.insert(1, ("gate_proj", 2 * u64::from(m.heads), hidden));
-    }
-    for (part, rows, cols) in linears_of {
+    let matrices = memory.matrices(config);
+    let gates = matrices.map_or(0, |m| 2 * u64::from(m.heads));
+    let linears_of =
+        [("in_proj", channels + results, hidden), ("gate_proj", gates, hidden), ("o_proj", query, results)];
+    for (part, rows, cols) in linears_of.into_iter().filter(|(_, rows, cols)| rows * cols > 0) {
         let weight = name(&format!("{part}.weight"));
         match linears {
             Linears::Masters => tensors.push((weight, vec![rows, cols], New::Masters(rows * cols))),
@@ -189,11 +189,13 @@ fn tensors_of(
         if tap == TAPS - 1 - usize::from(is_key) { 1.0 } else { 0.0 }
     };
     let taps = (0..channels).flat_map(|channel| (0..TAPS).map(move |i| tap(channel, i)));
-    let taps = taps.map(|tap: f32| tap + TAP_NOISE * random.normal()).collect();
-    tensors.push((name("taps"), vec![channels, TAPS as u64], New::Floats(taps)));
+    let taps: Vec<_> = taps.map(|tap: f32| tap + TAP_NOISE * random.normal()).collect();
+    if !taps.is_empty() {
+        tensors.push((name("taps"), vec![channels, TAPS as u64], New::Floats(taps)));
+    }
     let vector = |part: &str, values: Vec<f32>| (name(part), vec![values.len() as u64], New::Floats(values));
-    match memory {
-        Memory::Matrices(Matrices { heads, value, .. }) => {
+    match (matrices, memory.results()) {
+        (Some(Matrices { heads, value, .. }), _) => {
             let half_life = |h: u32| HALF_LIVES[h as usize % HALF_LIVES.len()];
             let bias = |h| libm::log(libm::expm1(core::f64::consts::LN_2 / half_life(h))) as f32;
             tensors.push(vector("log_rate", vec![0.0; heads as usize]));
@@ -201,7 +203,7 @@ fn tensors_of(
             tensors.push(vector("write_bias", vec![0.0; heads as usize]));
             tensors.push(vector("norm", vec![1.0; value as usize]));
         }
-        Memory::Vector(Vector { width }) => {
+        (None, width) => {
             let [first, last] = FORGET_BIAS;
             let step = (last - first) / (width - 1).max(1) as f32;
             tensors.push(vector("bound", vec![0.0; width as usize]));
@@ -223,6 +225,7 @@ fn configuration(checkpoint: &Checkpoint, new: &Stateful) -> Result<Value, Error
             json!({"kind": "bitrnn-m", "heads": heads, "key_dim": key, "value_dim": value})
         }
         Memory::Vector(Vector { width }) => json!({"kind": "bitrnn-v", "width": width}),
+        Memory::Shared => json!({"kind": "shared"}),
     };
     config["memory"]["write_delay"] = if new.delayed_writes { new.window.positions } else { 0 }.into();
     Ok(config)
@@ -285,11 +288,11 @@ impl fmt::Display for Converted {
         let (Some(window), Some(memory)) = (self.config.window, self.config.memory) else { return Ok(()) };
         writeln!(f, "attention sees {} positions and the first {}", window.positions, window.sinks)?;
         let layers = self.config.layers;
-        match memory {
-            Memory::Matrices(Matrices { heads, key, value }) => {
+        match (memory, memory.matrices(&self.config)) {
+            (_, Some(Matrices { heads, key, value })) => {
                 writeln!(f, "memory: {heads} states of {value} x {key} in each of {layers} layers")?;
             }
-            Memory::Vector(Vector { width }) => writeln!(f, "memory: {width} numbers in each of {layers} layers")?,
+            (memory, None) => writeln!(f, "memory: {} numbers in each of {layers} layers", memory.results())?,
         }
         if self.config.delayed_writes {
             writeln!(f, "of what has left the window")?;
