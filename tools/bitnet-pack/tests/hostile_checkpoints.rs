@@ -399,7 +399,7 @@ fn memory_configurations() {
     let config: Value = serde_json::from_slice(&std::fs::read(golden.join("config.json")).unwrap()).unwrap();
     let tensors = std::fs::read(golden.join("model.safetensors")).unwrap();
     let cases: [(&str, Value, &[&str]); 8] = [
-        ("kind", json!("bitrnn"), &["memory.kind = \"bitrnn\"", "\"bitrnn-m\" or \"bitrnn-v\""]),
+        ("kind", json!("bitrnn"), &["memory.kind = \"bitrnn\"", "\"bitrnn-v\" or \"shared\""]),
         ("kind", json!("bitrnn-m"), &["memory.width"]),
         ("kind", json!("shared"), &["memory.width"]),
         ("width", json!(0), &["memory.width = 0"]),
