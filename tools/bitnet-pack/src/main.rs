@@ -447,7 +447,7 @@ struct Convert {
     #[arg(long, group = "becomes")]
     to_stateful: bool,
     /// Ternary-binary hybrid attention.
-    #[arg(long, group = "becomes", requires = "calibration")]
+    #[arg(long, group = "becomes", requires = "calibration", conflicts_with = "StateOptions")]
     to_tbha: bool,
     /// With --to-tbha: a text of the kind that the model will read, UTF-8.
     #[arg(long, value_name = "FILE", conflicts_with = "to_stateful")]
@@ -455,25 +455,55 @@ struct Convert {
     /// With --to-tbha: the tokenizer [default: the one in the directory].
     #[arg(long, value_name = "FILE", conflicts_with = "to_stateful")]
     tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    state: StateOptions,
+}
+
+/// A state of fixed size for each conversation.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Conversations of one size")]
+struct StateOptions {
     /// The last positions that attention sees.
-    #[arg(long, value_name = "POSITIONS", default_value_t = 256, conflicts_with = "to_tbha")]
+    #[arg(long, value_name = "POSITIONS", default_value_t = 256)]
     window: u32,
     /// The first positions that attention sees for ever.
-    #[arg(long, value_name = "POSITIONS", default_value_t = 4, conflicts_with = "to_tbha")]
+    #[arg(long, value_name = "POSITIONS", default_value_t = 4)]
     sinks: u32,
     /// A layer's memory.
-    #[arg(long, value_enum, default_value = "matrices", conflicts_with = "to_tbha")]
+    #[arg(long, value_enum, default_value = "matrices")]
     memory: MemoryKind,
     /// Matrices of a layer's memory [default: 4].
-    #[arg(long, conflicts_with = "to_tbha")]
+    #[arg(long)]
     heads: Option<u32>,
     /// Numbers of a key and of a value, whose product a matrix has; of a vector [default: 32; of a vector 256].
-    #[arg(long, value_name = "NUMBERS", conflicts_with = "to_tbha")]
+    #[arg(long, value_name = "NUMBERS")]
     width: Option<u32>,
     /// Give the memory a token when it leaves the window, and not at once: so that within the window the model computes what
     /// it did when the memory is trained, too.
-    #[arg(long, conflicts_with = "to_tbha")]
+    #[arg(long)]
     delay_writes: bool,
+}
+
+impl StateOptions {
+    fn stateful(&self) -> Result<Stateful, Error> {
+        let Self { window, sinks, memory, heads, width, delay_writes } = *self;
+        let memory = match memory {
+            MemoryKind::Matrices => {
+                let (heads, width) = (heads.unwrap_or(4), width.unwrap_or(32));
+                Memory::Matrices(Matrices { heads, key: width, value: width })
+            }
+            MemoryKind::Vector if heads.is_some() => {
+                return Err(Error::Options("--heads are those of matrices; a vector has none".into()));
+            }
+            MemoryKind::Shared if heads.or(width).is_some() => {
+                let what = "--heads and --width are those of a memory of its own; a shared one has attention's";
+                return Err(Error::Options(what.into()));
+            }
+            MemoryKind::Shared => Memory::Shared,
+            MemoryKind::Vector => Memory::Vector(Vector { width: width.unwrap_or(256) }),
+        };
+        Ok(Stateful { window: Window { positions: window, sinks }, memory, delayed_writes: delay_writes })
+    }
 }
 
 /// What remembers what has left the window.
@@ -489,7 +519,8 @@ enum MemoryKind {
 
 /// Make an image of a known shape with random weights, to measure speed without a download.
 ///
-/// Without --tokenizer use it with `bitnet bench`, `bitnet logits --ids`, or `bitnet run --ids 1,2,3 --print-ids`.
+/// Without --tokenizer use it with `bitnet bench`, `bitnet logits --ids`, or `bitnet run --ids 1,2,3 --print-ids`. Attention sees
+/// everything and there is no memory, unless an option of conversations of one size is given.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Presets:
@@ -503,6 +534,7 @@ Presets:
 Examples:
   bitnet-pack dummy --preset 2b4t -o dummy.bitnet
   bitnet-pack dummy --preset 2b4t --tokenizer models/stories-ternary/tokenizer.json -o served.bitnet
+  bitnet-pack dummy --preset 2b4t --memory matrices --width 64 -o endless.bitnet
   bitnet-pack dummy --preset 8b --layers 4 --format t2 -o small.bitnet")]
 struct Dummy {
     /// The shape.
@@ -523,6 +555,8 @@ struct Dummy {
     /// The same number gives the same image.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    #[command(flatten)]
+    state: Option<StateOptions>,
     #[command(flatten)]
     formats: Formats,
     #[command(flatten)]
@@ -712,32 +746,19 @@ fn run(command: Command) -> Result<String, Error> {
             let converted = bitnet_pack::convert_values(&source, &output, &new, &mut Bar::new().listen())?;
             Ok(format!("{converted}written: {}\n", output.display()))
         }
-        Command::Convert(Convert { source, output, window, sinks, memory, heads, width, delay_writes, .. }) => {
-            let window = Window { positions: window, sinks };
-            let memory = match memory {
-                MemoryKind::Matrices => {
-                    let (heads, width) = (heads.unwrap_or(4), width.unwrap_or(32));
-                    Memory::Matrices(Matrices { heads, key: width, value: width })
-                }
-                MemoryKind::Vector if heads.is_some() => {
-                    return Err(Error::Options("--heads are those of matrices; a vector has none".into()));
-                }
-                MemoryKind::Shared if heads.or(width).is_some() => {
-                    let what = "--heads and --width are those of a memory of its own; a shared one has attention's";
-                    return Err(Error::Options(what.into()));
-                }
-                MemoryKind::Shared => Memory::Shared,
-                MemoryKind::Vector => Memory::Vector(Vector { width: width.unwrap_or(256) }),
-            };
-            let new = Stateful { window, memory, delayed_writes: delay_writes };
-            let converted = bitnet_pack::convert(&source, &output, &new, &mut Bar::new().listen())?;
+        Command::Convert(Convert { source, output, state, .. }) => {
+            let converted = bitnet_pack::convert(&source, &output, &state.stateful()?, &mut Bar::new().listen())?;
             Ok(format!("{converted}written: {}\n", output.display()))
         }
-        Command::Dummy(Dummy { preset, output, layers, vocab, tokenizer, seed, formats, plan }) => {
+        Command::Dummy(Dummy { preset, output, layers, vocab, tokenizer, seed, state, formats, plan }) => {
             let mut shape = preset.shape();
             let config = &mut shape.config;
             config.layers = layers.unwrap_or(config.layers);
             config.vocab = vocab.unwrap_or(config.vocab);
+            if let Some(state) = state {
+                let Stateful { window, memory, delayed_writes } = state.stateful()?;
+                (config.window, config.memory, config.delayed_writes) = (Some(window), Some(memory), delayed_writes);
+            }
             // A benchmark may want more positions than the model was trained for.
             config.context = plan.context.unwrap_or(0).max(config.context);
             let options = Options { tokenizer, ..options(formats, plan) };
