@@ -4,11 +4,11 @@ use bitnet_kernel::{Block, Format};
 use bitnet_pack::{Options, Stateful};
 use bitnet_runtime::image::Kind;
 use bitnet_runtime::memory::KvFormat;
-use bitnet_runtime::model::{Matrices, Memory, Vector, Window};
+use bitnet_runtime::model::{Config, Difference, Matrices, Memory, Vector, Window};
 use bitnet_runtime::parallel::Serial;
 use bitnet_runtime::sampler::Sampling;
 use bitnet_runtime::source::Mapped;
-use bitnet_runtime::{Limits, Model, Plan, State, backend};
+use bitnet_runtime::{Error, Limits, Model, Plan, State, backend};
 use bitnet_tests::images::{Packed, Way, fingerprint};
 use bitnet_tests::{argmax, golden, ids, json, max_difference, model, npy};
 
@@ -94,6 +94,15 @@ fn the_bundled_model_is_that_of_pytorch() {
     for kernels in backend::available() {
         let found = fingerprint(&Way { batch: 7, ..Way::plain(kernels) }.logits(&packed, &told));
         assert_eq!(found, BUNDLED, "{found:#018x} by {}", kernels.name());
+    }
+}
+
+/// What a repository carries everybody downloads: 1.5 MB an image, as it is packed unless told otherwise.
+#[test]
+fn bundled_models_are_small() {
+    for name in ["stories-ternary", "stories-stateful"] {
+        let bytes = Packed::pack(&model(name), &Options::default()).blocks().len() * Block::BYTES;
+        assert!(bytes < 1_500_000, "{name}: {bytes} bytes");
     }
 }
 
@@ -342,14 +351,14 @@ fn convert_to(memory: Memory, delayed_writes: bool) {
     let place = tempfile::tempdir().unwrap();
     let window = Window { positions: 12, sinks: 2 };
     let new = Stateful { window, memory, delayed_writes };
-    // Masters; packed by either rule; values that are ternary already, without a window and with that one.
+    // Masters; packed by either rule; values that are ternary already, with that window and without one; some of them binary.
     let plain = place.path().join("plain");
     std::fs::create_dir(&plain).unwrap();
     std::fs::copy(golden("window").join("model.safetensors"), plain.join("model.safetensors")).unwrap();
     let mut config = json(golden("window").join("config.json"));
     config.as_object_mut().unwrap().retain(|key, _| !matches!(&**key, "sliding_window" | "sink_tokens"));
     std::fs::write(plain.join("config.json"), config.to_string()).unwrap();
-    let sets = ["bitnet_online_bf16", "bitnet_offline_packed", "llama_bitlinear_packed", "window"];
+    let sets = ["bitnet_online_bf16", "bitnet_offline_packed", "llama_bitlinear_packed", "window", "tbha"];
     let sources = sets.map(golden).into_iter().chain([plain]);
     for (i, source) in sources.enumerate() {
         let output = place.path().join(i.to_string());
@@ -359,10 +368,10 @@ fn convert_to(memory: Memory, delayed_writes: bool) {
         let config = after.image().header().config;
         assert_eq!((config.memory, config.delayed_writes), (Some(new.memory), new.delayed_writes));
         let prompt: Vec<u32> = (0..40).map(|t| t * 7 % before.image().header().config.vocab).collect();
-        for batch in [1, 5] {
-            let way = Way { kv: KvFormat::F32, batch, ..Way::plain(backend::best()) };
+        for (kernels, batch) in backend::available().flat_map(|kernels| [(kernels, 1), (kernels, 5)]) {
+            let way = Way { kv: KvFormat::F32, batch, ..Way::plain(kernels) };
             let [expected, found] = [&before, &after].map(|packed| fingerprint(&way.logits(packed, &prompt[..14])));
-            assert_eq!(expected, found, "{}", source.display());
+            assert_eq!(expected, found, "{}, {}", source.display(), kernels.name());
             assert_eq!(way.logits(&after, &prompt).len(), prompt.len());
         }
         let again = bitnet_pack::convert(&output, &place.path().join("again"), &new, &mut ()).unwrap_err();
@@ -377,7 +386,7 @@ fn convert_to(memory: Memory, delayed_writes: bool) {
     let error = bitnet_pack::convert(&golden("bitnet_online_bf16"), &place.path().join("again"), &wide, &mut ());
     assert!(error.unwrap_err().to_string().contains("was made for"));
     // What failed left nothing, under any name.
-    assert_eq!(place.path().read_dir().unwrap().count(), 6);
+    assert_eq!(place.path().read_dir().unwrap().count(), 7);
 }
 
 /// Ternary queries and keys and binary values in one model: what has no zeros takes one bit a weight, and the logits are those of
@@ -468,6 +477,63 @@ fn a_fork_is_a_conversation_of_its_own() {
             assert_eq!(found, expected[prompt.len() - 1], "{set}");
             assert_eq!((state.position(), fork.position()), (50, prompt.len()));
         });
+    }
+}
+
+/// Conversations are equal however they were read, and where they part is said: by tokens, then keys and values, then what is
+/// remembered.
+#[test]
+fn two_conversations_are_compared() {
+    let last = |config: &Config| match (config.memory, config.delayed_writes) {
+        (Some(_), true) => Difference::Waiting { layer: 1, position: 29 },
+        (Some(memory), false) if memory.channels() > 0 => {
+            Difference::Input { layer: 1, number: 3 * memory.channels() as usize - 1 }
+        }
+        (Some(_), false) => Difference::Memory { layer: 1, number: 2 * 16 * 16 - 1 },
+        (None, _) if config.recurrence => Difference::Memory { layer: 2, number: 47 },
+        (None, _) => Difference::Value { layer: 1, head: 1, position: 29 },
+    };
+    for set in ["bitrnn_m", "bitrnn_m_late", "bitrnn_v", "shared", "window", "tbha", "matmul_free"] {
+        let (packed, prompt) = (pack(set), prompt(set));
+        let image = packed.image();
+        let config = image.header().config;
+        let way = Way { batch: 4, ..Way::plain(backend::best()) };
+        let limits = Limits { context: image.header().plan.limits.context, batch: 16, kv: way.kv };
+        let mut memory = vec![Block::ZERO; Plan::new(&config, &limits).state];
+        let mut other = State::new(&config, &limits, &mut memory).unwrap();
+        way.run(&packed, |model, state| {
+            model.prefill(state, &prompt[..30]).unwrap();
+            prompt[..29].iter().for_each(|&token| drop(model.step(&mut other, token).unwrap().to_vec()));
+            assert_eq!(state.compare(&other).unwrap(), Some(Difference::Tokens(30, 29)));
+            model.step(&mut other, prompt[29]).unwrap();
+            assert_eq!(state.compare(&other).unwrap(), None, "{set}");
+
+            // The last byte of a snapshot is that of the last number.
+            let mut bytes = vec![0; other.snapshot_len()];
+            other.save(&image, &mut bytes);
+            other.restore(&image, &bytes).unwrap();
+            assert_eq!(state.compare(&other).unwrap(), None, "{set}");
+            *bytes.last_mut().unwrap() ^= 1;
+            let sum = bitnet_runtime::image::checksum(&bytes[64..]);
+            bytes[40..48].copy_from_slice(&sum.to_le_bytes());
+            let sum = bitnet_runtime::image::checksum(&bytes[..48]);
+            bytes[48..56].copy_from_slice(&sum.to_le_bytes());
+            other.restore(&image, &bytes).unwrap();
+            assert_eq!(state.compare(&other).unwrap(), Some(last(&config)), "{set}");
+
+            assert_eq!((state.rewind(0), other.rewind(0)), (0, 0));
+            model.step(state, 1).unwrap();
+            model.step(&mut other, 2).unwrap();
+            let first = if config.recurrence {
+                Difference::Memory { layer: 0, number: 0 }
+            } else {
+                Difference::Key { layer: 0, head: 0, position: 0 }
+            };
+            assert_eq!(state.compare(&other).unwrap(), Some(first), "{set}");
+        });
+        let halves = Limits { kv: KvFormat::I8, ..limits };
+        let mut memory = vec![Block::ZERO; Plan::new(&config, &halves).state];
+        assert_eq!(State::new(&config, &halves, &mut memory).unwrap().compare(&other), Err(Error::State));
     }
 }
 

@@ -18,7 +18,7 @@ mod weights;
 
 pub use config::{Activation, Config, Matrices, Memory, Quantizer, Quantizers, Rope, Vector, Window};
 pub use head::{HeadStats, Need};
-pub use state::State;
+pub use state::{Difference, State};
 
 use crate::error::Error;
 use crate::image::Image;

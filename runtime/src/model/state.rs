@@ -1,4 +1,5 @@
 //! One conversation in a fixed size: the keys and values of its past positions, or of those in a window, and a memory of the others.
+mod difference;
 mod snapshot;
 mod waiting;
 
@@ -8,6 +9,7 @@ use crate::memory::{Arena, KvFormat, Limits, Plan, kv_blocks, kv_head_blocks, kv
 use bitnet_kernel::Block;
 use bitnet_kernel::float::{Cache, f16_to_f32, f32_to_f16};
 use core::ops::Range;
+pub use difference::Difference;
 use waiting::Waiting;
 use zerocopy::{FromBytes, IntoBytes};
 

@@ -166,13 +166,13 @@ impl State<'_> {
     }
 
     /// The positions that are kept of `position` tokens, the first after the sinks being `oldest`.
-    fn kept(&self, position: usize, oldest: usize) -> impl Iterator<Item = usize> + use<> {
+    pub(super) fn kept(&self, position: usize, oldest: usize) -> impl Iterator<Item = usize> + use<> {
         let sinks = self.config.window.map_or(0, |window| window.sinks as usize);
         (0..sinks.min(position)).chain(oldest..position)
     }
 
     /// The positions of `position` tokens that a memory is still to be given.
-    fn waiting(&self, position: usize) -> Range<usize> {
+    pub(super) fn waiting(&self, position: usize) -> Range<usize> {
         let sinks = self.config.window.map_or(0, |window| window.sinks as usize);
         written_with(&self.config, position).unwrap_or(sinks.min(position))..position
     }
