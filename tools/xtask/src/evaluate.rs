@@ -21,8 +21,10 @@ const REPETITIONS: &str = "5";
 const ROUNDS: usize = 3;
 /// Beyond so many bytes a token takes long enough for fewer.
 const LONG_BYTES: u64 = 256 << 20;
-/// As training holds them out: pieces of 192 tokens, of the first 40,000 ids what fills batches of 8.
-const HELD_OUT: [&str; 5] = ["--ids", "192", "--max-tokens", "39937", "--json"];
+/// Pieces in which tokens are predicted: the first is what the models are trained on.
+const PIECES: [u64; 3] = [192, 512, 2_048];
+/// As training holds them out: of the first 40,000 ids what fills batches of 8.
+const HELD_OUT: &str = "39937";
 
 const USAGE: &str = "\
 evaluate IDS IMAGE...: IDS are token ids, little-endian u16; the table is named by the images' files";
@@ -39,7 +41,8 @@ struct Cost {
 #[derive(Debug)]
 struct Row {
     name: String,
-    nats: f64,
+    /// By [`PIECES`]; nothing where a conversation ends before.
+    nats: Vec<Option<f64>>,
     bits: f64,
     bytes: u64,
     /// By [`POSITIONS`]; nothing where a conversation ends before.
@@ -69,7 +72,12 @@ fn row(bitnet: &str, packer: &str, ids: &str, image: &str) -> Result<Row> {
         layers.iter().filter(|layer| !layer["layer"].is_null()).map(|layer| number(&layer[key])).sum()
     };
     let bits = sum("bits")? as f64 / sum("weights")? as f64;
-    let scored = json(bitnet, &[&["perplexity", image, ids][..], &HELD_OUT].concat())?;
+    let scored = |piece: u64| {
+        let arguments = ["perplexity", image, ids, "--ids", &piece.to_string(), "--max-tokens", HELD_OUT, "--json"];
+        json(bitnet, &arguments)?["nats_per_token"].as_f64().context("nats")
+    };
+    let nats = PIECES.iter().map(|&piece| (piece <= context).then(|| scored(piece)).transpose());
+    let nats = nats.collect::<Result<Vec<_>>>()?;
     let mut costs = vec![None; POSITIONS.len()];
     for _ in 0..ROUNDS {
         for (cost, (_, position)) in costs.iter_mut().zip(POSITIONS) {
@@ -79,7 +87,7 @@ fn row(bitnet: &str, packer: &str, ids: &str, image: &str) -> Result<Row> {
         }
     }
     let late = if bounded { None } else { Some(times_as_long(bitnet, image)?) };
-    let (nats, bytes) = (scored["nats_per_token"].as_f64().context("nats")?, number(&summary["image_bytes"])?);
+    let bytes = number(&summary["image_bytes"])?;
     Ok(Row { name, nats, bits, bytes, costs, late })
 }
 
@@ -128,10 +136,12 @@ fn json(program: &str, arguments: &[&str]) -> Result<Value> {
 }
 
 fn print(rows: &[Row]) {
-    say!("| image | held out, nats a token | bits a weight | image, bytes |");
-    say!("|---|---|---|---|");
+    let pieces = PIECES.map(|piece| format!("in pieces of {piece}")).join(" | ");
+    say!("| image | held out, nats a token, {pieces} | bits a weight | image, bytes |");
+    say!("|{}", "---|".repeat(3 + PIECES.len()));
     for Row { name, nats, bits, bytes, .. } in rows {
-        say!("| {name} | {nats:.3} | {bits:.3} | {bytes} |");
+        let nats: Vec<_> = nats.iter().map(|nats| nats.map_or("-".to_owned(), |nats| format!("{nats:.3}"))).collect();
+        say!("| {name} | {} | {bits:.3} | {bytes} |", nats.join(" | "));
     }
     let each = |what: &str| POSITIONS.map(|(name, _)| format!("{what} at {name}")).join(" | ");
     say!("\n| image | {} | {} | {} |", each("RAM, KiB"), each("read, KiB"), each("µs"));
