@@ -76,7 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, frequencies: Tensor, window: int, si
     once something has left the window the query is at `sinks + window - 1`, and no distance ever grows further.
     """
     time = q.shape[2]
-    at = torch.arange(time, dtype=torch.float32)
+    at = torch.arange(time, dtype=frequencies.dtype, device=q.device)
     qr, kr = (rotate(x, at[:, None] * frequencies) for x in (q, k))
     if window == 0 or time <= sinks + window:
         return F.scaled_dot_product_attention(qr, kr, v, is_causal=True)
@@ -86,12 +86,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, frequencies: Tensor, window: int, si
     chunks = lambda x: F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, window))
     before = lambda x: torch.cat((F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x), 3)
     local = chunks(qr) @ before(chunks(kr)).mT * scale
-    query = torch.arange(time + pad).unflatten(0, (-1, window))[:, :, None]
-    key = torch.arange(-window, window)[None, None] + query[:, :1]
+    query = torch.arange(time + pad, device=q.device).unflatten(0, (-1, window))[:, :, None]
+    key = torch.arange(-window, window, device=q.device)[None, None] + query[:, :1]
     local = local.masked_fill((key < sinks) | (key > query) | (key <= query - window), -math.inf)
     capped = at.clamp(max=sinks + window - 1)[:, None] * frequencies
     to_sinks = chunks(rotate(q, capped)) @ kr[:, :, None, :sinks].mT * scale
-    to_sinks = to_sinks.masked_fill(torch.arange(sinks) > query, -math.inf)
+    to_sinks = to_sinks.masked_fill(torch.arange(sinks, device=q.device) > query, -math.inf)
     shares = torch.cat((to_sinks, local), -1).softmax(-1)
     out = shares[..., :sinks] @ v[:, :, None, :sinks] + shares[..., sinks:] @ before(chunks(v))
     return out.flatten(2, 3)[:, :, :time]

@@ -33,7 +33,7 @@ STAGES = (
 QUERIES = 32
 
 
-def sequences(rng: torch.Generator, batch: int, length: int, pairs: int, queries: int) -> tuple[Tensor, Tensor]:
+def sequences(rng: torch.Generator, batch: int, length: int, pairs: int, queries: int, device: str) -> tuple[Tensor, Tensor]:
     """Ids [batch, length], and the answers [batch, queries] that are due after the last `queries` of them."""
     ids = torch.randint(KEYS + VALUES, KEYS + VALUES + FILLER, (batch, length), generator=rng)
     keys = torch.rand(batch, KEYS, generator=rng).argsort(-1)[:, :pairs]
@@ -41,15 +41,15 @@ def sequences(rng: torch.Generator, batch: int, length: int, pairs: int, queries
     ids[:, 4 : 4 + 2 * pairs] = torch.stack((keys, values), -1).flatten(1)
     asked = torch.randint(pairs, (batch, queries), generator=rng)
     ids[:, length - queries :] = keys.gather(1, asked)
-    return ids, values.gather(1, asked)
+    return ids.to(device), values.gather(1, asked).to(device)
 
 
 @torch.no_grad()
-def recall(model: Model, length: int, pairs: int, count: int) -> float:
+def recall(model: Model, length: int, pairs: int, count: int, device: str) -> float:
     """The share of right answers among values, over `count` sequences of their own."""
     rng, right = torch.Generator().manual_seed(1_000_003 * length + pairs), 0
     for _ in range(count):
-        ids, answers = sequences(rng, 1, length, pairs, QUERIES)
+        ids, answers = sequences(rng, 1, length, pairs, QUERIES, device)
         scores = model(ids)[:, -QUERIES:, KEYS : KEYS + VALUES]
         right += (scores.argmax(-1) + KEYS == answers).sum().item()
     return right / (count * QUERIES)
@@ -62,11 +62,12 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=8_000_000, help="how many to train on")
     p.add_argument("--lr", type=float, default=4e-3)
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--device", default="cpu", help="where to train, as PyTorch names it: cpu, cuda")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     torch.manual_seed(1)
     shape = dict(vocab=KEYS + VALUES + FILLER, hidden=128, layers=2, heads=4, kv_heads=4, ffn=256)
-    model = Model(Config(**shape, window=STAGES[0][1], memory=dict(heads=a.memory, width=32) if a.memory else {}))
+    model = Model(Config(**shape, window=STAGES[0][1], memory=dict(heads=a.memory, width=32) if a.memory else {})).to(a.device)
     opt, rng, began = optimizer(model, a.lr), torch.Generator().manual_seed(2), time.time()
     for length, window, batch, fewest, most, share in STAGES:
         model.c.window = window
@@ -79,7 +80,7 @@ def main() -> None:
                 group["lr"] = a.lr * rate * group["scale"]
             pairs = int(torch.randint(fewest, most + 1, (1,), generator=rng))
             queries = length - 4 - 2 * pairs if length <= 256 and step % 2 == 0 else min(QUERIES, length // 4)
-            ids, answers = sequences(rng, batch, length, pairs, queries)
+            ids, answers = sequences(rng, batch, length, pairs, queries, a.device)
             loss = F.cross_entropy(model(ids)[:, -queries:].flatten(0, 1), answers.flatten())
             opt.zero_grad(set_to_none=True)
             loss.backward()
@@ -89,8 +90,8 @@ def main() -> None:
             if step % max(1, steps // 8) == 0 or step == steps - 1:
                 print(f"{time.time() - began:.0f} s: length {length}, step {step} of {steps}, loss {mean:.3f}", flush=True)
         checkpoint.save(model, a.out)
-        print(f"recall at {length}: " + ", ".join(f"{n} pairs {recall(model, length, n, 8):.1%}" for n in (4, 8, 16)), flush=True)
-    table = {f"{length}": {f"{n}": recall(model, length, n, 8) for n in (4, 16, 64)} for length in (300, 1024, 4096, 16384)}
+        print(f"recall at {length}: " + ", ".join(f"{n} pairs {recall(model, length, n, 8, a.device):.1%}" for n in (4, 8, 16)), flush=True)
+    table = {f"{length}": {f"{n}": recall(model, length, n, 8, a.device) for n in (4, 16, 64)} for length in (300, 1024, 4096, 16384)}
     (a.out / "recall.json").write_text(json.dumps(table, indent=1) + "\n")
     print(json.dumps(table))
 

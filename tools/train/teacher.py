@@ -12,7 +12,7 @@ EPS = 1e-5
 class Teacher:
     """A llama2.c version-0 float model: a header of seven i32, then the f32 matrices in the order taken below."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, device: str = "cpu"):
         with open(path, "rb") as file:
             raw = file.read()
         self.d, hidden, self.layers, self.heads, self.kv, vocab, _ = struct.unpack("7i", raw[:28])
@@ -22,7 +22,7 @@ class Teacher:
             nonlocal at
             n = int(np.prod(shape))
             at += 4 * n
-            return torch.from_numpy(np.frombuffer(raw, np.float32, n, at - 4 * n).copy()).view(*shape)
+            return torch.from_numpy(np.frombuffer(raw, np.float32, n, at - 4 * n).copy()).view(*shape).to(device)
 
         d, n, kvd = self.d, self.layers, self.kv * self.d // self.heads
         self.embedding, self.attention_norm = take(self.vocab, d), take(n, d)
@@ -30,12 +30,12 @@ class Teacher:
         self.ffn_norm, self.gate, self.down, self.up = take(n, d), take(n, hidden, d), take(n, d, hidden), take(n, hidden, d)
         self.norm = take(d)
         head_dim = d // self.heads
-        self.frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+        self.frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
         """Logits [batch, time, vocab] of ids [batch, time]."""
-        angle = torch.arange(ids.shape[1]).float()[:, None] * self.frequencies
+        angle = torch.arange(ids.shape[1], device=ids.device)[:, None] * self.frequencies
         cos, sin = angle.cos(), angle.sin()
 
         def rope(x: Tensor) -> Tensor:  # neighbours turn together
