@@ -3,11 +3,27 @@ import unittest
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import memory
 import quantize
+import variants
 from linear import BitLinear
-from model import Config, Model, attend, rotate
+from model import LINEARS, Config, Model, attend, rotate
+from quantize import ACTIVATIONS
+
+SMALL = dict(hidden=64, layers=2, heads=4, kv_heads=2, ffn=96)
+
+
+class OnlyMeta(TorchDispatchMode):
+    """Fails where an operation makes a tensor of another device than `meta`, which multiplication by it alone would let pass."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            assert not isinstance(made, torch.Tensor) or made.device.type == "meta", f"{func} on {made.device}"
+        return out
 
 
 def dense_window(q, k, v, frequencies, window, sinks):
@@ -33,11 +49,7 @@ class Tests(unittest.TestCase):
         q, k = (F.normalize(torch.randn(2, 3, 150, 16, dtype=torch.float64), dim=-1) for _ in range(2))
         v, g = torch.randn(2, 3, 150, 8, dtype=torch.float64), -torch.rand(2, 3, 150, dtype=torch.float64)
         beta = torch.rand(2, 3, 150, dtype=torch.float64)
-        torch.set_default_dtype(torch.float64)
-        try:
-            torch.testing.assert_close(memory.by_chunk(q, k, v, g, beta), memory.by_token(q, k, v, g, beta))
-        finally:
-            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(memory.by_chunk(q, k, v, g, beta), memory.by_token(q, k, v, g, beta))
 
     def test_a_scan_equals_tokens(self):
         f, c = torch.rand(2, 150, 8, dtype=torch.float64), torch.randn(2, 150, 8, dtype=torch.float64)
@@ -51,10 +63,9 @@ class Tests(unittest.TestCase):
         )
 
     def test_a_memory_that_adds_nothing_leaves_the_model_what_it_was(self):
-        small = dict(hidden=64, layers=2, heads=4, kv_heads=2, ffn=96)
-        plain, ids = Model(Config(**small)), torch.randint(0, 512, (1, 30))
+        plain, ids = Model(Config(**SMALL)), torch.randint(0, 512, (1, 30))
         for kind in (dict(heads=2, width=16), dict(numbers=40), dict(shared=1)):
-            stateful = Model(Config(**small, window=32, memory=kind, rho=0.0))
+            stateful = Model(Config(**SMALL, window=32, memory=kind, rho=0.0))
             missing = stateful.load_state_dict(plain.state_dict(), strict=False)
             self.assertTrue(all(".memory." in name for name in missing.missing_keys))
             self.assertTrue(torch.equal(plain(ids), stateful(ids)))
@@ -80,6 +91,64 @@ class Tests(unittest.TestCase):
         self.assertTrue(((codes - codes.round()).abs() < 1e-4).all() and codes.min() >= -8.001 and codes.max() <= 7.001)
         codes = quantize.int4_absmax(x) * 7 / x.abs().amax(-1, keepdim=True)
         self.assertTrue(((codes - codes.round()).abs() < 1e-4).all() and (codes.abs().amax(-1) - 7).abs().max() < 1e-4)
+
+    def test_all_is_computed_where_the_model_is(self):
+        window, matrices = dict(window=16, sinks=2), dict(heads=2, width=16)
+        kinds = {
+            "plain": {},
+            "sparse": {},
+            "window": window,
+            "matrices": dict(window, memory=matrices),
+            "delayed": dict(window, memory=matrices, delayed_writes=True),
+            "vector": dict(window, memory=dict(numbers=40)),
+            "delayed vector": dict(window, memory=dict(numbers=40), delayed_writes=True),
+            "shared": dict(window, memory=dict(shared=1)),
+        }
+        kinds |= {kind: dict(weights={name: kind for name in LINEARS}) for kind in ("binary", "threshold", "values")}
+        kinds |= {kind: dict(activations={site: kind for site in ("attention", "ffn", "output", "down")}) for kind in ACTIVATIONS}
+        for name, options in kinds.items():
+            with self.subTest(name):
+                model = Model(Config(**SMALL, **options))
+                if name == "sparse":
+                    variants.keep_neurons(model, torch.randint(0, 512, (1, 30)), 0.5)
+                model, ids = model.to("meta"), torch.zeros(2, 150, dtype=torch.long, device="meta")
+                with OnlyMeta():
+                    model(ids).sum().backward()
+                for weights, p in model.named_parameters():
+                    self.assertTrue(p.grad is not None and p.grad.device.type == "meta" or weights.endswith(".bound"), weights)
+
+    def test_bits_are_those_of_an_image(self):
+        # As `bitnet-pack inspect` shows them.
+        for kind, rows, columns, stored in (("ternary", 128, 256, 7040), ("ternary", 8, 256, 3520), ("binary", 256, 256, 8192)):
+            self.assertEqual(variants.image_bits(BitLinear(columns, rows, kind)), 8 * stored)
+        linear = BitLinear(512, 256, "ternary")
+        linear.live_columns = torch.arange(180)
+        self.assertEqual(variants.image_bits(linear), 8 * 10240)
+
+    def test_widths_are_chosen_until_the_average_is_reached(self):
+        ids = torch.randint(0, 512, (1, 80))
+        for name in variants.ADAPTIVE:
+            model = variants.choose(name, lambda options: Model(Config(layers=2, **options)), ids)
+            if name in variants.SPARSE:
+                variants.keep_neurons(model, ids, variants.KEPT)
+            self.assertTrue(1.2 < variants.average_bits(model) <= variants.AVERAGE_BITS, name)
+            self.assertEqual({m.kind for m in model.modules() if isinstance(m, BitLinear)} - {"threshold"}, {"ternary", "binary"})
+            if name == "all":
+                for attention in (layer.self_attn for layer in model.layers):
+                    self.assertEqual((attention.v_proj.kind, attention.memory.in_proj.kind), ("binary", "binary"))
+                    self.assertTrue({attention.q_proj.kind, attention.k_proj.kind} <= {"threshold", "binary"})
+
+    def test_neurons_are_left_out_little_by_little(self):
+        model, ids = Model(Config(**SMALL)), torch.randint(0, 512, (2, 30))
+        down, shares = model.layers[1].mlp.down_proj, [variants.share_kept(t) for t in (0, 0.1, 0.3, 0.5, 1)]
+        self.assertEqual([round(share, 3) for share in shares], [1, 0.683, 0.392, 0.35, 0.35])
+        for share in shares:
+            before = set(down.live_columns.tolist())
+            torch.nn.init.normal_(model.layers[1].mlp.up_proj.weight)
+            variants.keep_neurons(model, ids, share)
+            self.assertLessEqual(set(down.live_columns.tolist()), before)
+            self.assertEqual(len(down.live_columns), -(-share * 96 // 1))
+        self.assertEqual(len((down.quantized() != 0).any(0).nonzero()), 34)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Trains a small 1-bit story model on a CPU by distilling a float teacher on the teacher's own samples.
+"""Trains a small 1-bit story model by distilling a float teacher on the teacher's own samples.
 
   python train.py --teacher stories260K.bin --samples samples.u16 --tokens 10500000 --out stories
   python train.py --teacher stories260K.bin --samples samples.u16 --variant stateful --from stories --tokens 1500000 --out stateful
-  python train.py --teacher stories260K.bin --samples samples.u16 --memory-only --from converted --tokens 600000 --out fine-tuned
+  python train.py --teacher stories260K.bin --samples samples.u16 --memory-only --from converted --tokens 1500000 --lr 2e-3 --out fine-tuned
 
 Loss = KL(teacher || student) + 0.1 · cross entropy. Writes a checkpoint for bitnet-pack, and masters to go on from.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 import checkpoint
 from model import Config, Model
 from teacher import Teacher
-from variants import VARIANTS, choose
+from variants import ADAPTIVE, PRUNED_BY, PRUNINGS, SPARSE, VARIANTS, choose, keep_neurons, share_kept
 
 HELD_OUT = 40_000
 """Tokens at the start of the samples that are never trained on."""
@@ -41,9 +41,12 @@ def parse() -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--length", type=int, default=192)
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--device", default="cpu", help="where to train, as PyTorch names it: cpu, cuda")
     a = p.parse_args()
     if a.memory_only and (a.start is None or a.variant != "dense"):
         p.error("--memory-only goes with --from, and what is there decides the variant")
+    if a.variant in ADAPTIVE and a.start is None:
+        p.error(f"--variant {a.variant} chooses by weights: --from says which")
     return a
 
 
@@ -88,28 +91,32 @@ def main() -> None:
     a = parse()
     torch.set_num_threads(a.threads)
     torch.manual_seed(1)
-    teacher = Teacher(a.teacher)
+    teacher = Teacher(a.teacher, a.device)
     data = torch.from_numpy(np.concatenate([np.fromfile(f, "<u2") for f in a.samples]).astype(np.int64))
-    held, data = data[:HELD_OUT], data[HELD_OUT:]
+    held, data = data[:HELD_OUT].to(a.device), data[HELD_OUT:].to(a.device)
+    sense = data[: 16 * a.length].view(16, -1)
 
     def start(options: dict) -> Model:
         model = Model(Config(vocab=teacher.vocab, **options))
         if a.start:
             masters = a.start / "masters.safetensors"
             checkpoint.adopt(model, masters if masters.exists() else a.start / "model.safetensors")
-        return model
+        return model.to(a.device)
 
     if a.memory_only:
-        model = checkpoint.converted(a.start)
+        model = checkpoint.converted(a.start).to(a.device)
         for name, p in model.named_parameters():
             p.requires_grad_(".memory." in name)
     else:
-        model = choose(a.variant, start, data[: 16 * a.length].view(16, -1))
+        model = choose(a.variant, start, sense)
     opt = optimizer(model, a.lr)
     rng = torch.Generator().manual_seed(2)
     steps, mean, began, report = a.tokens // (a.batch * a.length), None, time.time(), 60.0
+    prunings = {math.ceil(steps * PRUNED_BY * n / PRUNINGS) for n in range(1, PRUNINGS + 1)} if a.variant in SPARSE else ()
     print(f"{'memory only' if a.memory_only else a.variant}: held out {held_out(model, held, a.length):.3f} nats before, teacher {held_out(teacher, held, a.length):.3f}", flush=True)
     for step in range(steps):
+        if step in prunings:
+            keep_neurons(model, sense, share_kept(step / steps))
         rate = min(1, (step + 1) / 150) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in opt.param_groups:
             group["lr"] = a.lr * rate * group["scale"]
