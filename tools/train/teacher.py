@@ -33,9 +33,14 @@ class Teacher:
         self.frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Logits [batch, time, vocab] of ids [batch, time]."""
-        angle = torch.arange(ids.shape[1], device=ids.device)[:, None] * self.frequencies
+    def __call__(self, ids: Tensor, past: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """Logits [batch, time, vocab] of ids [batch, time].
+
+        `past` is a list that is empty at first and takes keys and values, so that further ids, one at a time, go on from there.
+        """
+        start = past[0][0].shape[2] if past else 0
+        assert start == 0 or ids.shape[1] == 1
+        angle = torch.arange(start, start + ids.shape[1], device=ids.device)[:, None] * self.frequencies
         cos, sin = angle.cos(), angle.sin()
 
         def rope(x: Tensor) -> Tensor:  # neighbours turn together
@@ -49,9 +54,13 @@ class Teacher:
         for layer in range(self.layers):
             y = F.rms_norm(x, (self.d,), self.attention_norm[layer], EPS)
             q = rope(heads(y, self.q[layer], self.heads))
-            k = rope(heads(y, self.k[layer], self.kv)).repeat_interleave(shared, 1)
-            v = heads(y, self.v[layer], self.kv).repeat_interleave(shared, 1)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            k, v = rope(heads(y, self.k[layer], self.kv)), heads(y, self.v[layer], self.kv)
+            if past is not None:
+                if start:
+                    k, v = (torch.cat(of, 2) for of in zip(past[layer], (k, v)))
+                past[layer : layer + 1] = [(k, v)]
+            k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
             x = x + y.transpose(1, 2).flatten(-2) @ self.o[layer].mT
             y = F.rms_norm(x, (self.d,), self.ffn_norm[layer], EPS)
             x = x + (F.silu(y @ self.gate[layer].mT) * (y @ self.up[layer].mT)) @ self.down[layer].mT

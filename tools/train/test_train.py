@@ -1,6 +1,9 @@
 """What must hold of the modules here: `python -m unittest` in this folder."""
+import struct
+import tempfile
 import unittest
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,10 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 import memory
 import quantize
+import sample
 import variants
 from linear import BitLinear
 from model import LINEARS, Config, Model, attend, rotate
 from quantize import ACTIVATIONS
+from teacher import Teacher
 
 SMALL = dict(hidden=64, layers=2, heads=4, kv_heads=2, ffn=96)
 
@@ -24,6 +29,17 @@ class OnlyMeta(TorchDispatchMode):
         for made in tree_leaves(out):
             assert not isinstance(made, torch.Tensor) or made.device.type == "meta", f"{func} on {made.device}"
         return out
+
+
+def teacher(device="cpu"):
+    """A small random file of llama2.c, read."""
+    d, hidden, layers, heads, kv, vocab = 32, 48, 2, 4, 2, 20
+    counts = (vocab * d, layers * d, layers * d * d * 3, 2 * layers * d, layers * hidden * d * 3, d)
+    numbers = np.concatenate([np.random.default_rng(1).normal(0, 0.4, n).astype("<f4") for n in counts])
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(struct.pack("<7i", d, hidden, layers, heads, kv, vocab, 512) + numbers.tobytes())
+        file.flush()
+        return Teacher(file.name, device)
 
 
 def dense_window(q, k, v, frequencies, window, sinks):
@@ -116,6 +132,10 @@ class Tests(unittest.TestCase):
                     model(ids).sum().backward()
                 for weights, p in model.named_parameters():
                     self.assertTrue(p.grad is not None and p.grad.device.type == "meta" or weights.endswith(".bound"), weights)
+        past, float_model, ids = [], teacher("meta"), torch.zeros(2, 9, dtype=torch.long, device="meta")
+        with OnlyMeta():
+            float_model(ids, past)
+            float_model(ids[:, :1], past)
 
     def test_bits_are_those_of_an_image(self):
         # As `bitnet-pack inspect` shows them.
@@ -149,6 +169,21 @@ class Tests(unittest.TestCase):
             self.assertLessEqual(set(down.live_columns.tolist()), before)
             self.assertEqual(len(down.live_columns), -(-share * 96 // 1))
         self.assertEqual(len((down.quantized() != 0).any(0).nonzero()), 34)
+
+    def test_a_teacher_goes_on_from_what_it_has_seen(self):
+        float_model, ids, past = teacher(), torch.randint(0, 20, (3, 12)), []
+        parts = [float_model(part, past) for part in (ids[:, :5], *ids[:, 5:].split(1, 1))]
+        torch.testing.assert_close(torch.cat(parts, 1), float_model(ids))
+
+    def test_stories_are_drawn_from_what_is_likely(self):
+        rng = torch.Generator().manual_seed(1)
+        logits = torch.tensor([[0.5, 0.03, 0.3, 0.12, 0.04, 0.01]]).log().expand(5000, -1)
+        counts = sample.draw(logits, rng).flatten().bincount(minlength=6)
+        self.assertEqual((counts > 0).tolist(), [True, False, True, True, True, False])
+        torch.testing.assert_close(counts / 5000, torch.tensor([0.5, 0, 0.3, 0.12, 0.04, 0]) / 0.96, atol=0.03, rtol=0)
+        drawn = sample.stories(teacher(), 40, rng)
+        self.assertTrue(all(story[0] == 1 and not (story[1:] == 1).any() and len(story) <= sample.LONGEST for story in drawn))
+        self.assertGreater(len({len(story) for story in drawn}), 10)
 
 
 if __name__ == "__main__":
