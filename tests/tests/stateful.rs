@@ -27,7 +27,8 @@ const SETS: [(&str, [u64; 3]); 11] = [
     ("tbha", [0xbc360fffdd0d65b7, 0x49dcac36c7a577c1, 0x286607d8b21ed362]),
     ("matmul_free", [0x55c99374d46735d4; 3]),
 ];
-const TOLERANCE: f32 = 2e-3;
+/// The largest difference that was found is 1.7e-6, and it is the same on every CPU.
+const TOLERANCE: f32 = 3e-6;
 /// Of what the bundled stateful model tells.
 const BUNDLED: u64 = 0x973495f5cd2be03c;
 
@@ -578,7 +579,6 @@ fn a_damaged_snapshot_is_refused() {
 /// Replay A-17: the second request, a third with another prompt and one with a shorter prompt answer as a fresh process does.
 #[test]
 fn requests_one_after_another_answer_as_fresh_ones() {
-    let packed = pack("bitrnn_m");
     let limits = Limits { context: 64, batch: 4, kv: KvFormat::F16 };
     let answer = |session: &mut bitnet_runtime::generate::Session<'_>, prompt: &[u32]| {
         session.prompt(prompt).unwrap();
@@ -595,12 +595,15 @@ fn requests_one_after_another_answer_as_fresh_ones() {
     };
     let prompts: [&[u32]; 5] =
         [&[1, 2, 3, 4, 5, 6, 7], &[1, 2, 9, 9], &[1, 2, 3, 4, 5, 6, 7], &[1], &[1, 2, 3, 4, 5, 6, 7]];
-    let fresh = prompts
-        .map(|prompt| packed.converse(backend::best(), limits, Sampling::GREEDY, |mut s| answer(&mut s, prompt)));
-    packed.converse(backend::best(), limits, Sampling::GREEDY, |mut session| {
-        for (prompt, fresh) in prompts.iter().zip(&fresh) {
-            assert_eq!(answer(&mut session, prompt), *fresh, "{prompt:?}");
-        }
-    });
-    assert_ne!(fresh[0], fresh[1]);
+    for set in ["bitrnn_m", "bitrnn_v_late", "shared", "window", "matmul_free"] {
+        let packed = pack(set);
+        let fresh = prompts
+            .map(|prompt| packed.converse(backend::best(), limits, Sampling::GREEDY, |mut s| answer(&mut s, prompt)));
+        packed.converse(backend::best(), limits, Sampling::GREEDY, |mut session| {
+            for (prompt, fresh) in prompts.iter().zip(&fresh) {
+                assert_eq!(answer(&mut session, prompt), *fresh, "{set}: {prompt:?}");
+            }
+        });
+        assert_ne!(fresh[0], fresh[1], "{set}");
+    }
 }
