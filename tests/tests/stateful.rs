@@ -14,7 +14,7 @@ use bitnet_tests::{argmax, golden, ids, json, max_difference, model, npy};
 
 /// Fingerprints of the logits of each model's tokens, with keys and values in f32, f16 and int8. Committed: they are the promise, on
 /// every CPU.
-const SETS: [(&str, [u64; 3]); 11] = [
+const SETS: [(&str, [u64; 3]); 13] = [
     ("bitrnn_m", [0xe9d288ebb0c3d57c, 0x94472e66b345edd7, 0xdb86a9412600b3f0]),
     ("bitrnn_m_a4", [0x20fd8fa8c75ac196, 0xf22306d49cadc018, 0x1003844a0548a969]),
     ("bitrnn_m_late", [0x6fa48f50d2cda125, 0x2cfbd9cf468dc146, 0x151b148afeeab62f]),
@@ -23,6 +23,8 @@ const SETS: [(&str, [u64; 3]); 11] = [
     ("shared", [0xef2ad04dc9b1711f, 0xab6cd9d3296c81bf, 0x1daf365a2831f481]),
     ("shared_late", [0xe044d87ed674fae8, 0x080b168f714d6257, 0xee4625578f217b71]),
     ("a4_absmax", [0x7c13eb404646c9ab, 0xf9f3f01851bf3d7c, 0xb960a25e261dc548]),
+    ("fp4", [0x2a36eec118c6194f, 0xc1c71a65bee9fc16, 0x1b542832397a6781]),
+    ("rotated", [0x2773dc9906f0c131, 0x7501852b6c38dc6d, 0x602a9e58d5dfab3f]),
     ("window", [0x8a03c06ea2f92c10, 0xcc68c542f3c65026, 0x3734ca9822453691]),
     ("tbha", [0xbc360fffdd0d65b7, 0x49dcac36c7a577c1, 0x286607d8b21ed362]),
     ("matmul_free", [0x55c99374d46735d4; 3]),

@@ -27,6 +27,8 @@ SETS = {
     "shared_late": dict(memory=dict(shared=1), delayed_writes=True),
     "window": dict(),
     "a4_absmax": dict(activations=A4_ABSMAX),
+    "fp4": dict(activations={"attention": "fp4", "output": "fp4", "ffn": "fp4"}),
+    "rotated": dict(activations={"attention": "int8_hadamard", "output": "int4_hadamard", "ffn": "int4", "down": "int4_hadamard"}),
     "tbha": dict(window=0, weights=TBHA),
 }
 """All but the last with a window that most of the tokens have left."""

@@ -1,7 +1,7 @@
 """What a matrix multiplication sees of weights and activations while a model is trained: quantized values, straight-through gradients.
 
 Sources: ternary and int8, BitNet b1.58 (arXiv 2402.17764); binary with a mean scale, BitNet (2310.11453); learned thresholds
-as in TWN (1605.04711), trained with a boxcar; int4 and Top-K, BitNet a4.8 (2411.04965).
+as in TWN (1605.04711), trained with a boxcar; int4, fp4 and Top-K, BitNet a4.8 (2411.04965); the rotation, BitNet v2 (2504.18415).
 """
 import math
 
@@ -116,4 +116,36 @@ def int8_largest_half(x: Tensor) -> Tensor:
     return StraightThrough.apply(x, _int8(x) * largest_half(x))
 
 
-ACTIVATIONS = {"int8": int8, "int4": int4, "int4_absmax": int4_absmax, "int8_largest_half": int8_largest_half}
+@torch.no_grad()
+def _fp4(x: Tensor) -> Tensor:
+    scale = 12 / x.abs().amax(-1, keepdim=True).clamp(min=EPS)
+    y = x * scale
+    step = torch.where(y.abs() < 4, 1.0, torch.where(y.abs() < 8, 2.0, 4.0))
+    return ((y / step).round() * step).div(scale)
+
+
+def fp4(x: Tensor) -> Tensor:
+    """Per token the floats of one sign, two exponent and one mantissa bit, of which the largest is that of the largest magnitude."""
+    return StraightThrough.apply(x, _fp4(x))
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Runs of the last dimension, as long as the largest power of two that divides it, by orthonormal Hadamard matrices."""
+    width = x.shape[-1]
+    run = width & -width
+    y, apart = x.unflatten(-1, (-1, run)), 1
+    while apart < run:
+        a, b = y.unflatten(-1, (-1, 2, apart)).unbind(-2)
+        y, apart = torch.stack((a + b, a - b), -2).flatten(-3), 2 * apart
+    return y.flatten(-2) / math.sqrt(run)
+
+
+ACTIVATIONS = {
+    "int8": int8,
+    "int4": int4,
+    "int4_absmax": int4_absmax,
+    "int8_largest_half": int8_largest_half,
+    "fp4": fp4,
+    "int8_hadamard": lambda x: int8(hadamard(x)),
+    "int4_hadamard": lambda x: int4(hadamard(x)),
+}

@@ -8,12 +8,14 @@
 mod attend;
 mod elementwise;
 mod exp;
+mod quantize;
 mod recurrence;
 mod vectors;
 
 pub use attend::{Cache, attend};
 pub use elementwise::{rmsnorm, silu, squared_relu};
 pub use exp::exp;
+pub use quantize::{hadamard, keep_largest_half, quantize, quantize_fp4, quantize_int4, quantize_int4_absmax};
 pub use recurrence::{TAPS, convolve, convolve_silu, delta_rule, recur};
 pub use vectors::{Arrays, Vectors};
 
@@ -138,94 +140,6 @@ fn add_block(block: &Block, x: &[f32], lanes: &mut [f32; LANES]) {
     } else {
         for (i, &x) in x.iter().enumerate() {
             lanes[i % LANES] += half(i) * x;
-        }
-    }
-}
-
-/// See [`crate::Kernels::quantize`].
-///
-/// # Panics
-/// If `q` is shorter than `x`.
-#[inline(always)]
-pub fn quantize(x: &[f32], q: &mut [i8]) -> Option<f32> {
-    quantize_absmax::<127>(x, q)
-}
-
-/// [`quantize`] to four bits, of which -8 is not used: `q = round_half_even(x · s)`, `s = 7 / max(max|x|, 1e-5)`.
-///
-/// # Panics
-/// If `q` is shorter than `x`.
-#[inline(always)]
-pub fn quantize_int4_absmax(x: &[f32], q: &mut [i8]) -> Option<f32> {
-    quantize_absmax::<7>(x, q)
-}
-
-/// To codes of which that of the largest magnitude is `MOST`.
-#[inline(always)]
-fn quantize_absmax<const MOST: i8>(x: &[f32], q: &mut [i8]) -> Option<f32> {
-    /// Adding 1.5 · 2^23 rounds to an integer, halves to even, and leaves it in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    const SIGN: u32 = 0x8000_0000;
-    let (q, padding) = q.split_at_mut(x.len());
-    // The bits of non-negative floats are in their order, NaN above infinity: a maximum that loses nothing.
-    let max = x.iter().fold(0, |max, v| (v.to_bits() & !SIGN).max(max));
-    let max = f32::from_bits(max);
-    if !max.is_finite() {
-        return None;
-    }
-    // |x · s| <= MOST · (1 + 2^-22): it rounds to MOST at most.
-    let s = f32::from(MOST) / max.max(1e-5);
-    for (q, x) in q.iter_mut().zip(x) {
-        *q = (x * s + ROUND).to_bits() as i8;
-    }
-    padding.fill(0);
-    Some(s)
-}
-
-/// [`quantize`] to four bits by the mean magnitude: `q = clamp(round_half_even(x · s), -8, 7)`, `s = √7 / max(mean|x|, 1e-5)`
-/// (BitNet a4.8, arXiv:2411.04965, eq. 3). That the largest values are cut off is intended.
-///
-/// # Panics
-/// If `q` is shorter than `x`.
-#[inline(always)]
-pub fn quantize_int4(x: &[f32], q: &mut [i8]) -> Option<f32> {
-    const SQRT_7: f32 = 2.645_751_3;
-    let (q, padding) = q.split_at_mut(x.len());
-    let mean = sum_of(x.len(), |i| x[i].abs()) / x.len() as f32;
-    if !mean.is_finite() {
-        return None;
-    }
-    let s = SQRT_7 / mean.max(1e-5);
-    for (q, x) in q.iter_mut().zip(x) {
-        *q = libm::rintf((x * s).clamp(-8.0, 7.0)) as i8;
-    }
-    padding.fill(0);
-    Some(s)
-}
-
-/// Zeros all but the half of `q` that is largest by magnitude in `x`, of equal magnitudes the first (BitNet a4.8, eq. 4).
-///
-/// The magnitude that the half ends with is found by its bits, from the highest down: 31 times through `x`, and no memory.
-#[inline(always)]
-pub fn keep_largest_half(x: &[f32], q: &mut [i8]) {
-    let magnitude = |x: &f32| x.to_bits() & !0x8000_0000;
-    let keep = x.len().div_ceil(2);
-    // The largest bits that at least `keep` magnitudes reach.
-    let mut least = 0_u32;
-    for bit in (0..31).rev() {
-        let higher = least | 1 << bit;
-        if x.iter().filter(|x| magnitude(x) >= higher).count() >= keep {
-            least = higher;
-        }
-    }
-    let above = x.iter().filter(|x| magnitude(x) > least).count();
-    let mut equal = keep - above;
-    for (x, q) in x.iter().zip(q) {
-        let magnitude = magnitude(x);
-        if magnitude < least || (magnitude == least && equal == 0) {
-            *q = 0;
-        } else if magnitude == least {
-            equal -= 1;
         }
     }
 }

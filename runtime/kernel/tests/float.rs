@@ -509,6 +509,41 @@ proptest! {
         prop_assert_eq!(&q[x.len()..], &[0; 3]);
     }
 
+    /// Floats of four bits: each is the nearest of those that there are, of two as near the one whose mantissa is even.
+    #[test]
+    fn floats_of_four_bits_are_nearest(x in prop::collection::vec(-1e3f32..1e3, 1..200)) {
+        const FLOATS: [f32; 8] = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0];
+        let mut q = vec![1; x.len() + 3];
+        let s = float::quantize_fp4(&x, &mut q).unwrap();
+        prop_assert_eq!(s, 12.0 / x.iter().fold(0.0f32, |max, x| x.abs().max(max)).max(1e-5));
+        for (x, q) in x.iter().zip(&q) {
+            let y = x * s;
+            let far = |i: &usize| (y.abs() - FLOATS[*i]).abs();
+            let nearest = (0..8).min_by(|a, b| far(a).total_cmp(&far(b)).then((a % 2).cmp(&(b % 2)))).unwrap();
+            prop_assert_eq!(f32::from(*q), FLOATS[nearest].copysign(y) + 0.0);
+        }
+        prop_assert_eq!(&q[x.len()..], &[0; 3]);
+    }
+
+    /// The rotation is by the Hadamard matrix of each run, in f64, and undoes itself.
+    #[test]
+    fn a_rotation_is_by_a_hadamard_matrix(runs in 1usize..4, levels in 0u32..7, seed in 0u32..1000) {
+        let odd = 2 * runs - 1;
+        let n = 1 << levels;
+        let x = vector(odd * n, &mut Lcg(seed));
+        let mut got = x.clone();
+        float::hadamard(&mut got);
+        for (run, got) in x.chunks(n).zip(got.chunks(n)) {
+            for (i, got) in got.iter().enumerate() {
+                let sign = |j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                let want: f64 = run.iter().enumerate().map(|(j, x)| sign(j) * f64::from(*x)).sum();
+                prop_assert!((f64::from(*got) - want / (n as f64).sqrt()).abs() < 1e-5);
+            }
+        }
+        float::hadamard(&mut got);
+        prop_assert!(x.iter().zip(&got).all(|(x, got)| (x - got).abs() < 1e-5));
+    }
+
     /// The half that is kept is that of a stable sort by magnitude. Few values, so that many are equal.
     #[test]
     fn the_largest_half_is_that_of_a_stable_sort(x in prop::collection::vec(-6i8..6, 1..120)) {
@@ -527,6 +562,8 @@ proptest! {
 fn four_bits_need_finite_numbers() {
     assert_eq!(float::quantize_int4(&[1.0, f32::NAN], &mut [0; 2]), None);
     assert_eq!(float::quantize_int4_absmax(&[1.0, f32::NAN], &mut [0; 2]), None);
+    assert_eq!(float::quantize_fp4(&[1.0, f32::NAN], &mut [0; 2]), None);
+    assert_eq!(float::quantize_fp4(&[1.0, f32::NEG_INFINITY], &mut [0; 2]), None);
     let mut q = [1; 5];
     assert_eq!(float::quantize_int4_absmax(&[f32::MAX, 0.5e38, -0.9e38, -f32::MAX], &mut q), Some(7.0 / f32::MAX));
     assert_eq!(q, [7, 1, -2, -7, 0]);

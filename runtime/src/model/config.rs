@@ -247,6 +247,19 @@ pub enum Quantizer {
     Int8LargestHalf,
     /// Four bits by the largest magnitude.
     Int4Absmax,
+    /// Floats of four bits by the largest magnitude (BitNet a4.8).
+    Fp4,
+    /// As `Int8`, after a rotation by a Hadamard matrix (BitNet v2, arXiv:2504.18415).
+    Int8Hadamard,
+    /// As `Int4`, after that.
+    Int4Hadamard,
+}
+
+impl Quantizer {
+    /// Whether what is quantized is rotated before.
+    pub const fn rotates(self) -> bool {
+        matches!(self, Self::Int8Hadamard | Self::Int4Hadamard)
+    }
 }
 
 /// One quantizer for each input of linears.
@@ -263,6 +276,10 @@ pub struct Quantizers {
 }
 
 impl Quantizers {
+    /// Whether one of them does: see [`Quantizer::rotates`].
+    pub const fn rotate(&self) -> bool {
+        self.attention.rotates() || self.output.rotates() || self.ffn.rotates() || self.down.rotates()
+    }
     /// Eight bits everywhere.
     pub const INT8: Self = {
         let int8 = Quantizer::Int8;
@@ -361,6 +378,10 @@ impl Config {
         eps("linear_norm_eps", self.linear_norm_eps.unwrap_or(0.0))?;
         let known = Format::ALL.iter().fold(0, |set, &f| set | 1 << f as u8);
         let known = BlockShape::ALL.iter().fold(known, |set, &shape| set | 1 << shape as u8);
+        // Floats are multiplied as they are, and parts of a layer's live neurons are quantized from one vector in turn.
+        let rotates = self.quantizers.rotate();
+        let has_floats = self.formats >> Format::F16 as u8 & 1 == 1;
+        field("quantizers", 1, !rotates || !(self.live_ffn || has_floats))?;
         field("formats", u32::from(self.formats), self.formats != 0 && self.formats & !known == 0)
     }
 }

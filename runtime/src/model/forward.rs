@@ -653,7 +653,8 @@ impl Model<'_> {
         Ok(())
     }
 
-    /// `quantized = int8(norm)`, normalized once more if the linear does so; one scale a token.
+    /// `quantized = int8(norm)`, normalized once more if the linear does so, and rotated if the quantizer does; one scale a token.
+    /// What is rotated is not there as it was any more.
     pub(super) fn quantize(
         &mut self,
         layer: u32,
@@ -671,7 +672,7 @@ impl Model<'_> {
         let eps = self.config.linear_norm_eps;
         let s = &mut self.scratch;
         let inputs = s.input.chunks_mut(cols).map(Some).chain(core::iter::repeat_with(|| None));
-        let rows = s.norm.chunks_exact(cols).zip(s.quantized.chunks_exact_mut(stride));
+        let rows = s.norm.chunks_exact_mut(cols).zip(s.quantized.chunks_exact_mut(stride));
         let finite = AtomicBool::new(true);
         for_each_item::<_, BATCH_MAX>(parallel, scales.iter_mut().zip(rows).zip(inputs), &|_,
                                                                                            (
@@ -686,10 +687,14 @@ impl Model<'_> {
                 }
                 _ => x,
             };
+            if quantizer.rotates() {
+                float::hadamard(x);
+            }
             let quantized = match quantizer {
-                Quantizer::Int8 | Quantizer::Int8LargestHalf => kernels.quantize(x, q),
-                Quantizer::Int4 => float::quantize_int4(x, q),
+                Quantizer::Int8 | Quantizer::Int8LargestHalf | Quantizer::Int8Hadamard => kernels.quantize(x, q),
+                Quantizer::Int4 | Quantizer::Int4Hadamard => float::quantize_int4(x, q),
                 Quantizer::Int4Absmax => float::quantize_int4_absmax(x, q),
+                Quantizer::Fp4 => float::quantize_fp4(x, q),
             };
             match quantized {
                 Some(quantized) => *scale = quantized,

@@ -91,6 +91,9 @@ const fn quantizer(quantizer: Quantizer) -> &'static str {
         Quantizer::Int4 => "int4",
         Quantizer::Int8LargestHalf => "int8_largest_half",
         Quantizer::Int4Absmax => "int4_absmax",
+        Quantizer::Fp4 => "fp4",
+        Quantizer::Int8Hadamard => "int8_hadamard",
+        Quantizer::Int4Hadamard => "int4_hadamard",
     }
 }
 

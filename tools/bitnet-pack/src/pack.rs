@@ -379,6 +379,10 @@ fn ready(source: &Path, options: &Options, progress: &mut dyn Progress) -> Resul
     if table.config.linear_head && options.split_head {
         return Err(Error::Options("--head two-stage: this checkpoint's head is ternary, and small already".into()));
     }
+    if table.config.quantizers.rotate() && (options.live_ffn || options.dense == Format::F16) {
+        let what = "activation_quantization rotates activations: none is zero then, for --live-ffn, and floats (--dense f16) are multiplied as they are";
+        return Err(Error::Options(what.into()));
+    }
     table.config.split_head = options.split_head;
     table.config.live_ffn = options.live_ffn;
     let limits = options.limits(&table.config)?;

@@ -427,6 +427,19 @@ fn memory_configurations() {
     assert!(pack(&place.source(), &place.image(), &named(), &mut ()).unwrap().config.delayed_writes);
 }
 
+/// What is rotated has no zeros to skip, and is not what floats multiply.
+#[test]
+fn rotated_activations() {
+    let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/rotated");
+    let image = tempfile::tempdir().unwrap();
+    let image = image.path().join("image");
+    for options in [Options { live_ffn: true, ..named() }, Options { dense: bitnet_kernel::Format::F16, ..named() }] {
+        let error = pack(&golden, &image, &options, &mut ()).unwrap_err().to_string();
+        assert!(error.contains("activation_quantization rotates activations"), "{error}");
+    }
+    pack(&golden, &image, &named(), &mut ()).unwrap();
+}
+
 /// the tokenizer is chosen by the files that are there; two that disagree are not chosen from.
 #[test]
 fn tokenizers() {

@@ -487,7 +487,13 @@ fn quantizers(reader: &Reader<'_>) -> Result<Quantizers, Error> {
         Some("int4") => Ok(Quantizer::Int4),
         Some("int8_largest_half") => Ok(Quantizer::Int8LargestHalf),
         Some("int4_absmax") => Ok(Quantizer::Int4Absmax),
-        Some(_) => section.refuse(key, "\"int8\", \"int4\", \"int4_absmax\" or \"int8_largest_half\" is expected"),
+        Some("fp4") => Ok(Quantizer::Fp4),
+        Some("int8_hadamard") => Ok(Quantizer::Int8Hadamard),
+        Some("int4_hadamard") => Ok(Quantizer::Int4Hadamard),
+        Some(_) => {
+            let what = "int8, int4, int4_absmax, int8_largest_half, fp4, int8_hadamard or int4_hadamard is expected";
+            section.refuse(key, what)
+        }
     };
     Ok(Quantizers { attention: of("attention")?, output: of("output")?, ffn: of("ffn")?, down: of("down")? })
 }
