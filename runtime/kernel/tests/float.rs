@@ -535,7 +535,7 @@ proptest! {
         float::hadamard(&mut got);
         for (run, got) in x.chunks(n).zip(got.chunks(n)) {
             for (i, got) in got.iter().enumerate() {
-                let sign = |j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                let sign = |j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
                 let want: f64 = run.iter().enumerate().map(|(j, x)| sign(j) * f64::from(*x)).sum();
                 prop_assert!((f64::from(*got) - want / (n as f64).sqrt()).abs() < 1e-5);
             }
