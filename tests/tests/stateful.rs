@@ -32,7 +32,7 @@ const SETS: [(&str, [u64; 3]); 13] = [
 /// The largest difference that was found is 1.7e-6, and it is the same on every CPU.
 const TOLERANCE: f32 = 3e-6;
 /// Of what the bundled stateful model tells.
-const BUNDLED: u64 = 0x973495f5cd2be03c;
+const BUNDLED: u64 = 0x4e2c9dd708e07e41;
 
 fn pack(set: &str) -> Packed {
     Packed::pack(&golden(set), &Options { head: Format::F16, ..Options::default() })
@@ -92,12 +92,31 @@ fn the_bundled_model_is_that_of_pytorch() {
         println!("{what} difference {found}, of PyTorch from itself {itself}");
         assert!(found <= 2.0 * itself, "{what}: {found}, {itself}");
     }
-    let likeliest: Vec<u32> = found.iter().map(|logits| argmax(logits) as u32).collect();
-    assert_eq!(likeliest[..told.len() - 1], told[1..]);
+    // So where two tokens are that close either may be the likeliest.
+    let itself = itself["largest"].as_f64().unwrap();
+    let margins = json(golden("stories-stateful").join("ids.json"));
+    let margins = margins["margins"].as_array().unwrap().iter().map(|margin| margin.as_f64().unwrap());
+    let clear = found.iter().zip(&told[1..]).zip(margins).filter(|(_, margin)| *margin > 2.0 * itself);
+    let clear: Vec<_> = clear.map(|((logits, told), _)| (argmax(logits) as u32, *told)).collect();
+    assert!(clear.len() > 120 && clear.iter().all(|(found, told)| found == told), "{clear:?}");
     for kernels in backend::available() {
         let found = fingerprint(&Way { batch: 7, ..Way::plain(kernels) }.logits(&packed, &told));
         assert_eq!(found, BUNDLED, "{found:#018x} by {}", kernels.name());
     }
+}
+
+/// The bundled models have one backbone, and the memory of one is given what leaves the window: until something does, both compute the
+/// same, though that memory is trained.
+#[test]
+fn the_bundled_models_agree_within_the_window() {
+    let [dense, stateful] = ["stories-ternary", "stories-stateful"]
+        .map(|name| Packed::pack(&model(name), &Options { head: Format::F16, ..Options::default() }));
+    let told = prompt("stories-stateful");
+    let span = stateful.image().header().config.window.unwrap().span() as usize;
+    let way = Way { kv: KvFormat::F32, batch: 5, ..Way::plain(backend::best()) };
+    let [dense, stateful] = [&dense, &stateful].map(|packed| way.logits(packed, &told[..span + 1]));
+    assert_eq!(fingerprint(&dense[..span]), fingerprint(&stateful[..span]));
+    assert_ne!(dense[span], stateful[span], "the first token has left the window");
 }
 
 /// What a repository carries everybody downloads: 1.5 MB an image, as it is packed unless told otherwise.

@@ -31,7 +31,6 @@ def save(model: Model, directory: Path) -> None:
             value = bounded(value)
         tensors["model." + name] = value.detach().to(torch.bfloat16 if value.dim() > 1 and "taps" not in name else torch.float32).contiguous()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    save_file({k: v.clone() for k, v in model.state_dict().items()}, directory / "masters.safetensors")
     config = dict(
         architectures=["BitNetForCausalLM"],
         model_type="bitnet",
@@ -65,7 +64,34 @@ def save(model: Model, directory: Path) -> None:
     if c.activations:
         config["activation_quantization"] = c.activations
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (directory / "train.json").write_text(json.dumps(c.to_json(), indent=1) + "\n")
+    save_masters(model, directory)
+
+
+def save_masters(model: Model, directory: Path) -> None:
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, directory / "masters.safetensors")
+    (directory / "train.json").write_text(json.dumps(model.c.to_json(), indent=1) + "\n")
+
+
+def save_memories(model: Model, source: Path, directory: Path) -> None:
+    """What `bitnet-pack convert` wrote to `source`, with the memories of `model`: all else stays as it is, bit for bit."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = load_file(source / "model.safetensors")
+    linears = {f"model.{name}.weight": m for name, m in model.named_modules() if isinstance(m, BitLinear)}
+    are_values = are_values_of(json.loads((source / "config.json").read_text()))
+    for name, value in model.state_dict(prefix="model.").items():
+        if ".memory." in name and name in state:
+            if name in linears and are_values:
+                with torch.no_grad():
+                    value = linears[name].quantized()
+            state[name] = (bounded(value) if name.endswith(".bound") else value).to("cpu", state[name].dtype)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_masters(model, directory)
+
+
+def are_values_of(config: dict) -> bool:
+    """Whether linears are written as they are multiplied."""
+    return config.get("quantization_config", {}).get("quantization_mode") == "values"
 
 
 def load(directory: Path) -> Model:
@@ -97,7 +123,7 @@ def described(directory: Path) -> Model:
         raise SystemExit(f"{directory}: not a BitNetForCausalLM")
     if config["rms_norm_eps"] != EPS or not config.get("tie_word_embeddings"):
         raise SystemExit(f"{directory}: only models with rms_norm_eps = {EPS} and tied embeddings are trained here")
-    are_values = config.get("quantization_config", {}).get("quantization_mode") == "values"
+    are_values = are_values_of(config)
     model = Model(
         Config(
             vocab=config["vocab_size"],
@@ -122,8 +148,9 @@ def described(directory: Path) -> Model:
 def exported(directory: Path) -> Model:
     """The model as the packer sees it: what it computes is what the runtime must."""
     model = described(directory)
-    for linear in (m for m in model.modules() if isinstance(m, BitLinear)):
-        linear.kind = "values"
+    if are_values_of(json.loads((directory / "config.json").read_text())):
+        for linear in (m for m in model.modules() if isinstance(m, BitLinear)):
+            linear.kind = "values"
     return model
 
 

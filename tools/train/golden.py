@@ -77,7 +77,10 @@ def main() -> None:
     place.mkdir(exist_ok=True)
     np.save(place / "logits_f32.npy", logits[-COMPARED:].numpy())
     differences = dict(largest=apart.max().item(), median=apart.median().item())
-    (place / "ids.json").write_text(json.dumps(dict(input_ids=ids.tolist(), f32_from_f64=differences)) + "\n")
+    best = logits.topk(2).values
+    margins = [round(margin, 4) for margin in (best[:, 0] - best[:, 1]).tolist()]
+    told = dict(input_ids=ids.tolist(), margins=margins, f32_from_f64=differences)
+    (place / "ids.json").write_text(json.dumps(told) + "\n")
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def main() -> None:
         model = choose(a.variant, start, sense)
     opt = optimizer(model, a.lr)
     rng = torch.Generator().manual_seed(2)
+    save = lambda: checkpoint.save_memories(model, a.start, a.out) if a.memory_only else checkpoint.save(model, a.out)
     steps, mean, began, report = a.tokens // (a.batch * a.length), None, time.time(), 60.0
     prunings = {math.ceil(steps * PRUNED_BY * n / PRUNINGS) for n in range(1, PRUNINGS + 1)} if a.variant in SPARSE else ()
     print(f"{'memory only' if a.memory_only else a.variant}: held out {held_out(model, held, a.length):.3f} nats before, teacher {held_out(teacher, held, a.length):.3f}", flush=True)
@@ -131,11 +132,11 @@ def main() -> None:
         opt.step()
         mean = kl.item() if mean is None else 0.98 * mean + 0.02 * kl.item()
         if (elapsed := time.time() - began) > report:
-            checkpoint.save(model, a.out)
+            save()
             report = elapsed + 600
             tokens = (step + 1) * a.batch * a.length
             print(f"{elapsed:.0f} s, {tokens / 1e6:.2f} M tokens, {tokens / elapsed:.0f}/s: KL {mean:.3f}, held out {held_out(model, held, a.length):.3f}", flush=True)
-    checkpoint.save(model, a.out)
+    save()
     result = dict(variant="memory only" if a.memory_only else a.variant, tokens=steps * a.batch * a.length, start=str(a.start), held_out=held_out(model, held, a.length))
     (a.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
