@@ -92,7 +92,7 @@ def main() -> None:
         checkpoint.save(model, a.out)
         print(f"recall at {length}: " + ", ".join(f"{n} pairs {recall(model, length, n, 8, a.device):.1%}" for n in (4, 8, 16)), flush=True)
     table = {f"{length}": {f"{n}": recall(model, length, n, 8, a.device) for n in (4, 16, 64)} for length in (300, 1024, 4096, 16384)}
-    ids, answers = sequences(torch.Generator().manual_seed(3), 1, STAGES[-1][0], 16, QUERIES)
+    ids, answers = sequences(torch.Generator().manual_seed(3), 1, STAGES[-1][0], 16, QUERIES, "cpu")
     (a.out / "questions.json").write_text(json.dumps(dict(input_ids=ids.tolist(), answers=answers.tolist())) + "\n")
     (a.out / "recall.json").write_text(json.dumps(table, indent=1) + "\n")
     print(json.dumps(table))
