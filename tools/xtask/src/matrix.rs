@@ -79,6 +79,8 @@ pub(crate) struct Step {
     pub(crate) name: String,
     pub(crate) needs: Vec<Need>,
     pub(crate) action: Action,
+    /// Whether it may run beside its neighbours that may, too: it builds nothing, for a step before them all has.
+    pub(crate) beside: bool,
 }
 
 /// A CPU of QEMU's user mode, and the suites that run on it.
@@ -208,22 +210,26 @@ pub(crate) fn steps() -> Vec<Step> {
     ] {
         steps.push(step(name, &[CLIPPY], cargo(&format!("clippy {arguments} -- -D warnings"))));
     }
-    // (d) ARM Linux under emulation: each suite is built once and then run on the CPUs that name it.
+    // (d) ARM Linux under emulation: each suite is built once and then run on the CPUs that name it. The runs are beside each other,
+    // the longest first: most of the conformance is one test, which is one thread.
     for suite in SUITES {
         steps.push(step(
             &format!("qemu/{}/build", suite.name),
             &[Need::Target(ARM_LINUX)],
             cargo(&format!("test --target {ARM_LINUX} {} --no-run", suite.arguments)),
         ));
+    }
+    for suite in SUITES.iter().rev() {
         for cpu in CPUS.iter().filter(|cpu| cpu.suites.iter().any(|named| named.name == suite.name)) {
-            steps.push(step(
+            let run = step(
                 &format!("qemu/{}/{}", suite.name, cpu.name),
                 &[Need::Target(ARM_LINUX), Need::Qemu],
                 Action::Tests(Command {
                     environment: vec![("QEMU_CPU", cpu.qemu.to_owned())],
                     ..command(&format!("test --target {ARM_LINUX} {} --no-fail-fast", suite.arguments))
                 }),
-            ));
+            );
+            steps.push(Step { beside: true, ..run });
         }
     }
     // (e) RISC-V Linux under emulation: the plain code that every other backend is compared with, and a whole model by it,
@@ -290,7 +296,7 @@ pub(crate) fn select(steps: Vec<Step>, names: &[String]) -> Result<Vec<Step>> {
 }
 
 fn step(name: &str, needs: &[Need], action: Action) -> Step {
-    Step { name: name.to_owned(), needs: needs.to_vec(), action }
+    Step { name: name.to_owned(), needs: needs.to_vec(), action, beside: false }
 }
 
 fn command(arguments: &str) -> Command {
@@ -343,6 +349,13 @@ mod tests {
         for cpu in CPUS {
             let ran: Vec<_> = cpu.suites.iter().map(|suite| suite.name).collect();
             assert!(ran == ["sve"] || ran.starts_with(&["kernels", "backends"]), "{}: {ran:?}", cpu.name);
+        }
+    }
+
+    #[test]
+    fn only_tests_run_beside_others() {
+        for step in steps().iter().filter(|step| step.beside) {
+            assert!(matches!(step.action, Action::Tests(_)), "{}", step.name);
         }
     }
 

@@ -1,8 +1,13 @@
 //! Runs steps, counts what passed, and says how to repeat what did not.
 
 use std::io::{BufRead, BufReader, Write};
+use std::num::NonZero;
+use std::ops::Range;
 use std::process::Stdio;
-use std::time::Instant;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -22,40 +27,102 @@ struct Count {
 const PASSED: Count = Count { passed: 1, failed: 0 };
 const FAILED: Count = Count { passed: 0, failed: 1 };
 
-/// Runs the steps in their order. A failure does not stop the rest, so that one run tells everything.
+/// A step that has run.
+#[derive(Debug)]
+struct Done {
+    count: Count,
+    time: Duration,
+}
+
+/// Runs the steps in their order, and beside each other those that may. A failure does not stop the rest, so that one run tells
+/// everything.
 pub(crate) fn all(workspace: &Workspace, steps: &[Step]) -> Result<bool> {
-    let mut lines = Vec::new();
-    let mut repeat = Vec::new();
-    let mut total = Count::default();
+    let start = Instant::now();
     let host = if steps.iter().any(|step| step.name == matrix::HOST_TESTS) { Host::Whole } else { Host::Programs };
-    for (index, step) in steps.iter().enumerate() {
+    let begin = |index: usize| {
+        let step = &steps[index];
         say!("\n== {} ({} of {}): {}", step.name, index + 1, steps.len(), describe(&step.action));
-        let start = Instant::now();
-        let count = one(workspace, step, host).unwrap_or_else(|error| {
+    };
+    let end = |index: usize, count: Result<Count>, time: Duration| {
+        let step = &steps[index];
+        let count = count.unwrap_or_else(|error| {
             say!("error: {error:#}");
             FAILED
         });
-        let seconds = start.elapsed().as_secs_f64();
-        let word = if count.failed == 0 { "ok" } else { "FAILED" };
-        say!("-- {}: {word}, {seconds:.1} s", step.name);
+        say!("-- {}: {}, {:.1} s", step.name, word(count), time.as_secs_f64());
         if count.failed > 0 {
-            let command = format!("{}\n     or: cargo xtask test {}", describe(&step.action), step.name);
-            say!("   repeat with: {command}");
-            repeat.push(command);
+            say!("   repeat with: {}", repeat(step));
         }
-        lines.push(format!("{:<28} {word:<7} {:>6} {:>6} {seconds:>8.1} s", step.name, count.passed, count.failed));
+        Done { count, time }
+    };
+    let mut done = Vec::new();
+    while done.len() < steps.len() {
+        let first = done.len();
+        let beside = steps[first..].iter().take_while(|step| step.beside).count();
+        if beside > 1 {
+            let shown = Mutex::new(());
+            done.extend(side_by_side(first..first + beside, |index| {
+                let start = Instant::now();
+                let Action::Tests(command) = &steps[index].action else { unreachable!("only tests run beside others") };
+                let mut lines = Vec::new();
+                let count = tests(workspace, command, Output::Kept(&mut lines));
+                let time = start.elapsed();
+                let _shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
+                begin(index);
+                lines.iter().for_each(|line| say!("{line}"));
+                end(index, count, time)
+            }));
+        } else {
+            begin(first);
+            let start = Instant::now();
+            let count = one(workspace, &steps[first], host);
+            done.push(end(first, count, start.elapsed()));
+        }
+    }
+    let mut total = Count::default();
+    say!("\n{:<28} {:<7} {:>6} {:>6} {:>10}", "step", "", "passed", "failed", "time");
+    for (step, Done { count, time }) in steps.iter().zip(&done) {
+        let (word, seconds) = (word(*count), time.as_secs_f64());
+        say!("{:<28} {word:<7} {:>6} {:>6} {seconds:>8.1} s", step.name, count.passed, count.failed);
         total.passed += count.passed;
         total.failed += count.failed;
     }
-    say!("\n{:<28} {:<7} {:>6} {:>6} {:>10}", "step", "", "passed", "failed", "time");
-    for line in &lines {
-        say!("{line}");
+    for (step, _) in steps.iter().zip(&done).filter(|(_, done)| done.count.failed > 0) {
+        say!("\nrepeat with: {}", repeat(step));
     }
-    for command in &repeat {
-        say!("\nrepeat with: {command}");
-    }
-    say!("\n{} passed, {} failed", total.passed, total.failed);
+    say!("\n{} passed, {} failed, {:.1} minutes", total.passed, total.failed, start.elapsed().as_secs_f64() / 60.0);
     Ok(total.failed == 0)
+}
+
+fn word(count: Count) -> &'static str {
+    if count.failed == 0 { "ok" } else { "FAILED" }
+}
+
+/// The commands that repeat a step.
+fn repeat(step: &Step) -> String {
+    format!("{}\n     or: cargo xtask test {}", describe(&step.action), step.name)
+}
+
+/// Gives each index to `f`, as many at a time as there are cores; what `f` answers comes in the order of the indices.
+fn side_by_side<T: Send>(indices: Range<usize>, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    let next = AtomicUsize::new(indices.start);
+    let worker = || {
+        let mut own = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if !indices.contains(&index) {
+                return own;
+            }
+            own.push((index, f(index)));
+        }
+    };
+    let mut all: Vec<(usize, T)> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..cores.min(indices.len())).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().flat_map(|worker| worker.join().expect("a worker does not panic")).collect()
+    });
+    all.sort_by_key(|(index, _)| *index);
+    all.into_iter().map(|(_, answer)| answer).collect()
 }
 
 /// Prints the table of steps.
@@ -108,7 +175,7 @@ fn quote(word: &str) -> String {
 fn one(workspace: &Workspace, step: &Step, host: Host) -> Result<Count> {
     match &step.action {
         Action::Cargo(command) => Ok(if prepare(workspace, command).status()?.success() { PASSED } else { FAILED }),
-        Action::Tests(command) => tests(workspace, command),
+        Action::Tests(command) => tests(workspace, command, Output::Shown),
         Action::Tidy => {
             let (passed, failed) = tidy::report(workspace)?;
             Ok(Count { passed, failed })
@@ -145,22 +212,45 @@ fn prepare(workspace: &Workspace, command: &Command) -> std::process::Command {
     process
 }
 
+/// Where the output of a command goes.
+enum Output<'a> {
+    /// To this program's own, line by line.
+    Shown,
+    /// Into this, with what the command writes to its standard error.
+    Kept(&'a mut Vec<String>),
+}
+
+impl Output<'_> {
+    fn line(&mut self, line: String) {
+        match self {
+            Self::Shown => say!("{line}"),
+            Self::Kept(lines) => lines.push(line),
+        }
+    }
+}
+
 /// Runs tests and counts them by the line that each test program ends with.
-fn tests(workspace: &Workspace, command: &Command) -> Result<Count> {
-    let mut child = prepare(workspace, command).stdout(Stdio::piped()).spawn().context("starting cargo")?;
+fn tests(workspace: &Workspace, command: &Command, mut output: Output<'_>) -> Result<Count> {
+    let (reader, writer) = std::io::pipe()?;
+    let mut process = prepare(workspace, command);
+    if let Output::Kept(_) = output {
+        process.stderr(writer.try_clone()?);
+    }
+    let mut child = process.stdout(writer).spawn().context("starting cargo")?;
+    // It holds the writing end, and the reading one ends when nobody does.
+    drop(process);
     let mut count = Count::default();
-    let output = child.stdout.take().context("the output of cargo")?;
-    for line in BufReader::new(output).split(b'\n') {
+    for line in BufReader::new(reader).split(b'\n') {
         let line = String::from_utf8_lossy(&line?).into_owned();
-        say!("{line}");
         if let Some(program) = result(&line) {
             count.passed += program.passed;
             count.failed += program.failed;
         }
+        output.line(line);
     }
     let success = child.wait()?.success();
     if success && count.passed == 0 {
-        say!("error: no test ran, so nothing was checked");
+        output.line("error: no test ran, so nothing was checked".to_owned());
     }
     // Cargo fails without a failed test where the code does not build or a test program dies.
     if count.failed == 0 && (!success || count.passed == 0) {
@@ -385,6 +475,17 @@ mod tests {
         assert_eq!(result(line), Some(Count::default()));
         assert_eq!(result("test result_of_something ... ok"), None);
         assert_eq!(result("running 3 tests"), None);
+    }
+
+    #[test]
+    fn steps_beside_each_other_answer_in_their_order() {
+        let pause = |index: usize| thread::sleep(Duration::from_millis([20, 0, 5, 0, 1][index % 5]));
+        let answers = side_by_side(3..40, |index| {
+            pause(index);
+            2 * index
+        });
+        assert_eq!(answers, (3..40).map(|index| 2 * index).collect::<Vec<_>>());
+        assert!(side_by_side(7..7, |index| index).is_empty());
     }
 
     #[test]
