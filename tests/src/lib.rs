@@ -3,6 +3,7 @@
 
 pub mod alloc;
 pub mod fuzz;
+pub mod goldens;
 pub mod images;
 pub mod npy;
 pub mod reference;

@@ -1,7 +1,9 @@
-//! Every backend of this CPU against the portable one.
+//! Every backend of this CPU against the portable one, kernel by kernel, and against the committed fingerprints of whole models.
 use bitnet_kernel::Kernels;
 use bitnet_kernel::conformance::{Workspace, check};
 use bitnet_runtime::backend;
+use bitnet_tests::goldens::{Golden, goldens, pack, prompt};
+use bitnet_tests::images::{Way, fingerprint};
 
 #[test]
 fn every_backend_agrees_with_portable() {
@@ -14,6 +16,22 @@ fn every_backend_agrees_with_portable() {
     let runs = |name: &str| backend::available().any(|k| k.name() == name);
     for name in backend::names().filter(|name| !runs(name)) {
         println!("{name}: not for this CPU; it runs {}", backend::best().name());
+    }
+}
+
+/// One pass of every small model with each format of keys and values: token by token, and in batches whose products are of several
+/// tokens at once.
+#[test]
+fn every_backend_gives_the_committed_bits() {
+    for Golden { set, fingerprints } in goldens() {
+        let (packed, prompt) = (pack(&set), prompt(&set));
+        for kernels in backend::available() {
+            for ((kv, expected), batch) in fingerprints.into_iter().zip([1, 7, 16]) {
+                let way = Way { kv, batch, ..Way::plain(kernels) };
+                let found = fingerprint(&way.logits(&packed, &prompt));
+                assert_eq!(found, expected, "{found:#018x}: {set} by {way:?}");
+            }
+        }
     }
 }
 

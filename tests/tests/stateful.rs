@@ -9,44 +9,20 @@ use bitnet_runtime::parallel::Serial;
 use bitnet_runtime::sampler::Sampling;
 use bitnet_runtime::source::Mapped;
 use bitnet_runtime::{Error, Limits, Model, Plan, State, backend};
+use bitnet_tests::goldens::{Golden, goldens, pack, prompt};
 use bitnet_tests::images::{Packed, Way, fingerprint};
-use bitnet_tests::{argmax, golden, ids, json, max_difference, model, npy};
+use bitnet_tests::{argmax, golden, json, max_difference, model, npy};
 
-/// Fingerprints of the logits of each model's tokens, with keys and values in f32, f16 and int8. Committed: they are the promise, on
-/// every CPU.
-const SETS: [(&str, [u64; 3]); 13] = [
-    ("bitrnn_m", [0xe9d288ebb0c3d57c, 0x94472e66b345edd7, 0xdb86a9412600b3f0]),
-    ("bitrnn_m_a4", [0x20fd8fa8c75ac196, 0xf22306d49cadc018, 0x1003844a0548a969]),
-    ("bitrnn_m_late", [0x6fa48f50d2cda125, 0x2cfbd9cf468dc146, 0x151b148afeeab62f]),
-    ("bitrnn_v", [0x6b3be14df14c513e, 0xb6576f3acd661ce0, 0xfa2436baef6d5622]),
-    ("bitrnn_v_late", [0xb04b435e7657fcf9, 0x783a93f8e5c86da2, 0x64e31839f2a04200]),
-    ("shared", [0xef2ad04dc9b1711f, 0xab6cd9d3296c81bf, 0x1daf365a2831f481]),
-    ("shared_late", [0xe044d87ed674fae8, 0x080b168f714d6257, 0xee4625578f217b71]),
-    ("a4_absmax", [0x7c13eb404646c9ab, 0xf9f3f01851bf3d7c, 0xb960a25e261dc548]),
-    ("fp4", [0x2a36eec118c6194f, 0xc1c71a65bee9fc16, 0x1b542832397a6781]),
-    ("rotated", [0x2773dc9906f0c131, 0x7501852b6c38dc6d, 0x602a9e58d5dfab3f]),
-    ("window", [0x8a03c06ea2f92c10, 0xcc68c542f3c65026, 0x3734ca9822453691]),
-    ("tbha", [0xbc360fffdd0d65b7, 0x49dcac36c7a577c1, 0x286607d8b21ed362]),
-    ("matmul_free", [0x55c99374d46735d4; 3]),
-];
 /// The largest difference that was found is 1.7e-6, and it is the same on every CPU.
 const TOLERANCE: f32 = 3e-6;
 /// Of what the bundled stateful model tells.
 const BUNDLED: u64 = 0x4e2c9dd708e07e41;
 
-fn pack(set: &str) -> Packed {
-    Packed::pack(&golden(set), &Options { head: Format::F16, ..Options::default() })
-}
-
-fn prompt(set: &str) -> Vec<u32> {
-    ids(&json(golden(set).join("ids.json"))["input_ids"][0])
-}
-
 #[test]
 fn logits_are_those_of_pytorch() {
-    for (set, _) in SETS {
-        let (packed, prompt) = (pack(set), prompt(set));
-        let expected = npy::read::<f32>(golden(set).join("logits_f32.npy"));
+    for Golden { set, .. } in goldens() {
+        let (packed, prompt) = (pack(&set), prompt(&set));
+        let expected = npy::read::<f32>(golden(&set).join("logits_f32.npy"));
         let found = Way { kv: KvFormat::F32, ..Way::plain(backend::best()) }.logits(&packed, &prompt);
         let differences = found.iter().zip(expected.rows()).map(|(a, b)| max_difference(a, b));
         let differences: Vec<f32> = differences.collect();
@@ -59,9 +35,9 @@ fn logits_are_those_of_pytorch() {
 
 #[test]
 fn every_way_of_running_gives_the_same_bits() {
-    for (set, fingerprints) in SETS {
-        let (packed, prompt) = (pack(set), prompt(set));
-        for (kv, expected) in [KvFormat::F32, KvFormat::F16, KvFormat::I8].into_iter().zip(fingerprints) {
+    for Golden { set, fingerprints } in goldens() {
+        let (packed, prompt) = (pack(&set), prompt(&set));
+        for (kv, expected) in fingerprints {
             for kernels in backend::available() {
                 for (threads, streamed, batch) in [(1, false, 1), (3, false, 7), (2, true, 16)] {
                     let way = Way { kernels, threads, streamed, batch, kv };
@@ -149,7 +125,7 @@ fn a_conversation_goes_back_as_far_as_it_can() {
         });
     }
     // Without a memory a window goes back by a batch, and anywhere before something has left it.
-    let (packed, prompt) = (pack("window"), self::prompt("window"));
+    let (packed, prompt) = (pack("window"), prompt("window"));
     let expected = way.logits(&packed, &prompt);
     way.run(&packed, |model, state| {
         model.prefill(state, &prompt[..15]).unwrap();

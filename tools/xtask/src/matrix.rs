@@ -115,7 +115,8 @@ const KERNELS: Suite = Suite {
 const SVE: Suite =
     Suite { name: "sve", arguments: "-p bitnet-kernels-sve2 --features bitnet-kernels-sve2/std --tests" };
 
-/// Every backend as the runtime chooses it, against the committed fingerprints.
+/// Every backend as the runtime chooses it: kernel by kernel against the portable reference, and passes of every model
+/// of `tests/fingerprints.json`.
 const BACKENDS: Suite = Suite { name: "backends", arguments: "-p bitnet-tests --test backends" };
 
 /// The whole of the integration tests. Emulation makes this slow, so one CPU has to do: the Raspberry Pi 5's.
@@ -232,14 +233,17 @@ pub(crate) fn steps() -> Vec<Step> {
             steps.push(Step { beside: true, ..run });
         }
     }
-    // (e) RISC-V Linux under emulation: the plain code that every other backend is compared with, and a whole model by it,
-    // whose fingerprints are those of every CPU. What tests the suite itself, for minutes under emulation, is left to the host.
+    // (e) RISC-V Linux under emulation: the plain code that every other backend is compared with, and whole models by it, whose
+    // fingerprints are those of every CPU. What tests the suite itself, for minutes under emulation, is left to the host.
     for (name, arguments) in [
         (
             "riscv/kernels",
             "-p bitnet-kernel --tests --no-fail-fast -- --skip the_first_difference_is_named --skip every_operation_is_looked_at",
         ),
-        ("riscv/model", "-p bitnet-tests --no-default-features --test end_to_end -- one_portable_pass"),
+        (
+            "riscv/model",
+            "-p bitnet-tests --no-default-features --test end_to_end --test backends -- one_portable_pass committed_bits",
+        ),
     ] {
         let command = command(&format!("test --config {PLAIN_DEPENDENCIES} --target {RISCV} {arguments}"));
         steps.push(step(name, &[Need::Riscv], Action::Tests(Command { toolchain: Toolchain::Riscv, ..command })));
