@@ -2,12 +2,14 @@
 .section .multiboot, "ax", @progbits
 .balign 4
 header:
-    .long 0x1badb002, 0x00010000, -(0x1badb002 + 0x00010000)
+    // Modules begin with a page; where to load this is said here.
+    .long 0x1badb002, 0x00010001, -(0x1badb002 + 0x00010001)
     .long header, __load, __data_end, __bss_end, start
 
 .code32
 start:
     cli
+    mov edi, ebx // where the loader tells what it has loaded: the first argument of `main`
     lea esp, [__stack_top]
     // One gigabyte, mapped to itself in pages of 2 MiB.
     lea eax, [page_directory_pointers]
@@ -59,6 +61,7 @@ start64:
     xsetbv
     lea rsp, [__stack_top]
     xor ebp, ebp
+    mov edi, edi // the upper half may be anything
     call main
 2:  hlt
     jmp 2b
@@ -78,7 +81,14 @@ page_directory: .skip 4096
 .text
 
 // What the compiler calls by name. (rdi, rsi, rdx) by the C calling convention.
-.global memcpy, memmove, memset, memcmp, bcmp
+.global memcpy, memmove, memset, memcmp, bcmp, strlen
+strlen:
+    xor eax, eax
+    mov rcx, -1
+    repne scasb
+    not rcx
+    lea rax, [rcx - 1]
+    ret
 memmove:
     mov rax, rdi
     sub rax, rsi

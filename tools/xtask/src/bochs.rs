@@ -1,14 +1,18 @@
-//! AVX-512 where the CPU has none: the conformance suite as an image that Bochs boots, with the CPU models that it has.
+//! AVX-512 where the CPU has none: the conformance suite and whole models in an image that Bochs boots, with the CPU models that it
+//! has.
 //!
-//! The image is `kernels-x86/bochs`. A Multiboot loader of Syslinux on a CD takes it to 2 MiB and starts it. What it writes to
-//! port 0xe9 is Bochs' standard output, and decides: Bochs' own exit status is 1 even when all went well.
+//! The image is `tests/bochs`. A Multiboot loader of Syslinux on a CD takes it to 2 MiB and starts it, with the small models of
+//! `tests/golden` beside it. What it writes to port 0xe9 is Bochs' standard output, and decides: Bochs' own exit status is 1 even
+//! when all went well. Fingerprints among it are compared with those of `tests/fingerprints.json`.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
+use crate::run::{self, Host};
 use crate::workspace::{Workspace, cargo};
 
 /// A CPU model of Bochs, and the backend that must be the best on it.
@@ -44,29 +48,42 @@ pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// A run takes about a minute on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(1200);
 
+/// A module of the image is whole blocks.
+const BLOCK_BYTES: usize = 64;
+/// Fingerprints of the logits of small models: the set of golden values, and by how keys and values are kept.
+const FINGERPRINTS: &str = "tests/fingerprints.json";
+
 /// How the linker is told of the script.
-const SCRIPT: &str = "-Clink-arg=-Tkernels-x86/bochs/link.ld";
+const SCRIPT: &str = "-Clink-arg=-Ttests/bochs/link.ld";
+/// Programs of this target unwind otherwise, and without an operating system nothing can.
+const NO_UNWINDING: &str = r#"profile.release.panic="abort""#;
 
 /// The command that builds the image.
 pub(crate) fn build_arguments() -> Vec<String> {
     // Relative to the root: cargo runs the compiler there.
-    let arguments = ["rustc", "--release", "-p", "bitnet-kernels-x86", "--bin", "conformance-image"]
+    let arguments = ["rustc", "--release", "--config", NO_UNWINDING, "-p", "bitnet-bochs", "--bin", "bochs-image"]
         .into_iter()
         .chain(["--features", "image", "--target", TARGET, "--", "-Dwarnings", "-Clinker=rust-lld"])
-        // Programs of this target unwind otherwise, and without an operating system nothing can.
-        .chain(["-Clinker-flavor=ld.lld", "-Crelocation-model=static", "-Cpanic=abort"])
+        .chain(["-Clinker-flavor=ld.lld", "-Crelocation-model=static"])
         .chain(["-Clink-arg=-static", "-Clink-arg=--no-pie", "-Clink-arg=--oformat=binary", SCRIPT]);
     arguments.map(str::to_owned).collect()
 }
 
-/// Builds the image and boots it on one CPU; the answer is whether its backend was the expected one and conforms.
-pub(crate) fn run(workspace: &Workspace, cpu: Cpu) -> Result<bool> {
+/// Builds the image and boots it on one CPU; the answer is whether its backend was the expected one and conforms, and all logits
+/// had their fingerprints.
+pub(crate) fn run(workspace: &Workspace, cpu: Cpu, host: Host) -> Result<bool> {
     if !cargo().args(build_arguments()).current_dir(&workspace.root).status()?.success() {
         bail!("the image does not build");
     }
-    let image = workspace.target.join(TARGET).join("release/conformance-image");
+    let image = workspace.target.join(TARGET).join("release/bochs-image");
     let folder = workspace.target.join("bochs").join(cpu.model);
-    make_cd(&image, &folder)?;
+    let [_, packer] = run::host_programs(workspace, host)?;
+    let fingerprints = json(&workspace.root.join(FINGERPRINTS))?;
+    let sets = fingerprints.as_object().with_context(|| format!("{FINGERPRINTS} is no object"))?;
+    make_cd(&image, &folder, |tree| {
+        sets.keys().try_for_each(|set| make_module(workspace, &packer, set, &tree.join(set)))?;
+        Ok(sets.keys().map(|set| format!(" --- /{set}")).collect())
+    })?;
     std::fs::write(folder.join("bochsrc"), configuration(cpu))?;
     // The debugger, which Debian builds in, would wait for a command.
     std::fs::write(folder.join("commands"), "c\n")?;
@@ -85,7 +102,7 @@ pub(crate) fn run(workspace: &Workspace, cpu: Cpu) -> Result<bool> {
     text.iter().for_each(|line| say!("{line}"));
     match ended {
         None => say!("error: not done after {} s", PATIENCE.as_secs()),
-        Some(_) if passed(&text, cpu) => return Ok(true),
+        Some(_) if passed(&text, cpu, &fingerprints) => return Ok(true),
         Some(status) => {
             say!("error: Bochs ended with {status}, without what the image says when all is well; its last words:");
             for file in [folder.join("bochs.log"), complaints] {
@@ -99,9 +116,17 @@ pub(crate) fn run(workspace: &Workspace, cpu: Cpu) -> Result<bool> {
     Ok(false)
 }
 
-/// Whether the image said all that it says when all is well.
-fn passed(lines: &[String], cpu: Cpu) -> bool {
-    lines.contains(&format!("{} conforms", cpu.backend)) && lines.last().is_some_and(|line| line == "EXIT 0")
+/// Whether the image said all that it says when all is well, and nothing else.
+fn passed(lines: &[String], cpu: Cpu, fingerprints: &Value) -> bool {
+    let mut expected = vec![format!("{} begins", cpu.backend), format!("{} conforms", cpu.backend)];
+    for (set, of) in fingerprints.as_object().into_iter().flatten() {
+        let line = |backend, kv| format!("/{set} {backend} {kv} {}", of[kv].as_str().unwrap_or("nothing"));
+        expected.extend(["f32", "f16", "i8"].map(|kv| line(cpu.backend, kv)));
+        expected.push(line("portable", "f16"));
+    }
+    expected.push("EXIT 0".to_owned());
+    expected.iter().filter(|line| !lines.contains(line)).for_each(|line| say!("error: it did not say: {line}"));
+    lines == expected
 }
 
 /// What the image wrote, from its first line to its last: Bochs' banner and its debugger's words are before and after.
@@ -129,8 +154,30 @@ fn wait(child: &mut Child) -> Result<Option<ExitStatus>> {
     Ok(None)
 }
 
-/// A CD that starts the image.
-fn make_cd(image: &Path, folder: &Path) -> Result<()> {
+/// Packs a small model for the image: as the fingerprints have it, and after it the number of its tokens, these, all of 32 bits, and
+/// zeros up to a whole block.
+fn make_module(workspace: &Workspace, packer: &str, set: &str, path: &Path) -> Result<()> {
+    let golden = workspace.root.join("tests/golden").join(set);
+    let mut pack = Command::new(packer);
+    pack.arg("pack").arg(&golden).args(["--head", "f16", "-o"]).arg(path);
+    let packed = pack.output().context("starting bitnet-pack")?;
+    if !packed.status.success() {
+        bail!("{set}: {}", String::from_utf8_lossy(&packed.stderr).trim());
+    }
+    let ids: Vec<u32> = serde_json::from_value(json(&golden.join("ids.json"))?["input_ids"][0].clone())?;
+    let mut bytes = std::fs::read(path)?;
+    bytes.extend([ids.len() as u32].iter().chain(&ids).flat_map(|number| number.to_le_bytes()));
+    bytes.resize(bytes.len().next_multiple_of(BLOCK_BYTES), 0);
+    Ok(std::fs::write(path, bytes)?)
+}
+
+fn json(path: &Path) -> Result<Value> {
+    let read = || anyhow::Ok(serde_json::from_slice(&std::fs::read(path)?)?);
+    read().with_context(|| path.display().to_string())
+}
+
+/// A CD that starts the image. `add` puts more files into its tree, and answers with the words by which the loader loads them.
+fn make_cd(image: &Path, folder: &Path, add: impl FnOnce(&Path) -> Result<String>) -> Result<()> {
     let tree = folder.join("cd");
     let loader = tree.join("isolinux");
     std::fs::create_dir_all(&loader)?;
@@ -142,7 +189,9 @@ fn make_cd(image: &Path, folder: &Path) -> Result<()> {
         copy(file, loader.join(file.file_name().context("a file has a name")?))?;
     }
     copy(image, tree.join("image.bin"))?;
-    let menu = "DEFAULT image\nPROMPT 0\nTIMEOUT 1\nLABEL image\n KERNEL mboot.c32\n APPEND /image.bin\n";
+    let more = add(&tree)?;
+    let menu =
+        format!("DEFAULT image\nPROMPT 0\nTIMEOUT 1\nLABEL image\n KERNEL mboot.c32\n APPEND /image.bin{more}\n");
     std::fs::write(loader.join("isolinux.cfg"), menu)?;
     let output = Command::new("xorriso")
         .args(["-as", "mkisofs", "-quiet", "-o", "cd.iso", "-b", "isolinux/isolinux.bin", "-c", "isolinux/boot.cat"])
@@ -184,15 +233,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_expected_backend_and_a_good_end_pass() {
+    fn only_the_expected_backend_and_fingerprints_and_a_good_end_pass() {
         let [cpu, ..] = CPUS;
-        let all = b"Bochs x86 Emulator\n(0) [0x0000fffffff0] f000:fff0\navx512-vnni begins\navx512-vnni conforms\nEXIT 0\n(0).[1]\n";
-        let lines = lines_of(all);
-        assert_eq!(lines, ["avx512-vnni begins", "avx512-vnni conforms", "EXIT 0"]);
-        assert!(passed(&lines, cpu));
-        assert!(!passed(&lines[..2], cpu), "it did not end");
-        assert!(!passed(&lines_of(b"avx2 begins\navx2 conforms\nEXIT 0\n"), cpu), "another backend");
-        assert!(!passed(&lines_of(b"avx512-vnni begins\navx512-vnni conforms\nEXIT 1\n"), cpu));
-        assert!(!passed(&lines_of(b""), cpu));
+        let fingerprints = serde_json::json!({"small": {"f32": "0x1", "f16": "0x2", "i8": "0x3"}});
+        let models = "/small avx512-vnni f32 0x1\n/small avx512-vnni f16 0x2\n/small avx512-vnni i8 0x3\n/small portable f16 0x2\n";
+        let good = format!("avx512-vnni begins\navx512-vnni conforms\n{models}EXIT 0\n");
+        let lines = lines_of(format!("Bochs x86 Emulator\n(0) [0x0000fffffff0] f000:fff0\n{good}(0).[1]\n").as_bytes());
+        assert_eq!(lines, good.lines().collect::<Vec<_>>());
+        let passes = |text: &str| passed(&lines_of(text.as_bytes()), cpu, &fingerprints);
+        assert!(passes(&good));
+        for (from, to) in [
+            ("EXIT 0\n", ""),
+            ("EXIT 0", "EXIT 1"),
+            ("avx512-vnni", "avx2"),
+            ("avx512-vnni conforms\n", ""),
+            ("i8 0x3", "i8 0x2"),
+            ("/small portable f16 0x2\n", ""),
+            (models, ""),
+        ] {
+            assert!(!passes(&good.replace(from, to)), "{from}");
+        }
+        assert!(!passes(""));
     }
 }

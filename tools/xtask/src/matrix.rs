@@ -46,7 +46,7 @@ pub(crate) enum Action {
     Tidy,
     /// What [`crate::manifests`] checks.
     Manifests,
-    /// The kernels' conformance on a CPU of Bochs.
+    /// The kernels' conformance and whole models on a CPU of Bochs.
     Bochs(crate::bochs::Cpu),
     /// A board's image, booted and listened to.
     Boot(crate::boot::Request),
@@ -250,7 +250,7 @@ pub(crate) fn steps() -> Vec<Step> {
     }
     // (f) x86-64 with AVX-512 and without, under emulation.
     for cpu in bochs::CPUS {
-        let needs = [Need::Target(bochs::TARGET), Need::Bochs];
+        let needs = [Need::Target(bochs::TARGET), Need::Bochs, Need::Linker];
         steps.push(step(&format!("bochs/{}", cpu.backend), &needs, Action::Bochs(cpu)));
     }
     // (g) Builds that are not run here: bare metal, and the static programs that people install.

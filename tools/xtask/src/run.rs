@@ -188,7 +188,7 @@ fn one(workspace: &Workspace, step: &Step, host: Host) -> Result<Count> {
             let (passed, failed) = boot::check(workspace, *request, host)?;
             Ok(Count { passed, failed })
         }
-        Action::Bochs(cpu) => Ok(if bochs::run(workspace, *cpu)? { PASSED } else { FAILED }),
+        Action::Bochs(cpu) => Ok(if bochs::run(workspace, *cpu, host)? { PASSED } else { FAILED }),
         Action::Static { target, machine } => static_programs(workspace, target, *machine),
     }
 }
