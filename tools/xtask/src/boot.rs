@@ -65,6 +65,8 @@ enum Medium {
     Disk,
     /// On a disk, another model than that of all other runs: of random weights, and [`LARGE_TIMES`] the machine's RAM.
     Large,
+    /// In flash, the bundled model whose conversations are of one size, of any length.
+    Stateful,
     /// In RAM, where a loader has put it.
     Ram,
 }
@@ -73,13 +75,14 @@ const fn boot(cpu: &'static str, cores: u8, level: u8, backend: &'static str) ->
     Run { board: Board::QemuVirt, cpu, cores, medium: Medium::Flash, level, backend }
 }
 
-/// Every CPU on one core and on four, every level to start from, both media, and a model larger than RAM; and the board that QEMU
-/// has not.
-pub(crate) const RUNS: [Run; 11] = [
+/// Every CPU on one core and on four, every level to start from, both media, a model larger than RAM, and one with a memory beside
+/// attention; and the board that QEMU has not.
+pub(crate) const RUNS: [Run; 12] = [
     boot("cortex-a76", 1, 1, "neon-dotprod"),
     boot("cortex-a76", 4, 1, "neon-dotprod"),
     Run { medium: Medium::Disk, ..boot("cortex-a76", 1, 1, "neon-dotprod") },
     Run { medium: Medium::Large, ..boot("cortex-a76", 1, 1, "neon-dotprod") },
+    Run { medium: Medium::Stateful, ..boot("cortex-a76", 1, 1, "neon-dotprod") },
     boot("neoverse-v1", 1, 1, "sve"),
     boot("neoverse-v1", 4, 2, "sve"),
     boot("neoverse-n2", 1, 3, "sve2"),
@@ -103,6 +106,8 @@ const STRICT: Run = boot("max", 1, 1, "sve2");
 
 const CHECKPOINT: &str = "models/stories-ternary";
 const MODEL: &str = "stories-ternary.bitnet";
+const STATEFUL_CHECKPOINT: &str = "models/stories-stateful";
+const STATEFUL_MODEL: &str = "stories-stateful.bitnet";
 /// Where `boards/rpi5/config.txt` has the model put.
 const RPI5_MODEL: u64 = 256 << 20;
 /// What an image says that has nobody to give an exit code to.
@@ -222,7 +227,8 @@ impl Options {
                         "flash" => Medium::Flash,
                         "disk" => Medium::Disk,
                         "large" => Medium::Large,
-                        other => bail!("--medium is `flash`, `disk` or `large`, not `{other}`"),
+                        "stateful" => Medium::Stateful,
+                        other => bail!("--medium is `flash`, `disk`, `large` or `stateful`, not `{other}`"),
                     });
                 }
                 other => bail!("`boot` has no option `{other}`"),
@@ -313,14 +319,17 @@ impl Image {
         fs::create_dir_all(&folder)?;
         let elf = workspace.target.join(ARM_BARE).join("release").join(name);
         let image = Self { board, alignment, folder, bitnet, elf };
-        let mut pack = Command::new(&packer);
-        pack.arg("pack").arg(workspace.root.join(CHECKPOINT)).arg("-o").arg(image.model()).stdout(Stdio::null());
-        if !pack.stderr(Stdio::null()).status()?.success() {
-            bail!("bitnet-pack could not pack {CHECKPOINT}");
-        }
+        let pack = |checkpoint: &str, path: &Path| -> Result<Vec<u8>> {
+            let mut pack = Command::new(&packer);
+            pack.arg("pack").arg(workspace.root.join(checkpoint)).arg("-o").arg(path).stdout(Stdio::null());
+            if !pack.stderr(Stdio::null()).status()?.success() {
+                bail!("bitnet-pack could not pack {checkpoint}");
+            }
+            Ok(fs::read(path)?)
+        };
+        let model = pack(CHECKPOINT, &image.folder.join(MODEL))?;
         let code = elf::flat(&fs::read(&image.elf)?).with_context(|| image.elf.display().to_string())?;
         say!("{name}: {} bytes of code and constants, {features}", code.len());
-        let model = fs::read(image.model())?;
         if board == Board::Rpi5 {
             fs::write(image.folder.join(board.file()), &code)?;
             return Ok(image);
@@ -328,6 +337,8 @@ impl Image {
         padded(&image.folder.join(board.file()), &code, FLASH_BYTES)?;
         padded(&image.folder.join("model.flash"), &model, FLASH_BYTES)?;
         padded(&image.folder.join("model.disk"), &model, (model.len() as u64).next_multiple_of(SECTOR_BYTES))?;
+        let stateful = pack(STATEFUL_CHECKPOINT, &image.folder.join(STATEFUL_MODEL))?;
+        padded(&image.folder.join("stateful.flash"), &stateful, FLASH_BYTES)?;
         image.make_large(&packer)?;
         Ok(image)
     }
@@ -347,17 +358,14 @@ impl Image {
         padded(&self.folder.join("large.disk"), &fs::read(&path)?, bytes.next_multiple_of(SECTOR_BYTES))
     }
 
-    fn model(&self) -> PathBuf {
-        self.folder.join(MODEL)
-    }
-
     /// What the program for this machine says.
     fn expected(&self, run: Run) -> Result<String> {
         let mut command = Command::new(&self.bitnet);
         command.arg("run").args(["--temperature", "0", "--max-tokens", TOKENS]);
         match run.medium {
             Medium::Large => command.arg(self.folder.join(LARGE_MODEL)).args(["--print-ids", "--ids", LARGE_PROMPT]),
-            Medium::Flash | Medium::Disk | Medium::Ram => command.arg(self.model()).arg(PROMPT),
+            Medium::Stateful => command.arg(self.folder.join(STATEFUL_MODEL)).arg(PROMPT),
+            Medium::Flash | Medium::Disk | Medium::Ram => command.arg(self.folder.join(MODEL)).arg(PROMPT),
         };
         let output = command.output().context("starting bitnet")?;
         if !output.status.success() {
@@ -389,7 +397,10 @@ impl Image {
         .args(["-semihosting-config", "enable=on,target=native"])
         .args(["-drive", "if=pflash,index=0,format=raw,readonly=on,file=code.flash"]);
         match run.medium {
-            Medium::Flash => qemu.args(["-drive", "if=pflash,index=1,format=raw,readonly=on,file=model.flash"]),
+            Medium::Flash | Medium::Stateful => {
+                let file = if run.medium == Medium::Stateful { "stateful.flash" } else { "model.flash" };
+                qemu.args(["-drive", &format!("if=pflash,index=1,format=raw,readonly=on,file={file}")])
+            }
             Medium::Ram | Medium::Disk | Medium::Large => {
                 let file = if run.medium == Medium::Large { "large.disk" } else { "model.disk" };
                 let drive = format!("if=none,id=model,format=raw,readonly=on,file={file}");
@@ -545,7 +556,7 @@ fn judge(transcript: &str, expected: &str, run: Run) -> Result<()> {
         }
     }
     let ram = ram(transcript).context("the transcript does not say what RAM is used")?;
-    if run.medium == Medium::Flash && ram > FLASH_RAM_BYTES {
+    if matches!(run.medium, Medium::Flash | Medium::Stateful) && ram > FLASH_RAM_BYTES {
         bail!(
             "{ram} bytes of RAM beside the conversation, and {FLASH_RAM_BYTES} are enough without a copy of the model"
         );
@@ -572,11 +583,12 @@ mod tests {
     #[test]
     fn options_choose_runs() {
         let runs = |line| Options::parse(&words(line)).and_then(|options| options.runs());
-        assert_eq!(runs("qemu-virt").unwrap(), RUNS[..10]);
-        assert_eq!(runs("rpi5").unwrap(), [RUNS[10]]);
-        assert_eq!(runs("qemu-virt --cpu neoverse-v1 --cores 4").unwrap(), [RUNS[5]]);
+        assert_eq!(runs("qemu-virt").unwrap(), RUNS[..11]);
+        assert_eq!(runs("rpi5").unwrap(), [RUNS[11]]);
+        assert_eq!(runs("qemu-virt --cpu neoverse-v1 --cores 4").unwrap(), [RUNS[6]]);
         assert_eq!(runs("qemu-virt --medium disk").unwrap(), [RUNS[2]]);
         assert_eq!(runs("qemu-virt --medium large").unwrap(), [RUNS[3]]);
+        assert_eq!(runs("qemu-virt --medium stateful").unwrap(), [RUNS[4]]);
         assert_eq!(runs("qemu-virt --strict-align").unwrap(), [STRICT]);
         assert!(runs("rpi5 --strict-align").is_err(), "the other board stands for it");
         for (line, complaint) in [
@@ -610,7 +622,7 @@ mod tests {
 
     #[test]
     fn a_transcript_with_another_text_backend_or_start_is_not_good() {
-        let run = RUNS[4];
+        let run = RUNS[5];
         let good = format!(
             "bitnet-edge\nx: started at EL1, sve\nself-test: sve conforms\nRAM: 3000000 bytes, of which the conversation 1000000\n\
              1 cores\n> {PROMPT}\n{PROMPT}, a fox.\n(5 tokens"

@@ -63,7 +63,7 @@ Usage: cargo xtask COMMAND
                   search for input that makes a reader fail: gguf, safetensors, llama2c, tokenizer, image, plan, widths, text
   boot BOARD      (qemu-virt or rpi5) build a board's image and boot it in QEMU, on every CPU or on that of --cpu MODEL, on --cores N cores, with the
                   model in flash or on a disk, or one of five times the RAM on a disk
-                  (--medium flash|disk|large), and compare what it says with what `bitnet` says;
+                  (--medium flash|disk|large|stateful), and compare what it says with what `bitnet` says;
                   --strict-align makes every unaligned access a fault and runs the whole self-test;
                   --interactive gives you the console in place of the comparison (an empty line ends it)
   stream-proof    an image of 574 MiB with 128 MiB of RAM in a control group of 160 MiB, which root may make: the same logits,
