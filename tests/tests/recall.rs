@@ -35,14 +35,11 @@ fn what_left_the_window_long_ago_is_recalled() {
         found.zip(&answers).filter(|(found, answer)| found == *answer).count()
     };
     let way = Way { batch: 16, kv: KvFormat::F16, ..Way::plain(backend::best()) };
-    let packed = Packed::pack(&source, &options);
-    for kernels in backend::available() {
-        let rows = recall(&packed, Way { kernels, ..way });
-        let found = fingerprint(&rows);
-        println!("{} of {} by {}: {found:#018x}", right(&rows), rows.len(), kernels.name());
-        assert_eq!(right(&rows), RIGHT, "{}", kernels.name());
-        assert_eq!(found, FINGERPRINT, "{found:#018x} by {}", kernels.name());
-    }
+    // By one backend: emulated ones take a minute each, and all are compared where conversations are short.
+    let rows = recall(&Packed::pack(&source, &options), way);
+    let found = fingerprint(&rows);
+    println!("{} of {}: {found:#018x}", right(&rows), rows.len());
+    assert_eq!((right(&rows), found), (RIGHT, FINGERPRINT), "{found:#018x} by {}", way.kernels.name());
 
     let place = tempfile::tempdir().unwrap();
     let mut config = json(source.join("config.json"));
