@@ -68,6 +68,8 @@ enum Weights {
     Packed { divide: bool },
     /// As floats, to be made ternary by the reader.
     Masters,
+    /// As floats of one magnitude, of which only some are zero because [`Tiny::zeros`] says so.
+    Signs,
 }
 
 /// A checkpoint to be written: [`Tiny::n`] or [`Tiny::l`], then what is to be different.
@@ -191,6 +193,12 @@ impl Tiny {
         self.quantization("linear_class", "autobitlinear").quantization("quantization_mode", "online")
     }
 
+    /// Matrices as floats of one magnitude, 0.02, none of which is zero, and nothing that says so: the reader has to see it.
+    pub fn signs(mut self) -> Self {
+        self.weights = Weights::Signs;
+        self.without("quantization_config")
+    }
+
     /// A norm inside every linear.
     pub fn linear_norms(self) -> Self {
         self.quantization("use_rms_norm", true).quantization("rms_norm_eps", 1e-5)
@@ -255,6 +263,9 @@ impl Tiny {
         for layer in 0..self.layers {
             for (name, rows, cols) in MATRICES {
                 let mut codes: Vec<u8> = (0..rows * cols).map(|_| random.code()).collect();
+                if self.weights == Weights::Signs {
+                    codes.iter_mut().filter(|code| **code == 1).for_each(|code| *code = 2);
+                }
                 for (_, at) in self.zeros.iter().filter(|(matrix, _)| *matrix == name) {
                     codes
                         .iter_mut()
@@ -282,7 +293,7 @@ impl Tiny {
     fn matrix(&self, tensors: &mut BTreeMap<String, Tensor>, name: &str, codes: &[u8], cols: usize) {
         let rows = codes.len() / cols;
         let weight = match self.weights {
-            Weights::Masters => {
+            Weights::Masters | Weights::Signs => {
                 let masters: Vec<f32> = codes.iter().map(|&code| (f32::from(code) - 1.0) * SCALE).collect();
                 self.floats(&masters, &[rows, cols])
             }

@@ -71,6 +71,49 @@ fn shapes_are_those_of_what_is_left() {
     assert_eq!((index.encoding, index.blocks.get()), (Encoding::Whole.tag(), 0));
 }
 
+/// Weights without a zero but in rows and columns that are left out take one bit each, also where leaving one out saves nothing
+/// by itself; a zero elsewhere takes that away. The logits are those of two bits a weight.
+#[test]
+fn what_is_left_without_zeros_takes_one_bit() {
+    let ids: Vec<u32> = (0..21).map(|i| i * 7 % 256).collect();
+    let tiny = Tiny::l()
+        .signs()
+        .zeros("mlp.up_proj", |row, _| row % 20 >= 7)
+        .zeros("mlp.down_proj", |_, col| col % 20 >= 7)
+        .zeros("self_attn.v_proj", |row, col| row % 2 == 1 || col % 3 == 0)
+        .zeros("self_attn.q_proj", |row, _| row == 5)
+        .zeros("self_attn.k_proj", |row, col| row == 5 && col > 0);
+    let (whole, compact) = both(&tiny, &Options::default());
+    let (_, two) = both(&tiny, &Options { format: Format::T2, ..Options::default() });
+    let expected = fingerprint(&Way::plain(&Portable).logits(&whole, &ids));
+    assert_eq!(fingerprint(&Way::plain(&Portable).logits(&two, &ids)), expected);
+    for kernels in backend::available() {
+        let way = Way { batch: 5, ..Way::plain(kernels) };
+        assert_eq!(fingerprint(&way.logits(&compact, &ids)), expected, "{way:?}");
+    }
+    let linear = |packed: &Packed, kind| {
+        let image = packed.image();
+        let linear = image.sections().find(kind, Some(1)).unwrap();
+        (linear.tensor().unwrap().format, linear.rows.get(), linear.cols.get())
+    };
+    for (kind, rows, cols) in [
+        (Kind::Up, 182, 256),
+        (Kind::Down, 256, 182),
+        (Kind::Value, 64, 170),
+        (Kind::Query, 255, 256),
+        (Kind::Output, 256, 256),
+    ] {
+        assert_eq!(linear(&compact, kind), (Format::B1, rows, cols), "{kind:?}");
+        let format = if kind == Kind::Output { Format::B1 } else { Format::TL };
+        assert_eq!(linear(&whole, kind).0, format, "{kind:?}");
+    }
+    assert_eq!(linear(&compact, Kind::Key).0, Format::TL);
+    // Blocks alone are no way to leave them out.
+    let blocks = Options { layout: Layouts::Blocks(BlockShape::Wide), ..Options::default() };
+    let (_, blocks) = both(&tiny, &blocks);
+    assert_eq!(fingerprint(&Way::plain(&Portable).logits(&blocks, &ids)), expected);
+}
+
 /// Costs from a table, by the names of layouts; of names that are not in it, a thousand.
 struct Table(&'static [(&'static str, f64)]);
 

@@ -219,6 +219,10 @@ impl Kind {
             kind => kind,
         }
     }
+    /// Whether it is a linear that may be stored without rows, columns or blocks of zeros.
+    pub const fn has_layouts(self) -> bool {
+        matches!(self, Self::Query | Self::Key | Self::Value | Self::Output | Self::Gate | Self::Up | Self::Down)
+    }
     /// Whether it says how a linear is laid out.
     pub const fn is_index(self) -> bool {
         matches!(

@@ -141,10 +141,15 @@ impl Kept {
         [rows, cols].concat()
     }
     /// Keeps what makes the smallest matrix of `format` for kernels, and `None` if the whole one is about as small. Rows are
-    /// left out before columns, and neither if nothing is saved. Linears of grouped formats and of half precision stay whole.
+    /// left out before columns, and neither if nothing is saved; of one bit a weight all that are zero are. Linears of grouped
+    /// formats and of half precision stay whole.
     fn worth(mut self, format: Format) -> Option<Self> {
         let whole = (self.rows.len() as u32, self.cols.len() as u32);
         let (rows, cols) = self.shape();
+        // It cannot hold the zeros of what is left out.
+        if format == Format::B1 {
+            return Some(self).filter(|_| (rows, cols) != whole && rows > 0);
+        }
         // A matrix of zeros says nothing about the model.
         if rows == 0 || cols == 0 || format.is_grouped() || format == Format::F16 {
             return None;
@@ -250,7 +255,7 @@ impl Zeros {
             cols: kept.cols.iter().map(|&kept| kept || !cols).collect(),
         };
         if format == Format::B1 {
-            return if left == all { found } else { vec![Found::Kept(kept)] };
+            return vec![kept.worth(format).map_or(Found::Whole, Found::Kept)];
         }
         let compacted = [(left.0 < all.0, false), (false, left.1 < all.1), (left.0 < all.0, left.1 < all.1)];
         for (i, (rows, cols)) in compacted.into_iter().enumerate() {

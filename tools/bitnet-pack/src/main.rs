@@ -287,8 +287,8 @@ fn report_path(text: &str) -> Result<PathBuf, String> {
 #[derive(Args, Debug)]
 struct Formats {
     /// Format of the ternary weights: tl takes 1.67 bits each (and 1, as b1, in linears that are written as they are
-    /// multiplied and have no zeros), t2 takes 2, b1 takes 1 (but no weight may be zero). Those
-    /// that end in g128 have a scale for every 128 columns of a row.
+    /// multiplied and have no zeros but in rows and columns that are left out), t2 takes 2, b1 takes 1 (but no weight that is
+    /// stored may be zero). Those that end in g128 have a scale for every 128 columns of a row.
     #[arg(long, default_value = "tl", value_parser = format(&["tl", "t2", "b1", "i4", "i8", "tlg128", "b1g128", "i4g128", "i3g128", "i2g128"]))]
     format: Format,
     /// Format of linears that are not ternary, in models that have such; the digit is the bits of a weight, and 3 and 2 cost

@@ -5,7 +5,7 @@ use crate::checkpoint::{Checkpoint, Dtype, Naming, Table, TensorInfo, groups};
 use crate::encode::{encode, encode_f16, encode_grouped};
 use crate::kept::{Kept, Live};
 use crate::prune::{Pruned, Sparsity, prune};
-use crate::quantize::{self, Absmean, Distance, MagnitudeSum};
+use crate::quantize::{self, Absmean, Distance, Gaps, MagnitudeSum};
 use crate::reorder::{Reordered, reorder};
 use crate::report::{LayerBits, Progress, Report, SectionReport, planned_bits};
 use crate::split::{self, Energy, Plane};
@@ -138,8 +138,10 @@ impl Options {
             // A head that is a linear as those of the layers are.
             Source::Masters(_) if kind == Kind::Head => Encoding::Matrix(self.format),
             // One bit a weight instead of five thirds, and the same products.
-            Source::Ternary(.., false) if self.encoding(kind) == Encoding::Matrix(Format::TL) => {
-                Encoding::Matrix(Format::B1)
+            Source::Ternary(.., gaps) if self.encoding(kind) == Encoding::Matrix(Format::TL) => {
+                let left_out = kind.has_layouts() && matches!(self.layout, Layouts::Auto | Layouts::Kept);
+                let binary = *gaps == Gaps::None || *gaps == Gaps::Lines && left_out;
+                Encoding::Matrix(if binary { Format::B1 } else { Format::TL })
             }
             Source::Grouped(_, true) => Encoding::Matrix(Format::B1G),
             Source::Grouped(_, false) => Encoding::Matrix(Format::TLG),

@@ -6,19 +6,33 @@ use bitnet_kernel::Format;
 use half::f16;
 use pulp::Arch;
 
+/// Where a matrix has zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gaps {
+    /// It has none.
+    None,
+    /// In rows and columns that hold nothing else, as structured pruning leaves them: without these it has none.
+    Lines,
+    /// Elsewhere too, or it holds nothing else.
+    Anywhere,
+}
+
 /// What the numbers of a matrix say of themselves, as they come in.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Evidence {
     /// The only magnitude other than zero so far, zero if there was none.
     magnitude: Option<f32>,
-    has_zeros: bool,
+    /// Where zeros were so far.
+    gaps: Gaps,
+    /// Which columns hold something in the rows that do; empty before the first of these.
+    columns: Vec<bool>,
     /// Whether no number was zero, if every group had one magnitude so far.
     grouped: Option<bool>,
 }
 
 impl Default for Evidence {
     fn default() -> Self {
-        Self { magnitude: Some(0.0), has_zeros: false, grouped: Some(true) }
+        Self { magnitude: Some(0.0), gaps: Gaps::None, columns: Vec::new(), grouped: Some(true) }
     }
 }
 
@@ -32,12 +46,29 @@ impl Evidence {
             let same = has_magnitude(values, magnitude);
             self.magnitude = same.then_some(magnitude);
         }
-        self.has_zeros |= values.contains(&0.0);
+        for row in values.chunks_exact(cols) {
+            if self.gaps == Gaps::Anywhere {
+                break;
+            }
+            self.gaps = self.gaps_with(row);
+        }
         if let Some(binary) = self.grouped {
             let mut groups = values.chunks_exact(cols).flat_map(|row| row.chunks(Format::GROUP_COLS));
             let same = groups.all(|group| group_scale(group).is_some());
             self.grouped = same.then(|| binary && values.iter().all(|v| *v != 0.0));
         }
+    }
+    /// Where zeros are, with this row.
+    fn gaps_with(&mut self, row: &[f32]) -> Gaps {
+        if row.iter().all(|v| *v == 0.0) {
+            return Gaps::Lines;
+        }
+        if self.columns.is_empty() {
+            self.columns.extend(row.iter().map(|v| *v != 0.0));
+            return if self.columns.contains(&false) { Gaps::Lines } else { self.gaps };
+        }
+        let same = row.iter().zip(&self.columns).fold(true, |same, (v, holds)| same & ((*v != 0.0) == *holds));
+        if same { self.gaps } else { Gaps::Anywhere }
     }
     /// Whether more numbers can still say something.
     pub fn is_open(&self) -> bool {
@@ -47,9 +78,9 @@ impl Evidence {
     pub fn magnitude(&self) -> Option<f32> {
         self.magnitude.map(|m| if m == 0.0 { 1.0 } else { m })
     }
-    /// Whether a number was zero.
-    pub fn has_zeros(&self) -> bool {
-        self.has_zeros
+    /// Where the zeros are.
+    pub fn gaps(&self) -> Gaps {
+        if self.columns.is_empty() { Gaps::Anywhere } else { self.gaps }
     }
     /// If every group of columns of a row has one magnitude beside zero, which half precision holds exactly: whether no
     /// number is zero.
@@ -364,6 +395,26 @@ pub fn row_f16(row: &[f32], into: &mut [u16]) -> Result<(), usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Zeros in lines, in whatever order rows come and however many at once; and what is not in lines.
+    #[test]
+    fn zeros_are_told_by_where_they_are() {
+        let gaps = |rows: &[[f32; 3]]| {
+            let (mut one, mut all) = (Evidence::default(), Evidence::default());
+            rows.iter().for_each(|row| one.add(row, 3));
+            all.add(rows.as_flattened(), 3);
+            assert_eq!(one.gaps(), all.gaps(), "{rows:?}");
+            all.gaps()
+        };
+        let (full, left, none) = ([1.0, -1.0, 1.0], [-1.0, 0.0, 1.0], [0.0, -0.0, 0.0]);
+        assert_eq!(gaps(&[full, full]), Gaps::None);
+        for lines in [[none, full, full], [full, none, full], [left, left, none], [none, left, left]] {
+            assert_eq!(gaps(&lines), Gaps::Lines, "{lines:?}");
+        }
+        for anywhere in [[full, left, full], [left, full, left], [none, left, full], [none, none, none]] {
+            assert_eq!(gaps(&anywhere), Gaps::Anywhere, "{anywhere:?}");
+        }
+    }
 
     /// Weights that a scale times levels gives come back as they are, whatever the sign of the scale.
     #[test]

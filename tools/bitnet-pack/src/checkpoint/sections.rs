@@ -3,7 +3,7 @@
 use super::{Checkpoint, Dtype, Naming, Storage, Table, TensorInfo, llama2c};
 use crate::kept::{self, Found, Kept, Live};
 use crate::pack::far;
-use crate::quantize::{Absmean, Distance, Evidence, MagnitudeSum};
+use crate::quantize::{Absmean, Distance, Evidence, Gaps, MagnitudeSum};
 use crate::tune::Tuner;
 use crate::{Error, Options, Progress};
 use bitnet_kernel::float::TAPS;
@@ -23,8 +23,8 @@ pub enum Source {
     /// Ternary codes, four rows a byte, and what they are multiplied by.
     Packed(TensorInfo, f32),
     /// Numbers that are all a multiple of one magnitude by -1, 0 or 1, and this magnitude; and what they are multiplied by
-    /// in addition; and whether there are zeros among them.
-    Ternary(TensorInfo, f32, f32, bool),
+    /// in addition; and where there are zeros among them.
+    Ternary(TensorInfo, f32, f32, Gaps),
     /// Numbers of which every group of 128 columns of a row is ternary but for a factor, and whether none is zero.
     Grouped(TensorInfo, bool),
     /// Float masters of a ternary matrix.
@@ -125,9 +125,7 @@ pub fn bind(
             Encoding::Matrix(format)
                 if !matches!(source, Source::Part(..))
                     && (options.adaptive.is_none() || !matches!(source, Source::Rows(_)))
-                    && section.kind.is_linear()
-                    && section.kind.index() != section.kind
-                    && section.kind.linear_kind() == section.kind =>
+                    && section.kind.has_layouts() =>
             {
                 let tuner = tuner.as_deref_mut();
                 kept::find(checkpoint, &source, &section, format, options.layout, tuner, progress)?
@@ -466,21 +464,21 @@ impl<'a> Binder<'a> {
 
     /// A linear of which nothing but its numbers is known: ternary if they are.
     fn found(&mut self, tensor: &'a TensorInfo, masters: bool) -> Result<Source, Error> {
-        let (magnitude, grouped, has_zeros) = match tensor.dtype {
-            Dtype::I2_S | Dtype::I2_S_64 => (Some(tensor.scale), None, true),
+        let (magnitude, grouped, gaps) = match tensor.dtype {
+            Dtype::I2_S | Dtype::I2_S_64 => (Some(tensor.scale), None, Gaps::Anywhere),
             _ => {
                 let evidence = self.evidence(tensor)?;
-                (evidence.magnitude(), evidence.grouped(), evidence.has_zeros())
+                (evidence.magnitude(), evidence.grouped(), evidence.gaps())
             }
         };
         // A multiplier beside the weights, which some converters keep apart.
         let beside = tensor.name.strip_suffix(".weight").map(|name| format!("{name}.scale"));
         let beside = beside.and_then(|name| self.checkpoint.tensor(&name));
         match (magnitude, beside) {
-            (Some(magnitude), None) => Ok(Source::Ternary(tensor.clone(), magnitude, 1.0, has_zeros)),
+            (Some(magnitude), None) => Ok(Source::Ternary(tensor.clone(), magnitude, 1.0, gaps)),
             (Some(magnitude), Some(scale)) => {
                 self.used.insert(&scale.name);
-                Ok(Source::Ternary(tensor.clone(), magnitude, self.multiplier(scale, true)?, has_zeros))
+                Ok(Source::Ternary(tensor.clone(), magnitude, self.multiplier(scale, true)?, gaps))
             }
             (None, Some(scale)) => self.wrong(scale, "a multiplier of weights that have not one magnitude"),
             (None, None) if grouped.is_some() => Ok(Source::Grouped(tensor.clone(), grouped == Some(true))),

@@ -98,7 +98,7 @@ pub fn tune(image: &Path, output: &Path, timer: &mut dyn Timer, progress: &mut d
         out.copy(&opened, record)?;
     }
     for linear in &linears {
-        if sparse && linear.has_index() {
+        if sparse && linear.section.kind.has_layouts() {
             out.index(&linear.layout)?;
         }
         linear.write(&opened, &checked, &mut out)?;
@@ -131,9 +131,7 @@ impl<'a> Relaid<'a> {
     ) -> Result<Self, Error> {
         let encoding = Encoding::from_tag(record.encoding).expect("the record was checked");
         let relaid = |section, encoding, layout, same| Self { record, section, encoding, layout, same };
-        let can_change = section.kind.is_linear()
-            && section.kind.index() != section.kind
-            && section.kind.linear_kind() == section.kind
+        let can_change = section.kind.has_layouts()
             && !matches!(encoding, Encoding::Matrix(format) if format.is_grouped() || format == Format::F16);
         let whole = if can_change { Whole::of(opened, image, record)? } else { None };
         let Some(whole) = whole else { return Ok(relaid(section, encoding, Found::Whole, true)) };
@@ -156,12 +154,6 @@ impl<'a> Relaid<'a> {
         let layout = tuner.choose(&section, format, zeros);
         let same = layout == Found::Whole && whole.is_stored_whole();
         Ok(relaid(section, Encoding::Matrix(format), layout, same))
-    }
-
-    fn has_index(&self) -> bool {
-        self.section.kind.is_linear()
-            && self.section.kind.index() != self.section.kind
-            && self.section.kind.linear_kind() == self.section.kind
     }
 
     /// The encoding of the section, and of an index before it.
