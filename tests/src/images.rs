@@ -9,6 +9,7 @@ use bitnet_runtime::parallel::{Pool, Serial};
 use bitnet_runtime::sampler::{Sampler, Sampling};
 use bitnet_runtime::source::{BlockDevice, Mapped, Streamed, WeightSource};
 use bitnet_runtime::{Error, Image, Limits, Model, Plan, State};
+use std::cell::Cell;
 use std::path::Path;
 use zerocopy::IntoBytes;
 
@@ -168,6 +169,22 @@ impl BlockDevice for Disk<'_> {
         let from = self.0.get(start as usize..).and_then(|b| b.get(..into.len())).ok_or(out_of_range)?;
         into.copy_from_slice(from);
         Ok(())
+    }
+}
+
+/// A block device in memory that fails when it is told to.
+#[derive(Debug)]
+pub struct Failing<'a> {
+    /// What is read.
+    pub disk: Disk<'a>,
+    /// Reads until one fails, and all after it do.
+    pub left: &'a Cell<usize>,
+}
+
+impl BlockDevice for Failing<'_> {
+    fn read(&mut self, start: u32, into: &mut [Block]) -> Result<(), SourceError> {
+        self.left.set(self.left.get().checked_sub(1).ok_or(SourceError::Device)?);
+        self.disk.read(start, into)
     }
 }
 

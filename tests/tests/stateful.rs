@@ -2,16 +2,18 @@
 //! small random models (`tools/train/golden.py`) is what the runtime computes, on every backend and in every way of running.
 use bitnet_kernel::{Block, Format};
 use bitnet_pack::{Options, Stateful};
+use bitnet_runtime::error::SourceError;
 use bitnet_runtime::image::Kind;
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::model::{Config, Difference, Matrices, Memory, Vector, Window};
 use bitnet_runtime::parallel::Serial;
 use bitnet_runtime::sampler::Sampling;
-use bitnet_runtime::source::Mapped;
+use bitnet_runtime::source::{Mapped, Streamed};
 use bitnet_runtime::{Error, Limits, Model, Plan, State, backend};
 use bitnet_tests::goldens::{Golden, goldens, pack, prompt};
-use bitnet_tests::images::{Packed, Way, fingerprint};
+use bitnet_tests::images::{Disk, Failing, Packed, Way, fingerprint};
 use bitnet_tests::{argmax, golden, json, max_difference, model, npy};
+use std::cell::Cell;
 
 /// The largest difference that was found is 1.7e-6, and it is the same on every CPU.
 const TOLERANCE: f32 = 3e-6;
@@ -137,9 +139,9 @@ fn a_conversation_goes_back_as_far_as_it_can() {
     });
 }
 
-/// A pass that fails leaves a state as it was.
+/// What is refused before it begins leaves a state as it was.
 #[test]
-fn a_failed_pass_leaves_the_state_as_it_was() {
+fn a_refused_pass_leaves_the_state_as_it_was() {
     for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late", "shared", "matmul_free"] {
         let (packed, prompt) = (pack(set), prompt(set));
         let way = Way { batch: 4, ..Way::plain(backend::best()) };
@@ -152,6 +154,55 @@ fn a_failed_pass_leaves_the_state_as_it_was() {
             assert_eq!((state.rewind(30), state.rewind(7)), (30, 0));
             assert_eq!(model.prefill(state, &prompt[..31]).unwrap(), expected[30]);
         });
+    }
+}
+
+/// A pass whose device fails, wherever that is: the conversation has as many tokens as it says, and goes on with the rest of them as
+/// if nothing had failed. So does one that is then cut to where an earlier pass began, of which the pass that failed may have written
+/// over what there was.
+#[test]
+fn a_failing_device_leaves_a_conversation_that_goes_on() {
+    const BATCH: u32 = 4;
+    for set in ["bitrnn_m", "bitrnn_v", "bitrnn_m_late", "bitrnn_v_late", "shared_late", "window", "matmul_free"] {
+        let (packed, prompt) = (pack(set), prompt(set));
+        let expected = Way { batch: BATCH, ..Way::plain(backend::best()) }.logits(&packed, &prompt);
+        let image = packed.image();
+        let config = image.header().config;
+        let limits = Limits { context: image.header().plan.limits.context, batch: BATCH, kv: KvFormat::F16 };
+        let plan = Plan::new(&config, &limits);
+        let left = Cell::new(usize::MAX);
+        let mut staging = vec![Block::ZERO; Streamed::<Failing<'_>>::staging_blocks_min(&image)];
+        let mut scratch = vec![Block::ZERO; plan.scratch];
+        let mut source = Streamed::new(Failing { disk: Disk(packed.blocks()), left: &left }, &mut staging);
+        let mut model = Model::new(&image, limits, backend::best(), &Serial, &mut source, &mut scratch).unwrap();
+        let mut failed = 0;
+        // Two batches and a half fail, from the start, after a prompt, or after a token of a reply.
+        // It is cut as people do who try again, or as a server does that trusts nothing any more.
+        for (prompted, replied, cut) in [(0, 0, 0), (20, 0, 20), (21, 0, 0), (20, 1, 21), (20, 1, 20), (0, 1, 0)] {
+            let (begun, end) = (prompted + replied, prompted + replied + 10);
+            let mut reads = 0;
+            loop {
+                let mut memory = vec![Block::ZERO; plan.state];
+                let mut state = State::new(&config, &limits, &mut memory).unwrap();
+                let mut read = |state: &mut State<'_>, tokens: core::ops::Range<usize>| -> Result<Vec<f32>, Error> {
+                    if tokens.is_empty() { Ok(Vec::new()) } else { Ok(model.prefill(state, &prompt[tokens])?.to_vec()) }
+                };
+                read(&mut state, 0..prompted).unwrap();
+                read(&mut state, prompted..begun).unwrap();
+                left.set(reads);
+                let done = read(&mut state, begun..end);
+                left.set(usize::MAX);
+                let Err(error) = done else { break };
+                assert_eq!(error, Error::Source(SourceError::Device));
+                let case = format!("{set}: {prompted} and {replied} tokens, then {reads} reads");
+                let from = state.rewind(cut.min(state.position()));
+                assert!(from <= cut, "{case}");
+                assert_eq!(read(&mut state, from..end).unwrap(), expected[end - 1], "{case}, cut to {cut}");
+                failed += 1;
+                reads += 3;
+            }
+        }
+        assert!(failed > 20, "{set}: {failed}");
     }
 }
 

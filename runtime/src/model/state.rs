@@ -17,7 +17,7 @@ use zerocopy::{FromBytes, IntoBytes};
 ///
 /// After an error in the middle of a pass the state is what it was before the pass: positions count from the end of a pass,
 /// and what was written past them is written again. Of a memory there are two copies for that: a pass reads one and writes the
-/// other.
+/// other, and until the next one begins there is a way back.
 #[derive(Debug)]
 pub struct State<'m> {
     keys: Store<'m>,
@@ -169,8 +169,10 @@ impl<'m> State<'m> {
             None => 0,
         }
     }
-    /// What one layer keeps: as it is, and where that after this pass goes.
+    /// What one layer keeps: as it is, and where that after this pass goes, which is over what was before the last pass: if this one
+    /// fails, there is no way back to that.
     pub(super) fn recurrent(&mut self, layer: usize) -> Recurrence<'_, 'm> {
+        self.before = None;
         let (numbers, past) = state_lens(&self.config);
         let [first, second] = &mut self.memory;
         let (now, next) = if self.now == 0 { (first, second) } else { (second, first) };
