@@ -38,6 +38,14 @@ pub enum Event<'a> {
     Text(&'a str),
 }
 
+/// The digest of no tokens: FNV-1a with 64 bits.
+const NOTHING: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// The digest of one token more.
+fn digest(before: u64, token: &u32) -> u64 {
+    token.to_le_bytes().iter().fold(before, |d, byte| (d ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
 /// One conversation and what it takes to continue it.
 #[derive(Debug)]
 pub struct Session<'m> {
@@ -48,6 +56,8 @@ pub struct Session<'m> {
     history: Vec<u32>,
     /// Where conversations have no end, the oldest tokens are not kept for ever.
     dropped: usize,
+    /// What tells those from others.
+    digest: u64,
     /// The last token given out, if the model has not read it yet.
     pending: Option<u32>,
     /// Guesses, if wanted. The state then holds those of the last pass too, after the history's.
@@ -62,7 +72,7 @@ impl<'m> Session<'m> {
     pub fn new(model: Model<'m>, state: State<'m>, sampler: Sampler<'m>) -> Self {
         assert_eq!(state.position(), 0, "a session starts with an empty conversation");
         let history = Vec::with_capacity(model.limits().context as usize);
-        Self { model, state, sampler, history, dropped: 0, pending: None, lookup: None }
+        Self { model, state, sampler, history, dropped: 0, digest: NOTHING, pending: None, lookup: None }
     }
     /// Has generations guess tokens from what followed the same tokens before, and read several in one pass: the same tokens and
     /// the same end, in less time where a text repeats itself. Passes have at most 8 tokens and no more than the model's batch.
@@ -96,19 +106,23 @@ impl<'m> Session<'m> {
     /// If there is no token.
     pub fn prompt(&mut self, tokens: &[u32]) -> Result<usize, Error> {
         assert!(!tokens.is_empty(), "a prompt has at least one token");
-        let known = if self.dropped == 0 { &self.history[..] } else { &[] };
-        let common = known.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        let common = match tokens.split_at_checked(self.dropped) {
+            Some((first, rest)) if first.iter().fold(NOTHING, digest) == self.digest => {
+                self.dropped + self.history.iter().zip(rest).take_while(|(a, b)| a == b).count()
+            }
+            _ => 0,
+        };
         // The last token is always read: its logits choose the next.
         let common = common.min(tokens.len() - 1);
         self.pending = None;
         if let Some(lookup) = &mut self.lookup {
             lookup.forget();
         }
-        let common = self.state.rewind(common);
-        self.history.truncate(common);
-        self.dropped = 0;
+        let common = self.rewind(common);
         let read = self.model.prefill_for(&mut self.state, &tokens[common..], self.sampler.need()).map(drop);
-        self.history.truncate(self.state.position());
+        if read.is_err() {
+            self.rewind(self.state.position());
+        }
         read?;
         for &token in &tokens[common..] {
             self.remember(token);
@@ -184,10 +198,24 @@ impl<'m> Session<'m> {
         let most = self.model.limits().context as usize;
         if self.history.len() == most {
             let half = most.div_ceil(2);
-            self.history.drain(..half);
+            self.digest = self.history.drain(..half).fold(self.digest, |d, token| digest(d, &token));
             self.dropped += half;
         }
         self.history.push(token);
+    }
+
+    /// Forgets all but the first `tokens` of the conversation, or all where its state or its tokens do not go back so far. Returns
+    /// how many are left.
+    fn rewind(&mut self, tokens: usize) -> usize {
+        let mut left = self.state.rewind(tokens);
+        if left < self.dropped {
+            left = self.state.rewind(0);
+        }
+        if left == 0 {
+            (self.dropped, self.digest) = (0, NOTHING);
+        }
+        self.history.truncate(left - self.dropped);
+        left
     }
 
     /// Reads the next token of the conversation: the model's logits are then those after it. `left` tokens, at least one, and

@@ -624,6 +624,53 @@ fn a_damaged_snapshot_is_refused() {
     });
 }
 
+/// Turns of a conversation of which a session no longer has the first tokens: each reads only what is new, also piece by piece, and
+/// answers as a fresh process does; and so does one that begins in another way where nobody can see it any more.
+#[test]
+fn a_conversation_beyond_the_tokens_that_are_kept_goes_on() {
+    let limits = Limits { context: 16, batch: 4, kv: KvFormat::F16 };
+    let answer = |session: &mut bitnet_runtime::generate::Session<'_>| {
+        let until = bitnet_runtime::generate::Until { max_tokens: 7, stop_ids: &[] };
+        let mut tokens = Vec::new();
+        let finish = session.generate(until, None, &mut |event| {
+            if let bitnet_runtime::generate::Event::Token(token) = event {
+                tokens.push(token);
+            }
+            core::ops::ControlFlow::Continue(())
+        });
+        finish.unwrap();
+        tokens
+    };
+    for set in ["bitrnn_m", "bitrnn_v_late", "shared_late", "window", "matmul_free"] {
+        let packed = pack(set);
+        let fresh = |ids: &[u32]| {
+            packed.converse(backend::best(), limits, Sampling::GREEDY, |mut session| {
+                assert_eq!(session.prompt(ids).unwrap(), ids.len());
+                answer(&mut session)
+            })
+        };
+        packed.converse(backend::best(), limits, Sampling::GREEDY, |mut session| {
+            let mut ids: Vec<u32> = (1..40).collect();
+            for turn in 0..6 {
+                let before = ids.len();
+                let mut read = 0;
+                for end in [before.saturating_sub(3), before] {
+                    read += session.prompt(&ids[..end]).unwrap();
+                }
+                let new = if turn == 0 { before } else { 6 };
+                assert!(read == new || read == new + 1, "{set}: {read} of {before} tokens, {new} of them new");
+                let reply = answer(&mut session);
+                assert_eq!(reply, fresh(&ids), "{set}, turn {turn}");
+                ids.extend(reply);
+                ids.extend((0..5).map(|i| 50 + i + turn));
+            }
+            ids[2] += 1;
+            assert_eq!(session.prompt(&ids).unwrap(), ids.len(), "{set}: another beginning");
+            assert_eq!(answer(&mut session), fresh(&ids), "{set}: another beginning");
+        });
+    }
+}
+
 /// Replay A-17: the second request, a third with another prompt and one with a shorter prompt answer as a fresh process does.
 #[test]
 fn requests_one_after_another_answer_as_fresh_ones() {

@@ -3,6 +3,7 @@ use crate::config::Settings;
 use crate::room;
 use anyhow::{Context as _, ensure};
 use bitnet_host::open::{Opened, mib, with_image, with_model};
+use bitnet_host::weights::length;
 use bitnet_host::{system, template};
 use bitnet_kernel::conformance::{Difference, Workspace, check_up_to};
 use bitnet_kernel::{Block, Kernels};
@@ -166,8 +167,8 @@ fn memory(settings: &Settings) -> anyhow::Result<String> {
         let have = available_memory();
         let (others, most) = ((sessions - 1) * each, mib(image.file_bytes() + plan.bytes() + (sessions - 1) * each));
         let text = format!(
-            "{most} with all weights in memory; {sessions} conversations of {} tokens take {} each; available {}",
-            limits.context,
+            "{most} with all weights in memory; {sessions} conversations {} take {} each; available {}",
+            length(&image.header().config, &limits),
             mib(each),
             have.map_or_else(|| "the system does not tell".to_owned(), mib)
         );

@@ -9,7 +9,7 @@ use crate::order::{Event, Finish, Logprobs, Order, Orders, Scored, Ticket, Usage
 use crate::pulse::Pulse;
 use anyhow::ensure;
 use bitnet_host::open::{Opened, mib};
-use bitnet_host::weights::PassBytes;
+use bitnet_host::weights::{PassBytes, length};
 use bitnet_kernel::Block;
 use bitnet_runtime::cgroup::available_memory;
 use bitnet_runtime::model::Need;
@@ -120,10 +120,11 @@ pub fn run(
     let available = available_memory().unwrap_or(u64::MAX);
     ensure!(
         bytes <= available,
-        "{conversations} conversations of {} tokens need {} more memory and {} are available; use fewer --sessions or a smaller --context",
-        limits.context,
+        "{conversations} conversations {} need {} more memory and {} are available; use fewer --sessions{}",
+        length(&config, &limits),
         mib(bytes),
-        mib(available)
+        mib(available),
+        if config.is_bounded() { " or a smaller --context" } else { "" }
     );
     let mut memories: Vec<(Vec<Block>, Vec<Block>)> =
         (1..conversations).map(|_| (vec![Block::ZERO; plan.state], vec![Block::ZERO; plan.sampler])).collect();
@@ -310,6 +311,10 @@ impl<'t> Engine<'_, 't> {
         let to = prompt.len().min(boundary.unwrap_or(batch));
         let whole = to == prompt.len();
         let need = job.need(&slot.sampler);
+        // The same prompt may come again, and the last token is always read.
+        if self.cut == Cut::Nowhere && whole {
+            self.cache.keep(&slot.history, &slot.state, &self.image);
+        }
         let start = Instant::now();
         let done = self.model.read(&mut slot.state, &prompt[from..to]).and_then(|()| {
             if whole {
@@ -427,7 +432,7 @@ impl<'t> Engine<'_, 't> {
         let mut text = String::new();
         job.stream.push(token, &mut |piece| text.push_str(piece));
         job.send(Event::Piece(text, logprobs));
-        let full = slot.history.len() == self.model.limits().context as usize;
+        let full = slot.state.remaining() == 0;
         if whole || job.stream.stopped() {
             self.end(job, Finish::Stop);
         } else if full || job.reply.len() >= job.order.max_tokens {

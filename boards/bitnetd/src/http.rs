@@ -312,8 +312,8 @@ async fn answer(app: &Arc<App>, asked: Asked, common: Common) -> Answer {
     if prompt.is_empty() {
         return Err(Refusal::parameter("prompt", "there is nothing to continue"));
     }
-    if prompt.len() > ready.context {
-        let message = format!("the prompt has {} tokens, and the context has room for {}", prompt.len(), ready.context);
+    if let Some(context) = ready.context.filter(|&context| prompt.len() > context) {
+        let message = format!("the prompt has {} tokens, and the context has room for {context}", prompt.len());
         return Err(Refusal::bad(message).code("context_length_exceeded"));
     }
     let kind = if chat { "chatcmpl" } else { "cmpl" };

@@ -33,7 +33,8 @@ pub(crate) struct Ready {
     pub(crate) vocab: u32,
     /// Made by the first request that wants it.
     pub(crate) vocabulary: OnceLock<Result<Vocabulary, String>>,
-    pub(crate) context: usize,
+    /// The most tokens of a conversation; `None` where conversations have no end.
+    pub(crate) context: Option<usize>,
     pub(crate) backend: &'static str,
     /// The most that compute.
     pub(crate) threads: usize,
@@ -297,7 +298,7 @@ fn run_engine(app: &App, queue: Queue, orders: &Orders, sender: oneshot::Sender<
             ends: header.text.stop.ids().to_vec(),
             vocab: header.config.vocab,
             vocabulary: OnceLock::new(),
-            context: opened.limits.context as usize,
+            context: header.config.is_bounded().then_some(opened.limits.context as usize),
             backend: opened.kernels.name(),
             threads: opened.threads.pool().threads_max(),
             memory: opened.plan_text(),

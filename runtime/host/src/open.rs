@@ -1,6 +1,6 @@
 //! From arguments to a model in memory.
 use crate::signature::Signed;
-use crate::weights::{Place, Stream, WeightArgs, Weights, conversation};
+use crate::weights::{Place, Stream, WeightArgs, Weights, length};
 use anyhow::{Context as _, bail, ensure};
 use bitnet_kernel::{Block, Kernels};
 use bitnet_runtime::cgroup::available_memory;
@@ -30,7 +30,8 @@ pub struct ModelArgs {
     /// Kernels.
     #[command(flatten)]
     pub backend: BackendArgs,
-    /// Positions a conversation can have [default: what the image plans].
+    /// Positions a conversation can have [default: what the image plans]. Conversations of models with a window or a recurrence
+    /// have no end: there it is how many of the last tokens are known, for penalties and for what prompts have in common.
     #[arg(long)]
     pub context: Option<u32>,
     /// Prompt tokens that share one pass over the weights, 1 to 16 [default: what the image plans].
@@ -168,10 +169,10 @@ impl Opened<'_> {
         let block = |n: usize| mib((n * Block::BYTES) as u64);
         let Plan { state, scratch, sampler } = self.plan;
         format!(
-            "{} ({}, {} {}, activations {})",
+            "{} ({}, conversation {} {}, activations {})",
             mib(self.plan_bytes()),
             self.weights,
-            conversation(&self.image.header().config, &self.limits),
+            length(&self.image.header().config, &self.limits),
             block(state),
             block(scratch + sampler),
         )

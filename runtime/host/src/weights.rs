@@ -156,17 +156,13 @@ impl fmt::Display for Weights {
 #[derive(Clone, Copy, Debug)]
 struct Rest<'a> {
     plan: &'a Plan,
-    conversation: &'a str,
+    length: &'a str,
     own: u64,
 }
 
-/// How long a conversation can be.
-pub(crate) fn conversation(config: &Config, limits: &Limits) -> String {
-    if config.is_bounded() {
-        format!("conversation of {} tokens", limits.context)
-    } else {
-        "conversation of any length".into()
-    }
+/// Of what length a conversation can be.
+pub fn length(config: &Config, limits: &Limits) -> String {
+    if config.is_bounded() { format!("of {} tokens", limits.context) } else { "of any length".into() }
 }
 
 impl Rest<'_> {
@@ -180,7 +176,7 @@ impl fmt::Display for Rest<'_> {
         let block = |n: usize| mib((n * Block::BYTES) as u64);
         let Plan { state, scratch, sampler } = *self.plan;
         let (state, scratch, own) = (block(state), block(scratch + sampler), mib(self.own));
-        write!(f, "{} {state}, activations {scratch}, program and tokenizer {own}", self.conversation)
+        write!(f, "conversation {} {state}, activations {scratch}, program and tokenizer {own}", self.length)
     }
 }
 
@@ -207,8 +203,8 @@ impl WeightArgs {
             + TOKENIZER_FACTOR * tokenizer
             + (self.spans() * size_of::<Span>()) as u64
             + self.reserve;
-        let conversation = conversation(&image.header().config, limits);
-        let rest = Rest { plan, conversation: &conversation, own };
+        let length = length(&image.header().config, limits);
+        let rest = Rest { plan, length: &length, own };
         let resident = image.file_bytes();
         // What is taken already is part of --ram, and no part of what is available.
         let have = match self.ram {

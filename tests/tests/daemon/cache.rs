@@ -80,4 +80,12 @@ fn recurrent_models_start_from_snapshots() {
     assert_eq!(ask(&daemon, &with(3)).1, 0, "nothing was kept where they part");
     assert_eq!(ask(&daemon, &with(4)).1, system.len(), "but then it was");
     assert_eq!(ask(&daemon, &[&*with(2), &tokens(9, 5)].concat()).1, with(2).len(), "and after every prompt");
+    assert!(ask(&daemon, &with(2)).1 > system.len(), "and before its last batch, for when it comes again");
+    // Its conversations have no end, whatever the checkpoint says of positions.
+    let (_, props) = daemon.get("/props");
+    assert!(props.contains("\"context\":null"), "{props}");
+    ask(&daemon, &tokens(5, 2000));
+    let (status, reply) =
+        daemon.post("/v1/completions", &json!({ "prompt": system, "max_tokens": 700, "logit_bias": { "2": -100 } }));
+    assert_eq!((status, reply["usage"]["completion_tokens"].as_u64()), (200, Some(700)), "{reply}");
 }

@@ -81,7 +81,9 @@ fn converse(args: &Args, interrupt: &Interrupt, opened: Opened<'_>) -> anyhow::R
         let eos = text.stop.ids().first().copied();
         let encode = |messages: &[Message]| template::encode(text.chat_template, messages, eos, &tokenizer);
         let mut ids = encode(&messages)?;
-        if ids.len() >= session.model().limits().context as usize && messages.len() > first + 1 {
+        let model = session.model();
+        let ends = model.config().is_bounded() && ids.len() >= model.limits().context as usize;
+        if ends && messages.len() > first + 1 {
             output::note("(the conversation no longer fits the context; it starts again)\n");
             messages.drain(first..messages.len() - 1);
             ids = encode(&messages)?;
