@@ -371,6 +371,8 @@ impl Config {
             Some(Memory::Vector(v)) => width("memory width", v.width)?,
             Some(Memory::Shared) | None => {}
         }
+        // The memory's linears have none, and read what the others of its layer read.
+        field("memory", 1, self.memory.is_none() || self.linear_norm_eps.is_none())?;
         let may_wait = self.memory.is_some() && self.window.is_some();
         field("delayed_writes", 1, !self.delayed_writes || may_wait)?;
         let eps = |name, v: f32| field(name, v as u32, (0.0..1.0).contains(&v));

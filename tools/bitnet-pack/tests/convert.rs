@@ -63,9 +63,17 @@ fn what_cannot_be_converted_is_left_alone() {
         assert_says(says, &error, &[says]);
         assert!(place.left().is_empty(), "{:?}", place.left());
     };
-    refused(&stateful, &hybrid(), "attend to everything");
+    refused(&stateful, &hybrid(), "does not know a memory beside attention");
     refused(&stories(), &no_text, "missing.txt");
     refused(&place.source(), &hybrid(), "0.query is of floats");
+    for weights in dense.tensors.iter_mut().filter(|t| t.name.ends_with("_proj.weight")) {
+        let cols = weights.shape[1];
+        let of_row = |i: u64| if i % 3 == 0 { -1.0 } else { 1.0 } * (1 + i / cols % 2) as f32;
+        let numbers: Vec<f32> = (0..weights.shape.iter().product()).map(of_row).collect();
+        *weights = Tensor::bf16(&weights.name, &weights.shape, &numbers);
+    }
+    dense.write(&place.source());
+    refused(&place.source(), &hybrid(), "0.query has a scale for every 128 columns");
     std::fs::create_dir(place.out().join("tbha")).unwrap();
     let error = convert_values(&stories(), &place.out().join("tbha"), &hybrid(), &mut ()).unwrap_err().to_string();
     assert_says("there", &error, &["is there already"]);

@@ -5,6 +5,7 @@ mod common;
 use bitnet_kernel::{BlockShape, Format};
 use bitnet_pack::export::Ternary;
 use bitnet_pack::{Layouts, Options, diff, export, pack};
+use bitnet_runtime::Image;
 use bitnet_runtime::image::Kind;
 use common::{Checkpoint, Place, Shape, Storage, assert_says, named, section, stories};
 use kitoken::Kitoken;
@@ -155,6 +156,10 @@ fn the_bundled_model_comes_back() {
         let (record, bytes) = section(image, Kind::Tokenizer, None);
         Kitoken::from_slice(&bytes[..record.cols.get() as usize]).unwrap()
     };
+    // No template of another model's, whose tokens it has not.
+    let template =
+        |image: &[u8]| Image::check(image, image.len() as u64).unwrap().header().text.chat_template.to_owned();
+    assert_eq!((template(&a), template(&b)), (String::new(), String::new()));
     let (before, after) = (tokenizer(&a), tokenizer(&b));
     for text in ["Once upon a time", "  two  spaces", "\u{e9}\u{1f600}\n\t3333+777", "", "Lily's \"dog\""] {
         let ids = before.encode(text, false).unwrap();

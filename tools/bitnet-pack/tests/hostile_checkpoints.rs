@@ -358,13 +358,14 @@ fn recurrent_configurations() {
     let config: Value = serde_json::from_slice(&std::fs::read(golden.join("config.json")).unwrap()).unwrap();
     let tensors = std::fs::read(golden.join("model.safetensors")).unwrap();
     let gate = "model.layers.0.mlp.gate_proj.weight";
-    let cases: [(&str, Value, &[&str]); 11] = [
+    let cases: [(&str, Value, &[&str]); 12] = [
         ("attn_mode", json!("chunk"), &["attn_mode = \"chunk\"", "fused_recurrent"]),
         ("expand_ratio", json!(2), &["expand_ratio = 2", "only 1 is"]),
         ("use_short_conv", json!(true), &["use_short_conv = true", "only false is"]),
         ("use_lower_bound", json!(false), &["use_lower_bound = false", "only true is"]),
         ("hidden_act", json!("relu2"), &["hidden_act", "\"swish\""]),
         ("quantization_config", json!({ "quant_method": "bitnet" }), &["quantization_config", "not supported"]),
+        ("memory", json!({"kind": "shared"}), &["memory", "no attention"]),
         ("sliding_window", json!(8), &["sliding_window", "sink_tokens"]),
         ("tie_word_embeddings", json!(true), &["linear_head"]),
         ("num_hidden_layers", json!(4), &["lower_bounds", "[3, 48]", "[4, 48]"]),
@@ -416,6 +417,14 @@ fn memory_configurations() {
         place.put("model.safetensors", &tensors);
         refused(key, &place, what);
     }
+    // Norms inside linears, which its own have not.
+    let place = Place::new();
+    let mut normed = config.clone();
+    normed["quantization_config"] = json!({"quant_method": "bitnet", "linear_class": "autobitlinear",
+        "quantization_mode": "online", "use_rms_norm": true, "rms_norm_eps": 1e-5});
+    place.put("config.json", normed.to_string().as_bytes());
+    place.put("model.safetensors", &tensors);
+    refused("norms", &place, &["memory", "not beside linears with norms"]);
     // Without a window nothing ever leaves it.
     let place = Place::new();
     let mut endless = config.clone();

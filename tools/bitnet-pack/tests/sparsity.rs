@@ -87,6 +87,10 @@ fn what_makes_no_sense_is_refused() {
         assert_says("sparsity", &run(&sparse(0.5, Pattern::Of { n, m })), &["at least one stays"]);
     }
     assert_says("sparsity", &run(&sparse(0.3, Pattern::Of { n: 2, m: 4 })), &["leaves out 0.5"]);
+    // Passes over a text compute neither its memory nor its window.
+    let stateful = stories().with_file_name("stories-stateful");
+    let error = pack(&stateful, &place.image(), &sparse(0.5, Pattern::Neurons), &mut ()).unwrap_err().to_string();
+    assert_says("sparsity", &error, &["does not know a memory beside attention"]);
     let short = place.out().join("short");
     std::fs::write(&short, "Once there was a cat. ".repeat(90)).unwrap();
     let mut options = sparse(0.5, Pattern::Neurons);

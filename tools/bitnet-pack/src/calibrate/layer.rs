@@ -143,7 +143,11 @@ fn activation(kind: Activation, gate: f32) -> (f32, f32) {
 
 impl Layer {
     /// Reads a layer, for windows of `window` tokens.
+    ///
+    /// # Errors
+    /// If it cannot be read, or the model does more than a layer here computes.
     pub(super) fn read(model: &Reference<'_>, layer: u32, window: usize, change: &Change<'_>) -> Result<Self, Error> {
+        model.check_passes()?;
         let config = *model.config();
         let mut linears = [const { Vec::new() }; 7];
         for (weights, kind) in linears.iter_mut().zip(Linear::KINDS) {

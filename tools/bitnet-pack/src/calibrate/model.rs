@@ -87,6 +87,10 @@ pub struct Reference<'a> {
     frequencies: Vec<f32>,
 }
 
+fn unknown(what: &str) -> Error {
+    Error::Options(format!("calibration by a text does not know {what}, which this model has"))
+}
+
 impl<'a> Reference<'a> {
     /// Finds all tensors. Nothing but their headers stays in memory.
     ///
@@ -102,8 +106,7 @@ impl<'a> Reference<'a> {
 
     fn of(checkpoint: &'a Checkpoint, table: &Table, bound: Vec<Bound>) -> Result<Self, Error> {
         if table.config.linear_norm_eps.is_some() {
-            let what = "calibration does not know linears with norms of their own, which only ternary models have";
-            return Err(Error::Options(what.into()));
+            return Err(unknown("linears with norms of their own"));
         }
         let mut sources: BTreeMap<_, _> =
             bound.into_iter().map(|b| ((b.section.layer, b.section.kind as u8), b.source)).collect();
@@ -113,6 +116,16 @@ impl<'a> Reference<'a> {
         Ok(Self { checkpoint, config: table.config, sources, frequencies: table.frequencies.clone() })
     }
 
+    /// Whether passes compute what the model does, but for how it quantizes activations.
+    pub(super) fn check_passes(&self) -> Result<(), Error> {
+        let c = &self.config;
+        match (c.memory.is_some(), c.window.is_some(), c.quantizers.rotate()) {
+            (true, ..) => Err(unknown("a memory beside attention")),
+            (_, true, _) => Err(unknown("a window of attention")),
+            (.., true) => Err(unknown("activations that are rotated before they are quantized")),
+            _ => Ok(()),
+        }
+    }
     /// The model's shape.
     pub const fn config(&self) -> &Config {
         &self.config

@@ -405,6 +405,11 @@ fn shape(reader: &Reader<'_>, class: Class, linear_norm_eps: Option<f32>) -> Res
     };
     let window = window(reader)?;
     let (memory, delayed_writes) = memory(reader, window)?;
+    for (key, there) in [("sliding_window", window.is_some()), ("memory", memory.is_some())] {
+        if recurrence && there {
+            return reader.refuse(key, "only null is supported where there is no attention");
+        }
+    }
     let config = Config {
         vocab: reader.u32("vocab_size")?,
         hidden,
@@ -531,6 +536,7 @@ pub(crate) fn limits(field: &str) -> String {
         "window" | "sinks" => format!("1 to {} together with the sinks is supported", Config::CONTEXT_MAX),
         "memory heads" | "memory key" | "memory value" => format!("1 to {} is supported", Config::MEMORY_MAX),
         "norm_eps" | "linear_norm_eps" => "a number below 1 is expected".into(),
+        "memory" => "not beside linears with norms of their own (use_rms_norm)".into(),
         _ => format!("1 to {} is supported", Config::WIDTH_MAX),
     }
 }

@@ -75,11 +75,13 @@ pub fn convert(source: &Path, output: &Path, new: &Hybrid, progress: &mut dyn Pr
     let reference = Reference::new(&checkpoint, &*progress)?;
     let refuse = |what: &str| Err(Error::Options(format!("{}: {what}", source.display())));
     let c = *reference.config();
-    if c.window.is_some() || c.memory.is_some() || c.recurrence {
-        return refuse("only models that attend to everything are calibrated");
-    }
     if let Some(dense) = reference.linears().find(|&linear| reference.is_dense(linear)) {
         return refuse(&format!("{dense} is of floats; `bitnet-pack pack --plan` gives such linears any width"));
+    }
+    if let Some(grouped) = reference.linears().find(|l| matches!(reference.source_of(*l), Source::Grouped(..))) {
+        return refuse(&format!(
+            "{grouped} has a scale for every 128 columns of a row; one for the whole linear is expected"
+        ));
     }
     free(output)?;
     let text = windows(&checkpoint, new.tokenizer.as_deref(), &new.text, WINDOW, WINDOWS)?;
@@ -178,8 +180,9 @@ impl<'a> Tensors<'a> {
             let (rows, cols) = reference.shape(linear);
             let shape = vec![rows as u64, cols as u64];
             linears.insert(linear, enter(&tensor.name, "F32", shape, 4 * (rows * cols) as u64));
-            replaced.push(tensor.name.clone());
-            replaced.push(format!("{}_scale", tensor.name));
+            // What multiplies the weights elsewhere is in them now.
+            let stem = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
+            replaced.extend([tensor.name.clone(), format!("{}_scale", tensor.name), format!("{stem}.scale")]);
         }
         let kept = checkpoint.tensors().filter(|tensor| !replaced.contains(&tensor.name));
         let mut copied: Vec<_> = kept.map(|t| (t, enter(&t.name, t.dtype.name(), t.shape.clone(), t.bytes))).collect();

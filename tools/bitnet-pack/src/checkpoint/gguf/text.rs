@@ -71,7 +71,9 @@ pub(crate) fn text(metadata: &Metadata, architecture: &str, wanted: bool) -> Res
     let mut text = Text { chat_template: metadata.text(TEMPLATE)?.unwrap_or_default(), ..Text::default() };
     // Both names of the one model that is published so; its files have the wrong template and no word splitting.
     let bitnet = matches!(architecture, "bitnet-b1.58" | "bitnet-25");
-    if bitnet && (text.chat_template.is_empty() || text.chat_template.contains("BITNET")) {
+    // Others of its kind, with pieces for a vocabulary, have not its special tokens.
+    let of_pieces = metadata.text(MODEL)?.as_deref() == Some("llama");
+    if bitnet && !of_pieces && (text.chat_template.is_empty() || text.chat_template.contains("BITNET")) {
         text.chat_template = BITNET_TEMPLATE.into();
         text.notes.push("chat template: the one of BitNet b1.58 2B4T, as the file's is missing or wrong".into());
     }
