@@ -68,7 +68,7 @@ fn what_cannot_be_converted_is_left_alone() {
     refused(&place.source(), &hybrid(), "0.query is of floats");
     for weights in dense.tensors.iter_mut().filter(|t| t.name.ends_with("_proj.weight")) {
         let cols = weights.shape[1];
-        let of_row = |i: u64| if i % 3 == 0 { -1.0 } else { 1.0 } * (1 + i / cols % 2) as f32;
+        let of_row = |i: u64| if i.is_multiple_of(3) { -1.0 } else { 1.0 } * (1 + i / cols % 2) as f32;
         let numbers: Vec<f32> = (0..weights.shape.iter().product()).map(of_row).collect();
         *weights = Tensor::bf16(&weights.name, &weights.shape, &numbers);
     }
