@@ -120,6 +120,10 @@ impl Model<'_> {
                 let (kept, gates) = waiting.get_mut(layer as usize, position).split_at_mut(keys + values);
                 kept.copy_from_slice(&row[keys_at..][..keys + values]);
                 gates.copy_from_slice(&row[gates_at..][..2 * heads]);
+                // It would be found when the token leaves the window, far from where it came from.
+                if !(ops::finite(kept) && ops::finite(gates)) {
+                    return Err(Error::NotFinite { layer });
+                }
             }
         }
 

@@ -55,6 +55,10 @@ impl Model<'_> {
             let (_, forget) = taken.split_at_mut(numbers);
             forget.iter_mut().zip(bias).for_each(|(forget, bias)| *forget += bias);
             if c.delayed_writes {
+                // It would be found when the token leaves the window, far from where it came from.
+                if !ops::finite(taken) {
+                    return Err(Error::NotFinite { layer });
+                }
                 waiting.get_mut(layer as usize, position).copy_from_slice(taken);
             }
             let written = match written_with(&c, position) {

@@ -54,7 +54,7 @@ impl State<'_> {
     /// rings of different batches are equal if what is left in both is.
     ///
     /// # Errors
-    /// [`Error::State`] if the other is of another model or keeps keys and values in another way.
+    /// [`Error::State`] if the other is of a model of another shape or keeps keys and values in another way.
     pub fn compare(&self, other: &State<'_>) -> Result<Option<Difference>, Error> {
         if self.config != other.config || self.limits.kv != other.limits.kv {
             return Err(Error::State);

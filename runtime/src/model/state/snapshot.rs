@@ -138,7 +138,8 @@ impl State<'_> {
     /// Makes this conversation the same as another.
     ///
     /// # Errors
-    /// [`Error::State`] if that is of another model or has other limits.
+    /// [`Error::State`] if that is of a model of another shape or has other limits. Whose weights it has read is not known here, unlike
+    /// in a snapshot.
     pub fn fork_from(&mut self, other: &State<'_>) -> Result<(), Error> {
         if self.config != other.config || self.limits != other.limits {
             return Err(Error::State);
