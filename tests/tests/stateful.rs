@@ -3,6 +3,7 @@
 use bitnet_kernel::{Block, Format};
 use bitnet_pack::{Options, Stateful};
 use bitnet_runtime::error::SourceError;
+use bitnet_runtime::generate::{Event, Finish, Session, Until};
 use bitnet_runtime::image::Kind;
 use bitnet_runtime::memory::KvFormat;
 use bitnet_runtime::model::{Config, Difference, Matrices, Memory, Vector, Window};
@@ -13,12 +14,26 @@ use bitnet_runtime::{Error, Limits, Model, Plan, State, backend};
 use bitnet_tests::goldens::{Golden, goldens, pack, prompt};
 use bitnet_tests::images::{Disk, Failing, Packed, Way, fingerprint};
 use bitnet_tests::{argmax, golden, json, max_difference, model, npy};
+use core::ops::ControlFlow;
 use std::cell::Cell;
 
 /// The largest difference that was found is 1.7e-6, and it is the same on every CPU.
 const TOLERANCE: f32 = 3e-6;
 /// Of what the bundled stateful model tells.
 const BUNDLED: u64 = 0x4e2c9dd708e07e41;
+
+/// The next tokens of a conversation, which nothing else ends.
+fn generate(session: &mut Session<'_>, max_tokens: usize) -> Vec<u32> {
+    let mut tokens = Vec::new();
+    let finish = session.generate(Until { max_tokens, stop_ids: &[] }, None, &mut |event| {
+        if let Event::Token(token) = event {
+            tokens.push(token);
+        }
+        ControlFlow::Continue(())
+    });
+    assert_eq!((finish.unwrap(), tokens.len()), (Finish::Length, max_tokens));
+    tokens
+}
 
 #[test]
 fn logits_are_those_of_pytorch() {
@@ -296,15 +311,7 @@ fn has_one_size(packed: &Packed) {
     packed.converse(backend::best(), limits, Sampling::GREEDY, |mut session| {
         for _ in 0..2 {
             session.prompt(&[1, 2, 3]).unwrap();
-            let until = bitnet_runtime::generate::Until { max_tokens: 100, stop_ids: &[] };
-            let mut tokens = Vec::new();
-            let finish = session.generate(until, None, &mut |event| {
-                if let bitnet_runtime::generate::Event::Token(token) = event {
-                    tokens.push(token);
-                }
-                core::ops::ControlFlow::Continue(())
-            });
-            assert_eq!((finish.unwrap(), tokens.len()), (bitnet_runtime::generate::Finish::Length, 100));
+            generate(&mut session, 100);
             assert!(session.history().len() <= 16);
         }
     });
@@ -629,18 +636,7 @@ fn a_damaged_snapshot_is_refused() {
 #[test]
 fn a_conversation_beyond_the_tokens_that_are_kept_goes_on() {
     let limits = Limits { context: 16, batch: 4, kv: KvFormat::F16 };
-    let answer = |session: &mut bitnet_runtime::generate::Session<'_>| {
-        let until = bitnet_runtime::generate::Until { max_tokens: 7, stop_ids: &[] };
-        let mut tokens = Vec::new();
-        let finish = session.generate(until, None, &mut |event| {
-            if let bitnet_runtime::generate::Event::Token(token) = event {
-                tokens.push(token);
-            }
-            core::ops::ControlFlow::Continue(())
-        });
-        finish.unwrap();
-        tokens
-    };
+    let answer = |session: &mut Session<'_>| generate(session, 7);
     for set in ["bitrnn_m", "bitrnn_v_late", "shared_late", "window", "matmul_free"] {
         let packed = pack(set);
         let fresh = |ids: &[u32]| {
@@ -675,18 +671,9 @@ fn a_conversation_beyond_the_tokens_that_are_kept_goes_on() {
 #[test]
 fn requests_one_after_another_answer_as_fresh_ones() {
     let limits = Limits { context: 64, batch: 4, kv: KvFormat::F16 };
-    let answer = |session: &mut bitnet_runtime::generate::Session<'_>, prompt: &[u32]| {
+    let answer = |session: &mut Session<'_>, prompt: &[u32]| {
         session.prompt(prompt).unwrap();
-        let until = bitnet_runtime::generate::Until { max_tokens: 20, stop_ids: &[] };
-        let mut tokens = Vec::new();
-        let finish = session.generate(until, None, &mut |event| {
-            if let bitnet_runtime::generate::Event::Token(token) = event {
-                tokens.push(token);
-            }
-            core::ops::ControlFlow::Continue(())
-        });
-        finish.unwrap();
-        tokens
+        generate(session, 20)
     };
     let prompts: [&[u32]; 5] =
         [&[1, 2, 3, 4, 5, 6, 7], &[1, 2, 9, 9], &[1, 2, 3, 4, 5, 6, 7], &[1], &[1, 2, 3, 4, 5, 6, 7]];
