@@ -31,7 +31,7 @@ pub struct ModelArgs {
     #[command(flatten)]
     pub backend: BackendArgs,
     /// Positions a conversation can have [default: what the image plans]. Conversations of models with a window or a recurrence
-    /// have no end: there it is how many of the last tokens are known, for penalties and for what prompts have in common.
+    /// have no end: there it is how many of the last tokens are kept, for penalties.
     #[arg(long)]
     pub context: Option<u32>,
     /// Prompt tokens that share one pass over the weights, 1 to 16 [default: what the image plans].

@@ -428,8 +428,8 @@ struct Export {
 ///
 /// Reads a checkpoint in Hugging Face's layout and writes another. --to-stateful: the same tensors, and in every layer those of a
 /// memory of which nothing is added yet. Within the window the new model computes what the old one does, bit for
-/// bit with keys in f32; beyond it conversations have no end and one size. tools/train trains the memories (train.py --memory-only), for which
-/// the linears must be floats. --to-tbha: binary values in attention, queries and keys ternary as they are, all linears as floats that
+/// bit with keys in f32; beyond it conversations have no end and one size. tools/train trains the memories
+/// (train.py --memory-only), for which the linears must be floats. --to-tbha: binary values in attention, queries and keys ternary as they are, all linears as floats that
 /// are multiplied as they are; it saves little and costs quality. Written under a temporary name and checked before it is renamed.
 #[derive(Args, Debug)]
 #[command(after_help = "\

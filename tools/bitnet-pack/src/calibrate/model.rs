@@ -117,7 +117,10 @@ impl<'a> Reference<'a> {
     }
 
     /// Whether passes compute what the model does, but for how it quantizes activations.
-    pub(super) fn check_passes(&self) -> Result<(), Error> {
+    ///
+    /// # Errors
+    /// If they do not: what the model has that they do not know.
+    pub(crate) fn check_passes(&self) -> Result<(), Error> {
         let c = &self.config;
         match (c.memory.is_some(), c.window.is_some(), c.quantizers.rotate()) {
             (true, ..) => Err(unknown("a memory beside attention")),

@@ -73,6 +73,7 @@ pub struct Converted {
 pub fn convert(source: &Path, output: &Path, new: &Hybrid, progress: &mut dyn Progress) -> Result<Converted, Error> {
     let checkpoint = open(source)?;
     let reference = Reference::new(&checkpoint, &*progress)?;
+    reference.check_passes()?;
     let refuse = |what: &str| Err(Error::Options(format!("{}: {what}", source.display())));
     let c = *reference.config();
     if let Some(dense) = reference.linears().find(|&linear| reference.is_dense(linear)) {
